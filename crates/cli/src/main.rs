@@ -1,0 +1,2 @@
+//! The `infall` program.
+fn main() {}

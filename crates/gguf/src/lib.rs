@@ -1,0 +1,3 @@
+//! The GGUF container: header, metadata, tensor directory, writer.
+mod tensor_type;
+pub use tensor_type::{Block, TensorType};
