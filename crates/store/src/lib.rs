@@ -1,1 +1,18 @@
-//! Placeholder.
+//! Where weights live: the files of a model, the owned memory they are read into, and the leases
+//! through which kernels reach routed experts.
+//!
+//! Compute code cannot know where an expert is. It asks a store for the experts that a layer's rows chose and is
+//! handed [`Lease`]s one at a time; there is no other way to an expert's bytes. A resident model is a store whose
+//! leases are always ready ([`HostStore`]).
+//!
+//! The store knows bytes: files, offsets, lengths. What the bytes mean is the business of the crates above.
+
+mod host;
+mod lease;
+mod memory;
+mod source;
+
+pub use host::{HostLeases, HostStore};
+pub use lease::{ExpertBytes, ExpertExtents, Lease};
+pub use memory::{ALIGNMENT_BYTES, AlignedBytes};
+pub use source::{Extent, Source, StoreError};

@@ -1,0 +1,188 @@
+//! The bytes of a model: one or more files, or an image already in memory.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use crate::AlignedBytes;
+
+/// What can go wrong when weights are fetched. Every message names the file, what was asked and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The file could not be opened.
+    #[error("cannot open {}: {cause}. Check that the path is right and readable", path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        cause: std::io::Error,
+    },
+    /// The system refused a read.
+    #[error("reading {wanted_bytes} bytes at offset {offset} of {} failed: {cause}. \
+             Check the disk; nothing was computed from the missing bytes", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Where in the file.
+        offset: u64,
+        /// How many bytes were asked for.
+        wanted_bytes: u64,
+        /// What the system said.
+        cause: std::io::Error,
+    },
+    /// The file ends before the bytes that its own directory promises.
+    #[error("{} ends at {found_bytes} bytes, but {wanted_bytes} bytes at offset {offset} were expected. \
+             The file is truncated or was replaced while in use: copy or download it again", path.display())]
+    Short {
+        /// The file.
+        path: PathBuf,
+        /// Where in the file.
+        offset: u64,
+        /// How many bytes were asked for.
+        wanted_bytes: u64,
+        /// How many bytes the file has.
+        found_bytes: u64,
+    },
+}
+
+/// A range of bytes in one of a model's files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Index of the file in its [`Source`].
+    pub file: usize,
+    /// First byte, counted from the file's start.
+    pub offset: u64,
+    /// Length in bytes.
+    pub bytes: u64,
+}
+
+enum Part {
+    File { path: PathBuf, file: File, bytes: u64 },
+    Image { name: PathBuf, image: &'static [u8] },
+}
+
+/// The files a model is read from, in the order its directory numbers them.
+pub struct Source {
+    parts: Vec<Part>,
+}
+
+impl Source {
+    /// Opens the files at `paths`.
+    ///
+    /// # Errors
+    /// [`StoreError::Open`] for the first file that cannot be opened or measured.
+    pub fn open<P: AsRef<Path>>(paths: impl IntoIterator<Item = P>) -> Result<Source, StoreError> {
+        let open = |path: &Path| -> Result<Part, std::io::Error> {
+            let file = File::open(path)?;
+            let bytes = file.metadata()?.len();
+            Ok(Part::File { path: path.to_owned(), file, bytes })
+        };
+        let parts = paths
+            .into_iter()
+            .map(|p| open(p.as_ref()).map_err(|cause| StoreError::Open { path: p.as_ref().to_owned(), cause }));
+        Ok(Source { parts: parts.collect::<Result<_, _>>()? })
+    }
+
+    /// A model that is part of the program itself; `name` is what errors call it.
+    pub fn from_image(name: &str, image: &'static [u8]) -> Source {
+        Source { parts: vec![Part::Image { name: name.into(), image }] }
+    }
+
+    /// Fills `buf` from `offset` of file number `file`.
+    ///
+    /// # Errors
+    /// [`StoreError::Short`] if the file ends too early, [`StoreError::Read`] if the system refuses. `buf` is then
+    /// undefined and must not be used.
+    pub fn read_exact_at(&self, file: usize, offset: u64, buf: &mut [u8]) -> Result<(), StoreError> {
+        let wanted_bytes = buf.len() as u64;
+        let short =
+            |path: &Path, found_bytes| StoreError::Short { path: path.to_owned(), offset, wanted_bytes, found_bytes };
+        match &self.parts[file] {
+            Part::Image { name, image } => {
+                let start = usize::try_from(offset).unwrap_or(usize::MAX);
+                let found = image.get(start..).and_then(|rest| rest.get(..buf.len()));
+                buf.copy_from_slice(found.ok_or_else(|| short(name, image.len() as u64))?);
+                Ok(())
+            }
+            Part::File { path, file, bytes } => positional_read(file, buf, offset).map_err(|cause| {
+                if cause.kind() == std::io::ErrorKind::UnexpectedEof {
+                    short(path, file.metadata().map_or(*bytes, |m| m.len()))
+                } else {
+                    StoreError::Read { path: path.clone(), offset, wanted_bytes, cause }
+                }
+            }),
+        }
+    }
+
+    /// Reads a whole extent into memory of its own.
+    ///
+    /// # Errors
+    /// As [`Source::read_exact_at`].
+    pub fn read(&self, extent: Extent) -> Result<AlignedBytes, StoreError> {
+        let mut memory = AlignedBytes::zeroed(extent.bytes as usize);
+        self.read_exact_at(extent.file, extent.offset, memory.as_mut_slice())?;
+        Ok(memory)
+    }
+}
+
+#[cfg(unix)]
+fn positional_read(file: &File, buf: &mut [u8], offset: u64) -> std::io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, buf, offset)
+}
+
+#[cfg(windows)]
+fn positional_read(file: &File, mut buf: &mut [u8], mut offset: u64) -> std::io::Result<()> {
+    use std::os::windows::fs::FileExt;
+    while !buf.is_empty() {
+        match file.seek_read(buf, offset)? {
+            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            n => {
+                buf = &mut buf[n..];
+                offset += n as u64;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers(len: usize) -> Vec<u8> {
+        (0..len).map(|i| (i * 31 % 251) as u8).collect()
+    }
+
+    #[test]
+    fn files_and_images_give_the_same_bytes() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("weights");
+        let bytes = numbers(10_000);
+        std::fs::write(&path, &bytes).unwrap();
+        let file = Source::open([&path]).unwrap();
+        let image = Source::from_image("built in", Vec::leak(bytes.clone()));
+        for source in [&file, &image] {
+            let got = source.read(Extent { file: 0, offset: 1234, bytes: 5000 }).unwrap();
+            assert_eq!(&got[..], &bytes[1234..6234]);
+        }
+    }
+
+    #[test]
+    fn a_short_file_is_an_error_that_names_what_was_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("weights");
+        std::fs::write(&path, numbers(100)).unwrap();
+        let extent = Extent { file: 0, offset: 90, bytes: 20 };
+        for source in [Source::open([&path]).unwrap(), Source::from_image("built in", Vec::leak(numbers(100)))] {
+            match source.read(extent) {
+                Err(StoreError::Short { offset: 90, wanted_bytes: 20, found_bytes: 100, .. }) => {}
+                other => panic!("expected a short read, got {:?}", other.map(|m| m.len())),
+            }
+        }
+    }
+
+    #[test]
+    fn a_missing_file_is_named() {
+        let error = Source::open(["/no/such/file"]).err().unwrap().to_string();
+        assert!(error.contains("/no/such/file"), "{error}");
+    }
+}
