@@ -1,0 +1,68 @@
+//! Speeds of the kernels on one core: `cargo run --release -p infall-quant --example speed`.
+
+use gguf::TensorType;
+use quant::exact;
+use std::hint::black_box;
+use std::time::Instant;
+
+/// Runs `f` for about a fifth of a second, three times, and prints the best rate of `items` per call.
+fn rate(name: &str, items: usize, mut f: impl FnMut()) {
+    let mut best = 0f64;
+    for _ in 0..3 {
+        let start = Instant::now();
+        let mut calls = 0;
+        while start.elapsed().as_millis() < 200 {
+            f();
+            calls += 1;
+        }
+        best = best.max((calls * items) as f64 / start.elapsed().as_secs_f64());
+    }
+    println!("{name:40} {:8.2} G/s", best / 1e9);
+}
+
+fn values(n: usize) -> Vec<f32> {
+    (0..n).map(|i| (i as f32 * 0.7).sin()).collect()
+}
+
+fn main() {
+    const COLS: usize = 4096;
+    println!("level {:?}; rates in elements (dots: multiply-adds)", quant::simd::level());
+    let (w, x) = (values(COLS), values(COLS));
+    rate("dot f32 4096", COLS, || {
+        black_box(exact::dot(black_box(&w), black_box(&x)));
+    });
+    let types = [
+        TensorType::F32,
+        TensorType::F16,
+        TensorType::Bf16,
+        TensorType::Q8_0,
+        TensorType::Q2K,
+        TensorType::Q3K,
+        TensorType::Q4K,
+        TensorType::Q5K,
+        TensorType::Q6K,
+        TensorType::Iq2Xxs,
+        TensorType::Mxfp4,
+    ];
+    for ty in types {
+        const ROWS: usize = 64;
+        const BATCH: usize = 64;
+        // Bytes below 0x3c keep every half-precision scale small and finite.
+        let weights: Vec<u8> = (0..ROWS * quant::row_bytes(ty, COLS)).map(|i| (i * 37 % 60) as u8).collect();
+        let mut out = vec![0.0; ROWS * BATCH];
+        let mut decoded = vec![0.0; COLS];
+        let row = &weights[..quant::row_bytes(ty, COLS)];
+        rate(&format!("{ty} dequantize"), COLS, || quant::dequantize(ty, black_box(row), &mut decoded));
+        rate(&format!("{ty} dot_row"), COLS, || {
+            black_box(exact::dot_row(ty, black_box(row), &x));
+        });
+        rate(&format!("{ty} matvec 64 rows"), ROWS * COLS, || {
+            exact::matvec(ty, black_box(&weights), &x, &mut out[..ROWS]);
+        });
+        let batch = values(BATCH * COLS);
+        let mut scratch = Vec::new();
+        rate(&format!("{ty} matmul 64 rows × 64"), ROWS * COLS * BATCH, || {
+            exact::matmul(ty, black_box(&weights), COLS, &batch, &mut out, &mut scratch);
+        });
+    }
+}

@@ -1,0 +1,247 @@
+//! From blocks to f32, bit for bit as ggml and PyPI `gguf` do it: plain products and differences in a stated
+//! order, no fused operations.
+
+use crate::blocks::*;
+use crate::iq2_grid::{GRID_F32, SIGNS_F32};
+use crate::simd::{Simd, kernel};
+use bytemuck::Pod;
+use gguf::TensorType;
+
+/// A weight format: a block of bytes that stands for `ELEMENTS` values.
+pub(crate) trait Format: Pod {
+    /// Values in a block.
+    const ELEMENTS: usize;
+    /// Writes the block's values to `out`, which holds `ELEMENTS`.
+    fn decode(&self, out: &mut [f32]);
+}
+
+/// Whether [`dequantize`] and the dots know this type.
+pub fn is_supported(ty: TensorType) -> bool {
+    use TensorType::*;
+    matches!(ty, F32 | F16 | Bf16 | Q8_0 | Q2K | Q3K | Q4K | Q5K | Q6K | Iq2Xxs | Mxfp4)
+}
+
+/// Bytes of a row of `cols` values. Panics if the type is not [supported](is_supported) or `cols` is not a whole
+/// number of blocks.
+pub fn row_bytes(ty: TensorType, cols: usize) -> usize {
+    assert!(is_supported(ty), "{ty} is not a type this crate computes with");
+    let block = ty.block().expect("supported types have a block size");
+    let elements = block.elements as usize;
+    assert!(cols.is_multiple_of(elements), "a {ty} row has blocks of {elements} values, found {cols} values");
+    cols / elements * block.bytes as usize
+}
+
+kernel! {
+    /// The values of whole blocks. Bit-equal to PyPI `gguf`'s `dequantize`.
+    ///
+    /// Panics if `src` is not exactly the bytes of `dst.len()` values of `ty`, or `ty` is not
+    /// [supported](is_supported).
+    pub fn dequantize, dequantize_at(ty: TensorType, src: &[u8], dst: &mut [f32]) = dequantize_body
+}
+
+/// Calls `$body::<Block>($args)` with the block type of `$ty`, which must be supported.
+macro_rules! for_format {
+    ($ty:expr, $body:ident($($arg:expr),*)) => {
+        match $ty {
+            TensorType::F32 => $body::<_, crate::blocks::F32>($($arg),*),
+            TensorType::F16 => $body::<_, crate::blocks::F16>($($arg),*),
+            TensorType::Bf16 => $body::<_, crate::blocks::Bf16>($($arg),*),
+            TensorType::Q8_0 => $body::<_, crate::blocks::Q8_0>($($arg),*),
+            TensorType::Q2K => $body::<_, crate::blocks::Q2K>($($arg),*),
+            TensorType::Q3K => $body::<_, crate::blocks::Q3K>($($arg),*),
+            TensorType::Q4K => $body::<_, crate::blocks::Q4K>($($arg),*),
+            TensorType::Q5K => $body::<_, crate::blocks::Q5K>($($arg),*),
+            TensorType::Q6K => $body::<_, crate::blocks::Q6K>($($arg),*),
+            TensorType::Iq2Xxs => $body::<_, crate::blocks::Iq2Xxs>($($arg),*),
+            TensorType::Mxfp4 => $body::<_, crate::blocks::Mxfp4>($($arg),*),
+            other => panic!("{other} is not a type this crate computes with"),
+        }
+    };
+}
+pub(crate) use for_format;
+
+#[inline(always)]
+fn dequantize_body<S: Simd>(simd: S, ty: TensorType, src: &[u8], dst: &mut [f32]) {
+    let expected = row_bytes(ty, dst.len());
+    assert!(src.len() == expected, "{} values of {ty} take {expected} bytes, found {}", dst.len(), src.len());
+    for_format!(ty, decode_row(simd, src, dst))
+}
+
+#[inline(always)]
+fn decode_row<S: Simd, F: Format>(_simd: S, src: &[u8], dst: &mut [f32]) {
+    decode_blocks(bytemuck::cast_slice::<u8, F>(src), dst);
+}
+
+/// Decodes consecutive blocks into `dst`.
+#[inline(always)]
+pub(crate) fn decode_blocks<F: Format>(blocks: &[F], dst: &mut [f32]) {
+    for (block, out) in blocks.iter().zip(dst.chunks_exact_mut(F::ELEMENTS)) {
+        block.decode(out);
+    }
+}
+
+impl Format for F32 {
+    const ELEMENTS: usize = Self::ELEMENTS;
+    #[inline(always)]
+    fn decode(&self, out: &mut [f32]) {
+        out[0] = f32::from_le_bytes(self.value);
+    }
+}
+
+impl Format for F16 {
+    const ELEMENTS: usize = Self::ELEMENTS;
+    #[inline(always)]
+    fn decode(&self, out: &mut [f32]) {
+        out[0] = self.value.to_f32();
+    }
+}
+
+impl Format for Bf16 {
+    const ELEMENTS: usize = Self::ELEMENTS;
+    #[inline(always)]
+    fn decode(&self, out: &mut [f32]) {
+        out[0] = f32::from_bits(u32::from(u16::from_le_bytes(self.value)) << 16);
+    }
+}
+
+impl Format for Q8_0 {
+    const ELEMENTS: usize = Self::ELEMENTS;
+    #[inline(always)]
+    fn decode(&self, out: &mut [f32]) {
+        let d = self.d.to_f32();
+        for (x, &q) in out.iter_mut().zip(&self.q) {
+            *x = f32::from(q) * d;
+        }
+    }
+}
+
+impl Format for Q2K {
+    const ELEMENTS: usize = Self::ELEMENTS;
+    #[inline(always)]
+    fn decode(&self, out: &mut [f32]) {
+        let (d, dmin) = (self.d.to_f32(), self.dmin.to_f32());
+        for (j, x) in out.chunks_exact_mut(16).enumerate() {
+            let scale = d * f32::from(self.scales[j] & 15);
+            let minimum = dmin * f32::from(self.scales[j] >> 4);
+            let (half, group, part) = (j / 8, j % 8 / 2, j % 2);
+            let bytes = &self.q[32 * half + 16 * part..][..16];
+            for (x, &byte) in x.iter_mut().zip(bytes) {
+                *x = scale * f32::from(byte >> (2 * group) & 3) - minimum;
+            }
+        }
+    }
+}
+
+impl Format for Q3K {
+    const ELEMENTS: usize = Self::ELEMENTS;
+    #[inline(always)]
+    fn decode(&self, out: &mut [f32]) {
+        let d = self.d.to_f32();
+        let scales = q3_scales(&self.scales);
+        for (j, x) in out.chunks_exact_mut(16).enumerate() {
+            let scale = d * f32::from(scales[j]);
+            let (half, group, part) = (j / 8, j % 8 / 2, j % 2);
+            let low = &self.q[32 * half + 16 * part..][..16];
+            let high = &self.high[16 * part..][..16];
+            for ((x, &low), &high) in x.iter_mut().zip(low).zip(high) {
+                let q = (low >> (2 * group) & 3) | (high >> (4 * half + group) & 1) << 2;
+                *x = scale * f32::from(q as i8 - 4);
+            }
+        }
+    }
+}
+
+impl Format for Q4K {
+    const ELEMENTS: usize = Self::ELEMENTS;
+    #[inline(always)]
+    fn decode(&self, out: &mut [f32]) {
+        let (d, dmin) = (self.d.to_f32(), self.dmin.to_f32());
+        let (scales, minimums) = scales_and_minimums(&self.scales);
+        for (j, x) in out.chunks_exact_mut(32).enumerate() {
+            let scale = d * f32::from(scales[j]);
+            let minimum = dmin * f32::from(minimums[j]);
+            for (x, &byte) in x.iter_mut().zip(&self.q[32 * (j / 2)..][..32]) {
+                *x = scale * f32::from(byte >> (4 * (j % 2)) & 15) - minimum;
+            }
+        }
+    }
+}
+
+impl Format for Q5K {
+    const ELEMENTS: usize = Self::ELEMENTS;
+    #[inline(always)]
+    fn decode(&self, out: &mut [f32]) {
+        let (d, dmin) = (self.d.to_f32(), self.dmin.to_f32());
+        let (scales, minimums) = scales_and_minimums(&self.scales);
+        for (j, x) in out.chunks_exact_mut(32).enumerate() {
+            let scale = d * f32::from(scales[j]);
+            let minimum = dmin * f32::from(minimums[j]);
+            let low = &self.q[32 * (j / 2)..][..32];
+            for ((x, &low), &high) in x.iter_mut().zip(low).zip(&self.high) {
+                let q = (low >> (4 * (j % 2)) & 15) | (high >> j & 1) << 4;
+                *x = scale * f32::from(q) - minimum;
+            }
+        }
+    }
+}
+
+impl Format for Q6K {
+    const ELEMENTS: usize = Self::ELEMENTS;
+    #[inline(always)]
+    fn decode(&self, out: &mut [f32]) {
+        let d = self.d.to_f32();
+        for (j, x) in out.chunks_exact_mut(16).enumerate() {
+            let scale = d * f32::from(self.scales[j]);
+            let (half, group, part) = (j / 8, j % 8 / 2, j % 2);
+            let low = &self.low[64 * half + 32 * (group % 2) + 16 * part..][..16];
+            let high = &self.high[32 * half + 16 * part..][..16];
+            for ((x, &low), &high) in x.iter_mut().zip(low).zip(high) {
+                let q = (low >> (4 * (group / 2)) & 15) | (high >> (2 * group) & 3) << 4;
+                *x = scale * f32::from(q as i8 - 32);
+            }
+        }
+    }
+}
+
+impl Format for Iq2Xxs {
+    const ELEMENTS: usize = Self::ELEMENTS;
+    #[inline(always)]
+    fn decode(&self, out: &mut [f32]) {
+        let d = self.d.to_f32();
+        for (group, out) in self.groups.iter().zip(out.chunks_exact_mut(32)) {
+            let [indices @ .., s0, s1, s2, s3] = *group;
+            let word = u32::from_le_bytes([s0, s1, s2, s3]);
+            let scale = d * (0.5 + (word >> 28) as f32) * 0.25;
+            for (l, x) in out.chunks_exact_mut(8).enumerate() {
+                let grid = &GRID_F32[usize::from(indices[l])];
+                let signs = &SIGNS_F32[(word >> (7 * l) & 127) as usize];
+                for ((x, grid), sign) in x.iter_mut().zip(grid).zip(signs) {
+                    *x = scale * grid * sign;
+                }
+            }
+        }
+    }
+}
+
+/// E2M1 values times two.
+pub(crate) const MXFP4_VALUES: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+
+/// 2^(e − 128): the scale of doubled E2M1 values.
+#[inline(always)]
+pub(crate) fn mxfp4_scale(e: u8) -> f32 {
+    // Below e = 2 the result is subnormal: 2^-128 has bit 21 set, 2^-127 bit 22.
+    f32::from_bits(if e < 2 { 0x0020_0000 << e } else { (u32::from(e) - 1) << 23 })
+}
+
+impl Format for Mxfp4 {
+    const ELEMENTS: usize = Self::ELEMENTS;
+    #[inline(always)]
+    fn decode(&self, out: &mut [f32]) {
+        let d = mxfp4_scale(self.e);
+        let (low, high) = out.split_at_mut(16);
+        for ((low, high), &byte) in low.iter_mut().zip(high).zip(&self.q) {
+            *low = d * f32::from(MXFP4_VALUES[usize::from(byte & 15)]);
+            *high = d * f32::from(MXFP4_VALUES[usize::from(byte >> 4)]);
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! The canonical f32 arithmetic of `Exact`: one dot product with one order of operations, whatever the
+//! instruction set, the number of rows or the format of the weights.
+//!
+//! Sixteen f32 lanes start at zero; element i is added to lane i mod 16 in ascending i by one fused multiply-add,
+//! `lane = fma(w[i], x[i], lane)`; then the lanes are added in a fixed tree, `l[i] += l[i + 8]` (i < 8), then 4,
+//! 2, 1. Every function here that returns dots returns exactly those bits, so a batch equals its rows one by one.
+
+use crate::decode::{Format, decode_blocks, dequantize_at, for_format, row_bytes};
+use crate::simd::{Level, Simd, kernel, level};
+use gguf::TensorType;
+
+kernel! {
+    /// The canonical dot product of two vectors of one length.
+    pub fn dot, dot_at(w: &[f32], x: &[f32]) -> f32 = dot_body
+}
+kernel! {
+    /// The sum of a vector, over the lanes and the tree of [`dot`] with plain additions.
+    pub fn sum, sum_at(x: &[f32]) -> f32 = sum_body
+}
+kernel! {
+    /// `acc[i] = fma(a, v[i], acc[i])`.
+    pub fn axpy, axpy_at(a: f32, v: &[f32], acc: &mut [f32]) = axpy_body
+}
+kernel! {
+    /// [`dot`] of a dequantised row and `x`, without writing the row to memory.
+    ///
+    /// Panics if `row` is not exactly the bytes of `x.len()` values of `ty`.
+    pub fn dot_row, dot_row_at(ty: TensorType, row: &[u8], x: &[f32]) -> f32 = dot_row_body
+}
+kernel! {
+    /// The dots of one vector with n consecutive rows: `out[i] = dot_row(ty, row i, x)`.
+    ///
+    /// Panics if `rows` is not exactly the bytes of `out.len()` rows of `x.len()` values of `ty`.
+    pub fn matvec, matvec_at(ty: TensorType, rows: &[u8], x: &[f32], out: &mut [f32]) = matvec_body
+}
+kernel! {
+    /// The dots of n f32 rows with R vectors: `out[i * R + r] = dot(w row i, x row r)`, all rows `cols` long.
+    ///
+    /// Panics if the lengths do not agree.
+    pub fn matmul_f32, matmul_f32_at(w: &[f32], cols: usize, x: &[f32], out: &mut [f32]) = matmul_f32_body
+}
+
+/// The dots of n weight rows with R vectors: `out[i * R + r] = dot_row(ty, row i, x row r)`, all rows `cols` long.
+///
+/// `out` is laid out [n][R], so that threads can share it by disjoint ranges of weight rows; with one vector it
+/// is the result itself. `scratch` holds a few dequantised rows and is reused between calls.
+///
+/// Panics if `weights` is not whole rows of `cols` values of `ty`, or `x` or `out` do not have n and R rows.
+pub fn matmul(ty: TensorType, weights: &[u8], cols: usize, x: &[f32], out: &mut [f32], scratch: &mut Vec<f32>) {
+    matmul_at(level(), ty, weights, cols, x, out, scratch);
+}
+
+/// [`matmul`] at a chosen level. Panics where the machine does not have it.
+pub fn matmul_at(
+    level: Level,
+    ty: TensorType,
+    weights: &[u8],
+    cols: usize,
+    x: &[f32],
+    out: &mut [f32],
+    scratch: &mut Vec<f32>,
+) {
+    if x.len() == cols {
+        return matvec_at(level, ty, weights, x, out);
+    }
+    let row_bytes = row_bytes(ty, cols);
+    let rows = weights.len() / row_bytes;
+    let batch = x.len() / cols;
+    assert!(weights.len() == rows * row_bytes, "{} bytes are not whole rows of {row_bytes}", weights.len());
+    assert!(out.len() == rows * batch, "{rows} × {batch} dots, found room for {}", out.len());
+    scratch.resize(TILE_ROWS * cols, 0.0);
+    for (weights, out) in weights.chunks(TILE_ROWS * row_bytes).zip(out.chunks_mut(TILE_ROWS * batch)) {
+        let tile = &mut scratch[..weights.len() / row_bytes * cols];
+        dequantize_at(level, ty, weights, tile);
+        matmul_f32_at(level, tile, cols, x, out);
+    }
+}
+
+/// Weight rows that [`matmul`] dequantises at a time: enough to use a block of vectors while it is in the L1 cache.
+const TILE_ROWS: usize = 16;
+
+/// Elements that the fused dots decode at a time: one super-block.
+const CHUNK: usize = 256;
+
+/// Adds `w[i] · x[i]` to the lanes. Only the last call on the same lanes may have a length not a multiple of 16.
+#[inline(always)]
+fn accumulate<S: Simd>(simd: S, mut acc: S::V, w: &[f32], x: &[f32]) -> S::V {
+    let (w, w_tail) = w.as_chunks::<16>();
+    let (x, x_tail) = x.as_chunks::<16>();
+    for (w, x) in w.iter().zip(x) {
+        acc = simd.fma(simd.load(w), simd.load(x), acc);
+    }
+    accumulate_tail(simd, acc, w_tail, x_tail)
+}
+
+/// Adds the last, incomplete sixteen.
+#[inline(always)]
+fn accumulate_tail<S: Simd>(simd: S, acc: S::V, w: &[f32], x: &[f32]) -> S::V {
+    if w.is_empty() {
+        return acc;
+    }
+    let mut lanes = simd.to_array(acc);
+    for ((lane, w), x) in lanes.iter_mut().zip(w).zip(x) {
+        *lane = w.mul_add(*x, *lane);
+    }
+    simd.load(&lanes)
+}
+
+#[inline(always)]
+fn dot_body<S: Simd>(simd: S, w: &[f32], x: &[f32]) -> f32 {
+    assert!(w.len() == x.len(), "a dot of {} and {} values", w.len(), x.len());
+    simd.reduce(accumulate(simd, simd.splat(0.0), w, x))
+}
+
+#[inline(always)]
+fn sum_body<S: Simd>(simd: S, x: &[f32]) -> f32 {
+    let (chunks, tail) = x.as_chunks::<16>();
+    let mut acc = simd.splat(0.0);
+    for chunk in chunks {
+        acc = simd.add(acc, simd.load(chunk));
+    }
+    let mut lanes = simd.to_array(acc);
+    for (lane, x) in lanes.iter_mut().zip(tail) {
+        *lane += x;
+    }
+    simd.reduce(simd.load(&lanes))
+}
+
+#[inline(always)]
+fn axpy_body<S: Simd>(_simd: S, a: f32, v: &[f32], acc: &mut [f32]) {
+    assert!(v.len() == acc.len(), "axpy of {} onto {} values", v.len(), acc.len());
+    for (acc, v) in acc.iter_mut().zip(v) {
+        *acc = a.mul_add(*v, *acc);
+    }
+}
+
+#[inline(always)]
+fn dot_row_body<S: Simd>(simd: S, ty: TensorType, row: &[u8], x: &[f32]) -> f32 {
+    let mut out = [0.0];
+    matvec_body(simd, ty, row, x, &mut out);
+    out[0]
+}
+
+#[inline(always)]
+fn matvec_body<S: Simd>(simd: S, ty: TensorType, rows: &[u8], x: &[f32], out: &mut [f32]) {
+    let row_bytes = row_bytes(ty, x.len());
+    let expected = row_bytes * out.len();
+    assert!(rows.len() == expected, "{} rows of {ty} take {expected} bytes, found {}", out.len(), rows.len());
+    for_format!(ty, matvec_format(simd, rows, x, out))
+}
+
+#[inline(always)]
+fn matvec_format<S: Simd, F: Format>(simd: S, rows: &[u8], x: &[f32], out: &mut [f32]) {
+    let rows = bytemuck::cast_slice::<u8, F>(rows);
+    let blocks_per_row = x.len() / F::ELEMENTS;
+    let mut buffer = [0.0; CHUNK];
+    for (i, out) in out.iter_mut().enumerate() {
+        let row = &rows[i * blocks_per_row..][..blocks_per_row];
+        let mut acc = simd.splat(0.0);
+        for (blocks, x) in row.chunks(CHUNK / F::ELEMENTS).zip(x.chunks(CHUNK)) {
+            decode_blocks(blocks, &mut buffer);
+            acc = accumulate(simd, acc, &buffer[..x.len()], x);
+        }
+        *out = simd.reduce(acc);
+    }
+}
+
+#[inline(always)]
+fn matmul_f32_body<S: Simd>(simd: S, w: &[f32], cols: usize, x: &[f32], out: &mut [f32]) {
+    if cols == 0 {
+        return out.fill(0.0);
+    }
+    let (rows, batch) = (w.len() / cols, x.len() / cols);
+    assert!(w.len() == rows * cols && x.len() == batch * cols, "{} and {} values in rows of {cols}", w.len(), x.len());
+    assert!(out.len() == rows * batch, "{rows} × {batch} dots, found room for {}", out.len());
+    // Tiles of 2 × 3 dots: 12 registers of lanes, 3 of operands, which is all that AVX2 has.
+    for r in (0..batch).step_by(3) {
+        let x = &x[r * cols..];
+        for n in (0..rows).step_by(2) {
+            let w = &w[n * cols..];
+            let out = &mut out[n * batch + r..];
+            match (rows - n, batch - r) {
+                (1, 1) => tile::<S, 1, 1>(simd, w, x, cols, out, batch),
+                (1, 2) => tile::<S, 1, 2>(simd, w, x, cols, out, batch),
+                (1, _) => tile::<S, 1, 3>(simd, w, x, cols, out, batch),
+                (_, 1) => tile::<S, 2, 1>(simd, w, x, cols, out, batch),
+                (_, 2) => tile::<S, 2, 2>(simd, w, x, cols, out, batch),
+                (_, _) => tile::<S, 2, 3>(simd, w, x, cols, out, batch),
+            }
+        }
+    }
+}
+
+/// `out[n * stride + r]` = canonical dot of row n of `w` and row r of `x`, for N × R rows of `cols` values.
+#[inline(always)]
+fn tile<S: Simd, const N: usize, const R: usize>(
+    simd: S,
+    w: &[f32],
+    x: &[f32],
+    cols: usize,
+    out: &mut [f32],
+    stride: usize,
+) {
+    let w: [(&[[f32; 16]], &[f32]); N] = std::array::from_fn(|n| w[n * cols..][..cols].as_chunks());
+    let x: [(&[[f32; 16]], &[f32]); R] = std::array::from_fn(|r| x[r * cols..][..cols].as_chunks());
+    let chunks = cols / 16;
+    let mut acc = [[simd.splat(0.0); R]; N];
+    for i in 0..chunks {
+        let w: [S::V; N] = std::array::from_fn(|n| simd.load(&w[n].0[i]));
+        for r in 0..R {
+            let x = simd.load(&x[r].0[i]);
+            for n in 0..N {
+                acc[n][r] = simd.fma(w[n], x, acc[n][r]);
+            }
+        }
+    }
+    for n in 0..N {
+        for r in 0..R {
+            out[n * stride + r] = simd.reduce(accumulate_tail(simd, acc[n][r], w[n].1, x[r].1));
+        }
+    }
+}

@@ -1,0 +1,66 @@
+"""Makes the fixtures of crates/quant/tests: what other implementations say about the block formats.
+
+    pip install numpy gguf
+    python tools/make_quant_fixtures.py dequantize
+
+writes crates/quant/tests/fixtures/dequantize.bin from PyPI `gguf`: random blocks of every type and their values.
+A fixture is a sequence of records, each three u32 (a, b, c), then b bytes, then c f32, all little endian;
+here a = ggml type id, the bytes are blocks and the floats their values.
+"""
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+
+OUT = Path(__file__).resolve().parent.parent / "crates/quant/tests/fixtures"
+
+
+def record(a, data, values):
+    data = np.ascontiguousarray(data).tobytes()
+    values = np.ascontiguousarray(values, np.float32).tobytes()
+    return struct.pack("<3I", a, len(data), len(values) // 4) + data + values
+
+
+def random_blocks(rng, qtype, n):
+    """n blocks of random bits, with finite scales; small code spaces are covered whole."""
+    from gguf import GGML_QUANT_SIZES
+
+    name, size = qtype.name, GGML_QUANT_SIZES[qtype][1]
+    blocks = rng.integers(0, 256, (n, size), dtype=np.uint8)
+    halves = dict(F16=[0], Q8_0=[0], Q2_K=[80, 82], Q3_K=[108], Q4_K=[0, 2], Q5_K=[0, 2], Q6_K=[208], IQ2_XXS=[0])
+    for offset in halves.get(name, []):
+        d = blocks[:, offset : offset + 2].copy().view("<u2")
+        d[(d & 0x7C00) == 0x7C00] &= 0xBFFF                       # no infinities, no NaN
+        blocks[:, offset : offset + 2] = d.view(np.uint8)
+    if name == "IQ2_XXS":                                         # every code-book point and sign pattern occurs
+        words = blocks[:, 2:].reshape(n, 8, 8)
+        words[..., :4] = np.arange(n * 32).reshape(n, 8, 4) % 256
+        patterns = (np.arange(n * 32).reshape(n, 8, 4) % 128).astype(np.uint32)
+        packed = (patterns << np.array([0, 7, 14, 21], np.uint32)).sum(-1).astype("<u4")
+        packed |= rng.integers(0, 16, (n, 8), dtype=np.uint32) << 28
+        words[..., 4:] = packed[..., None].view(np.uint8)
+    if name == "MXFP4":
+        blocks[:, 0] = np.arange(n) % 256
+    return blocks
+
+
+def dequantize():
+    from gguf import GGMLQuantizationType as T
+    from gguf.quants import dequantize as gguf_dequantize
+
+    rng = np.random.default_rng(1)
+    counts = dict(F32=64, F16=4096, BF16=1024, Q8_0=64, MXFP4=256)
+    out = b""
+    for t in [T.F32, T.F16, T.BF16, T.Q8_0, T.Q2_K, T.Q3_K, T.Q4_K, T.Q5_K, T.Q6_K, T.IQ2_XXS, T.MXFP4]:
+        blocks = random_blocks(rng, t, counts.get(t.name, 16))
+        if t in (T.F32, T.BF16):
+            blocks[:, -1] &= 0xBF                                 # no infinities, no NaN
+        with np.errstate(over="ignore"):
+            out += record(int(t), blocks, gguf_dequantize(blocks, t))
+    (OUT / "dequantize.bin").write_bytes(out)
+
+
+if __name__ == "__main__":
+    OUT.mkdir(parents=True, exist_ok=True)
+    {"dequantize": dequantize}[sys.argv[1]]()
