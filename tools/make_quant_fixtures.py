@@ -1,11 +1,12 @@
 """Makes the fixtures of crates/quant/tests: what other implementations say about the block formats.
 
     pip install numpy gguf
-    python tools/make_quant_fixtures.py dequantize
+    python tools/make_quant_fixtures.py dequantize    # PyPI `gguf`: random blocks of every type and their values
+    python tools/make_quant_fixtures.py kv            # tools/oracle/ref_model.py: rows and their FP8 / FP4 round trips
 
-writes crates/quant/tests/fixtures/dequantize.bin from PyPI `gguf`: random blocks of every type and their values.
-A fixture is a sequence of records, each three u32 (a, b, c), then b bytes, then c f32, all little endian;
-here a = ggml type id, the bytes are blocks and the floats their values.
+A fixture (crates/quant/tests/fixtures/*.bin) is a sequence of records, each three u32 (tag, b, c), then b bytes,
+then c f32, all little endian. dequantize: tag = ggml type id, bytes = blocks, floats = values. kv: tag = 8 or 4
+(bits), bytes = f32 inputs, floats = outputs.
 """
 import struct
 import sys
@@ -61,6 +62,24 @@ def dequantize():
     (OUT / "dequantize.bin").write_bytes(out)
 
 
+def kv():
+    sys.path.insert(0, str(OUT.parents[3] / "tools/oracle"))
+    from ref_model import fp8_sim, indexer_sim
+
+    rng = np.random.default_rng(2)
+
+    def rows(n, width):
+        size = 10.0 ** rng.uniform(-7, 4, (n, 1))
+        return (rng.standard_t(3, (n, width)) * size).astype(np.float32)
+
+    rope = 64                                                     # fp8_sim leaves the last `rope` columns alone
+    x8 = rows(24, 448 + rope)
+    x4 = rows(64, 128)
+    y8 = fp8_sim(x8.astype(np.float64), rope)[:, :-rope]
+    y4 = indexer_sim(x4.astype(np.float64))
+    (OUT / "kv.bin").write_bytes(record(8, x8[:, :-rope], y8) + record(4, x4, y4))
+
+
 if __name__ == "__main__":
     OUT.mkdir(parents=True, exist_ok=True)
-    {"dequantize": dequantize}[sys.argv[1]]()
+    {"dequantize": dequantize, "kv": kv}[sys.argv[1]]()

@@ -4,12 +4,16 @@
 //! - [`blocks`]: what the bytes of each format are.
 //! - [`dequantize`]: blocks to f32.
 //! - [`exact`]: the canonical f32 dot and everything built on it.
+//! - [`math`]: deterministic `exp`, `sigmoid`, `silu`, `softplus`.
+//! - [`kv`]: FP8, FP4 and bfloat16 of stored state, and the rotation in front of FP4.
 //! - [`simd`]: instruction sets. Every kernel has the same bits on each of them.
 
 pub mod blocks;
 mod decode;
 pub mod exact;
 mod iq2_grid;
+pub mod kv;
+pub mod math;
 pub mod simd;
 
 pub use decode::{dequantize, dequantize_at, is_supported, row_bytes};
