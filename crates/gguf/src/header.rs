@@ -311,7 +311,7 @@ impl DataSection<'_> {
             let range = self.place_one(tensor).map_err(|error| error.in_file(self.file).at(info_offset))?;
             ranges.push((range, tensor.name.as_str(), info_offset));
         }
-        ranges.sort_unstable_by_key(|(range, _, _)| range.start);
+        ranges.sort_by_key(|(range, _, _)| range.start);
         for pair in ranges.windows(2) {
             let [(first, first_name, _), (second, second_name, info_offset)] = pair else { unreachable!() };
             if second.start < first.end {
