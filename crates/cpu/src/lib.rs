@@ -1,1 +1,18 @@
-//! Placeholder.
+//! The CPU backend: every stage of the model in `Exact` arithmetic.
+//!
+//! Exact means f32 activations times dequantised weights, summed by `quant::exact`'s one canonical order. No result
+//! depends on the number of threads, on how rows are cut into passes, on other rows in the pass, or on the instruction
+//! set; so this backend is also what every other implementation of a stage is compared with.
+
+mod attention;
+mod backend;
+mod experts;
+mod hyper;
+mod parallel;
+mod pass;
+mod weights;
+
+pub use backend::{CpuBackend, Options};
+pub use experts::Selection;
+pub use pass::Pass;
+pub use quant::simd::Level;

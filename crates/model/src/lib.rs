@@ -1,1 +1,28 @@
-//! Placeholder.
+//! DeepSeek V4: what a model file means, and how its logits are computed.
+//!
+//! [`Model`] is a file understood: dimensions ([`Config`]) and where each weight lies. [`forward()`] is the pass, in reading
+//! order, over the stages of a [`Backend`]. [`State`] is what a session has seen, in the one format that every backend
+//! shares.
+//!
+//! This crate knows no SIMD, no GPU and no files.
+
+pub mod backend;
+mod batch;
+mod config;
+mod error;
+pub mod forward;
+pub mod kv;
+pub mod rope;
+mod snapshot;
+pub mod state;
+pub mod tensors;
+
+pub use backend::{Activation, Backend, Cancel, Half, Stage};
+pub use batch::{Batch, Row, Run};
+pub use config::{Config, Yarn};
+pub use error::Error;
+pub use forward::{NoObserver, Observer, forward};
+pub use kv::{Arithmetic, KvLayout};
+pub use snapshot::SnapshotError;
+pub use state::State;
+pub use tensors::{Model, TensorRef};

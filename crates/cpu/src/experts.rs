@@ -1,0 +1,146 @@
+//! The mixture-of-experts half of a layer (docs/spec/model.md §2.7).
+
+use gguf::TensorType;
+use model::tensors::Routing;
+use model::{Cancel, Error};
+use quant::math;
+use store::HostLeases;
+
+use crate::backend::CpuBackend;
+use crate::pass::Pass;
+use crate::weights::Matrix;
+
+/// Experts that the rows of a pass chose, each with the rows that chose it.
+pub struct Selection {
+    experts: Vec<u32>,
+    uses: Vec<Vec<Use>>,
+}
+
+/// One row's use of an expert.
+#[derive(Clone, Copy)]
+struct Use {
+    row: usize,
+    rank: usize,
+}
+
+impl Selection {
+    fn new(experts: &[u32], used: usize, count: usize) -> Selection {
+        let mut uses = vec![Vec::new(); count];
+        for (i, &expert) in experts.iter().enumerate() {
+            uses[expert as usize].push(Use { row: i / used, rank: i % used });
+        }
+        let chosen = (0..count as u32).filter(|&expert| !uses[expert as usize].is_empty()).collect();
+        Selection { experts: chosen, uses }
+    }
+
+    /// The experts, each once, ascending.
+    pub(crate) fn experts(&self) -> &[u32] {
+        &self.experts
+    }
+}
+
+impl CpuBackend {
+    pub(crate) fn stage_route(&self, layer: usize, pass: &mut Pass) -> Result<Selection, Error> {
+        let (config, w) = (&self.config, &self.weights.layers[layer].moe);
+        let used = config.experts_used;
+        let mut scores = Vec::new();
+        self.workers.matmul(w.router.matrix(), &pass.input, &mut scores);
+        scores.iter_mut().for_each(|score| *score = math::softplus(*score).sqrt());
+        let rows = scores.chunks_exact(config.experts).zip(pass.batch.rows());
+        for ((scores, row), (experts, weights)) in
+            rows.zip(pass.experts.chunks_exact_mut(used).zip(pass.expert_weights.chunks_exact_mut(used)))
+        {
+            match &w.routing {
+                Routing::Hash(table) => {
+                    let listed = table.int_row(row.token as usize);
+                    experts.iter_mut().zip(listed).for_each(|(expert, &listed)| *expert = listed as u32);
+                }
+                Routing::Bias(bias) => best_experts(scores, bias.values(), experts),
+            }
+            weigh(scores, experts, config.route_scale, weights);
+        }
+        Ok(Selection::new(&pass.experts, used, config.experts))
+    }
+
+    pub(crate) fn stage_shared_expert(&self, layer: usize, pass: &mut Pass) -> Result<(), Error> {
+        let w = &self.weights.layers[layer].moe;
+        let (mut gate, mut up) = (Vec::new(), Vec::new());
+        self.workers.matmul(w.shared_gate.matrix(), &pass.input, &mut gate);
+        self.workers.matmul(w.shared_up.matrix(), &pass.input, &mut up);
+        self.swiglu(&mut gate, &up, self.config.shared_swiglu_limits[layer], self.config.shared_width, |_| 1.0);
+        self.workers.matmul(w.shared_down.matrix(), &gate, &mut pass.output);
+        Ok(())
+    }
+
+    /// Every expert's outputs are kept apart, `[R, K, D]`, and added in rank order at the end, so that the order in
+    /// which experts arrive changes nothing.
+    pub(crate) fn stage_routed_experts(
+        &self,
+        layer: usize,
+        selection: Selection,
+        mut leases: HostLeases<'_>,
+        cancel: &Cancel,
+        pass: &mut Pass,
+    ) -> Result<(), Error> {
+        let (config, types) = (&self.config, self.expert_types[layer]);
+        let (d, used) = (config.d_model, config.experts_used);
+        let mut outputs = vec![0.0; pass.rows() * used * d];
+        while let Some(lease) = leases.next_ready() {
+            cancel.check()?;
+            let lease = lease?;
+            let uses = &selection.uses[lease.expert() as usize];
+            let output = self.expert(layer, types, [0, 1, 2].map(|part| lease.part(part)), uses, pass);
+            for (one, output) in uses.iter().zip(output.chunks_exact(d)) {
+                outputs[(one.row * used + one.rank) * d..][..d].copy_from_slice(output);
+            }
+        }
+        self.workers.rows(&mut pass.output, d, used * d, |r, output| {
+            for expert in outputs[r * used * d..][..used * d].chunks_exact(d) {
+                output.iter_mut().zip(expert).for_each(|(sum, value)| *sum += value);
+            }
+        });
+        Ok(())
+    }
+
+    /// One expert on the rows that use it, `[uses, D]`; a row's weight goes onto the activation before `down`.
+    fn expert(&self, layer: usize, types: [TensorType; 3], parts: [&[u8]; 3], uses: &[Use], pass: &Pass) -> Vec<f32> {
+        let (d, f) = (self.config.d_model, self.config.expert_width);
+        let matrix = |part: usize, rows: usize, cols: usize| Matrix { ty: types[part], rows, cols, bytes: parts[part] };
+        let input: Vec<f32> = uses.iter().flat_map(|one| &pass.input[one.row * d..][..d]).copied().collect();
+        let (mut gate, mut up, mut output) = (Vec::new(), Vec::new(), Vec::new());
+        self.workers.matmul(matrix(0, f, d), &input, &mut gate);
+        self.workers.matmul(matrix(1, f, d), &input, &mut up);
+        let weight = |i: usize| pass.expert_weights[uses[i].row * self.config.experts_used + uses[i].rank];
+        self.swiglu(&mut gate, &up, self.config.swiglu_limits[layer], f, weight);
+        self.workers.matmul(matrix(2, d, f), &gate, &mut output);
+        output
+    }
+
+    /// `silu(min(gate, limit)) · clamp(up, ±limit) · weight`, into `gate`; rows are `width` long.
+    fn swiglu(&self, gate: &mut [f32], up: &[f32], limit: f32, width: usize, weight: impl Fn(usize) -> f32 + Sync) {
+        for (row, (gate, up)) in gate.chunks_exact_mut(width).zip(up.chunks_exact(width)).enumerate() {
+            gate.iter_mut().for_each(|gate| *gate = gate.min(limit));
+            math::silu_slice_at(self.workers.level, gate);
+            let weight = weight(row);
+            gate.iter_mut().zip(up).for_each(|(gate, up)| *gate = *gate * up.clamp(-limit, limit) * weight);
+        }
+    }
+}
+
+/// The experts of the highest biased scores, best first. Of equal scores the lower number wins.
+fn best_experts(scores: &[f32], bias: &[f32], experts: &mut [u32]) {
+    let biased: Vec<f32> = scores.iter().zip(bias).map(|(score, bias)| score + bias).collect();
+    let mut order: Vec<u32> = (0..scores.len() as u32).collect();
+    order.sort_unstable_by(|&a, &b| biased[b as usize].total_cmp(&biased[a as usize]).then(a.cmp(&b)));
+    experts.copy_from_slice(&order[..experts.len()]);
+}
+
+/// Weights from the unbiased scores, normalised to `scale`.
+fn weigh(scores: &[f32], experts: &[u32], scale: f32, weights: &mut [f32]) {
+    /// The smallest normal f16, which keeps the division sane when every score is zero.
+    const TINY: f32 = 6.103_515_6e-5;
+    let sum: f32 = experts.iter().map(|&expert| scores[expert as usize]).sum();
+    for (weight, &expert) in weights.iter_mut().zip(experts) {
+        *weight = scores[expert as usize] / sum.max(TINY) * scale;
+    }
+}

@@ -1,0 +1,171 @@
+//! Embedding, hyper-connections and the output head (docs/spec/model.md §2.0–2.2, §2.9).
+
+use model::tensors::HyperConnection;
+use model::{Config, Error, Half};
+use quant::exact;
+use quant::math::sigmoid;
+use quant::simd::Level;
+
+use crate::backend::CpuBackend;
+use crate::pass::Pass;
+use crate::weights::Weight;
+
+/// `1 / sqrt(mean(x²) + eps)`.
+pub(crate) fn inverse_rms(level: Level, x: &[f32], eps: f32) -> f32 {
+    1.0 / (exact::dot_at(level, x, x) / x.len() as f32 + eps).sqrt()
+}
+
+/// `x · w / rms(x)` in place; without `w` the norm has no weight.
+pub(crate) fn rms_norm(level: Level, x: &mut [f32], w: Option<&[f32]>, eps: f32) {
+    let inverse = inverse_rms(level, x, eps);
+    match w {
+        Some(w) => x.iter_mut().zip(w).for_each(|(x, w)| *x = *x * inverse * w),
+        None => x.iter_mut().for_each(|x| *x *= inverse),
+    }
+}
+
+/// Makes `mix` doubly stochastic: rows are sources, columns destinations.
+fn sinkhorn(mix: &mut [f32], streams: usize, iterations: usize, eps: f32) {
+    let softmax = |row: &mut [f32]| {
+        let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        row.iter_mut().for_each(|value| *value = quant::math::exp(*value - max));
+        let sum: f32 = row.iter().sum();
+        row.iter_mut().for_each(|value| *value = *value / sum + eps);
+    };
+    let rows = |mix: &mut [f32]| {
+        for row in mix.chunks_exact_mut(streams) {
+            let sum = row.iter().sum::<f32>() + eps;
+            row.iter_mut().for_each(|value| *value /= sum);
+        }
+    };
+    let columns = |mix: &mut [f32]| {
+        for k in 0..streams {
+            let sum = mix.iter().skip(k).step_by(streams).sum::<f32>() + eps;
+            mix.iter_mut().skip(k).step_by(streams).for_each(|value| *value /= sum);
+        }
+    };
+    mix.chunks_exact_mut(streams).for_each(softmax);
+    columns(mix);
+    for _ in 1..iterations {
+        rows(mix);
+        columns(mix);
+    }
+}
+
+/// Weights of one row's hyper-connection, from the projection of its normalised streams.
+struct Weights {
+    pre: Vec<f32>,
+    post: Vec<f32>,
+    mix: Vec<f32>,
+}
+
+impl Weights {
+    fn new(projected: &[f32], hc: &HyperConnection<Weight>, config: &Config) -> Weights {
+        let (s, scale, base) = (config.streams, hc.scale.values(), hc.base.values());
+        let value = |i: usize, scale: f32| projected[i] * scale + base[i];
+        let pre = (0..s).map(|i| sigmoid(value(i, scale[0])) + config.hc_eps).collect();
+        let post = (s..2 * s).map(|i| 2.0 * sigmoid(value(i, scale[1]))).collect();
+        let mut mix: Vec<f32> = (2 * s..2 * s + s * s).map(|i| value(i, scale[2])).collect();
+        sinkhorn(&mut mix, s, config.sinkhorn_iterations, config.hc_eps);
+        Weights { pre, post, mix }
+    }
+}
+
+/// `Σ_s pre[s] · streams[s]`, in the order of the streams.
+fn collapse(level: Level, pre: &[f32], streams: &[f32], out: &mut [f32]) {
+    out.fill(0.0);
+    let width = out.len();
+    pre.iter().zip(streams.chunks_exact(width)).for_each(|(&pre, stream)| exact::axpy_at(level, pre, stream, out));
+}
+
+impl CpuBackend {
+    /// `function · (streams / rms)` for every row, `[R, outputs]`.
+    fn project_streams(&self, hc: &HyperConnection<Weight>, pass: &Pass) -> Vec<f32> {
+        let (level, config) = (self.workers.level, &self.config);
+        let mut projected = Vec::new();
+        self.workers.matmul(hc.function.matrix(), &pass.streams, &mut projected);
+        let outputs = hc.function.matrix().rows;
+        let rows = projected.chunks_exact_mut(outputs).zip(pass.streams.chunks_exact(config.stream_width()));
+        for (row, streams) in rows {
+            let inverse = inverse_rms(level, streams, config.rms_eps);
+            row.iter_mut().for_each(|value| *value *= inverse);
+        }
+        projected
+    }
+
+    pub(crate) fn stage_embed(&self, pass: &mut Pass) -> Result<(), Error> {
+        let (level, config) = (self.workers.level, &self.config);
+        for (row, streams) in pass.batch.rows().iter().zip(pass.streams.chunks_exact_mut(config.stream_width())) {
+            let (first, others) = streams.split_at_mut(config.d_model);
+            self.weights.embedding.row(row.token as usize, level, first);
+            others.chunks_exact_mut(config.d_model).for_each(|stream| stream.copy_from_slice(first));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn stage_hc_pre(&self, layer: usize, half: Half, pass: &mut Pass) -> Result<(), Error> {
+        let (level, config) = (self.workers.level, &self.config);
+        let (hc, norm) = self.half(layer, half);
+        let projected = self.project_streams(hc, pass);
+        let weights: Vec<Weights> =
+            projected.chunks_exact(config.hc_outputs()).map(|row| Weights::new(row, hc, config)).collect();
+        for (r, w) in weights.iter().enumerate() {
+            let s = config.streams;
+            pass.post[r * s..][..s].copy_from_slice(&w.post);
+            pass.mix[r * s * s..][..s * s].copy_from_slice(&w.mix);
+        }
+        let streams = &pass.streams;
+        self.workers.rows(&mut pass.input, config.d_model, config.stream_width(), |r, input| {
+            collapse(level, &weights[r].pre, &streams[r * config.stream_width()..][..config.stream_width()], input);
+            rms_norm(level, input, Some(norm.values()), config.rms_eps);
+        });
+        Ok(())
+    }
+
+    fn half(&self, layer: usize, half: Half) -> (&HyperConnection<Weight>, &Weight) {
+        let layer = &self.weights.layers[layer];
+        match half {
+            Half::Attention => (&layer.attention.hc, &layer.attention.norm),
+            Half::Experts => (&layer.moe.hc, &layer.moe.norm),
+        }
+    }
+
+    pub(crate) fn stage_hc_post(&self, pass: &mut Pass) -> Result<(), Error> {
+        let (s, d) = (self.config.streams, self.config.d_model);
+        let (post, mix, output) = (&pass.post, &pass.mix, &pass.output);
+        self.workers.rows(&mut pass.streams, s * d, s * s * d, |r, streams| {
+            let (post, mix, output) = (&post[r * s..], &mix[r * s * s..], &output[r * d..][..d]);
+            let old = streams.to_vec();
+            for (k, stream) in streams.chunks_exact_mut(d).enumerate() {
+                for (new, y) in stream.iter_mut().zip(output) {
+                    *new = post[k] * y;
+                }
+                for (j, source) in old.chunks_exact(d).enumerate() {
+                    exact::axpy_at(self.workers.level, mix[j * s + k], source, stream);
+                }
+            }
+        });
+        Ok(())
+    }
+
+    pub(crate) fn stage_head(&self, pass: &mut Pass) -> Result<Vec<f32>, Error> {
+        let (level, config, hc) = (self.workers.level, &self.config, &self.weights.output_hc);
+        let wanted: Vec<usize> = pass.batch.wanted().collect();
+        if wanted.is_empty() {
+            return Ok(Vec::new());
+        }
+        let projected = self.project_streams(hc, pass);
+        let (scale, base) = (hc.scale.values()[0], hc.base.values());
+        let mut hidden = vec![0.0; wanted.len() * config.d_model];
+        for (row, &r) in hidden.chunks_exact_mut(config.d_model).zip(&wanted) {
+            let projected = &projected[r * config.streams..][..config.streams];
+            let pre: Vec<f32> =
+                projected.iter().zip(base).map(|(x, base)| sigmoid(x * scale + base) + config.hc_eps).collect();
+            collapse(level, &pre, &pass.streams[r * config.stream_width()..][..config.stream_width()], row);
+            rms_norm(level, row, Some(self.weights.output_norm.values()), config.rms_eps);
+        }
+        let mut logits = Vec::new();
+        self.workers.matmul(self.weights.output.matrix(), &hidden, &mut logits);
+        Ok(logits)
+    }
+}

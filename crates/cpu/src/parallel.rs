@@ -1,0 +1,103 @@
+//! Work split over threads. What is computed never depends on the split.
+
+use std::cell::RefCell;
+
+use quant::exact;
+use quant::simd::Level;
+use rayon::prelude::*;
+
+use crate::weights::Matrix;
+
+/// Below this many multiplications a thread costs more than it saves.
+const WORTH_SHARING: usize = 200_000;
+
+/// Weight rows in a share are a multiple of this, so that no tile of the kernel is cut in two.
+const TILE_ROWS: usize = 16;
+
+thread_local! {
+    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The threads of a backend and the instruction set they use.
+pub(crate) struct Workers {
+    pool: rayon::ThreadPool,
+    pub(crate) level: Level,
+}
+
+impl Workers {
+    pub(crate) fn new(threads: usize, level: Level) -> Workers {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .thread_name(|i| format!("infall-cpu-{i}"))
+            .build()
+            .expect("the system can start threads");
+        Workers { pool, level }
+    }
+
+    pub(crate) fn threads(&self) -> usize {
+        self.pool.current_num_threads()
+    }
+
+    /// Calls `f(row, chunk)` for every `width`-sized chunk of `out`; `work` is the cost of one, in multiplications.
+    pub(crate) fn rows<T: Send>(
+        &self,
+        out: &mut [T],
+        width: usize,
+        work: usize,
+        f: impl Fn(usize, &mut [T]) + Sync + Send,
+    ) {
+        let rows = out.len() / width.max(1);
+        if self.threads() == 1 || rows < 2 || rows * work < WORTH_SHARING {
+            out.chunks_exact_mut(width).enumerate().for_each(|(row, chunk)| f(row, chunk));
+        } else {
+            self.pool.install(|| out.par_chunks_exact_mut(width).enumerate().for_each(|(row, chunk)| f(row, chunk)));
+        }
+    }
+
+    /// Calls `f((i, chunk))` for every chunk of `out`, the last one possibly shorter; `work` is the cost of one.
+    pub(crate) fn chunks(
+        &self,
+        out: &mut [f32],
+        len: usize,
+        work: usize,
+        f: impl Fn((usize, &mut [f32])) + Sync + Send,
+    ) {
+        if self.threads() == 1 || out.len() / len * work < WORTH_SHARING {
+            out.chunks_mut(len).enumerate().for_each(f);
+        } else {
+            self.pool.install(|| out.par_chunks_mut(len).enumerate().for_each(f));
+        }
+    }
+
+    /// `y[r, n] = w[n] · x[r]` for all rows of `x`; `y` becomes `[R, N]`.
+    pub(crate) fn matmul(&self, w: Matrix<'_>, x: &[f32], y: &mut Vec<f32>) {
+        let batch = x.len() / w.cols;
+        y.resize(batch * w.rows, 0.0);
+        if batch == 1 {
+            return self.matmul_columns(w, x, y);
+        }
+        let mut columns = vec![0.0; batch * w.rows];
+        self.matmul_columns(w, x, &mut columns);
+        self.rows(y, w.rows, w.rows, |r, row| {
+            row.iter_mut().enumerate().for_each(|(n, value)| *value = columns[n * batch + r]);
+        });
+    }
+
+    /// The same laid out `[N, R]`, as the kernel writes it.
+    fn matmul_columns(&self, w: Matrix<'_>, x: &[f32], columns: &mut [f32]) {
+        let batch = x.len() / w.cols;
+        let row_bytes = w.bytes.len() / w.rows;
+        let share = |first: usize, out: &mut [f32]| {
+            let bytes = &w.bytes[first * row_bytes..][..out.len() / batch * row_bytes];
+            SCRATCH.with_borrow_mut(|scratch| exact::matmul_at(self.level, w.ty, bytes, w.cols, x, out, scratch));
+        };
+        if self.threads() == 1 || w.rows * w.cols * batch < WORTH_SHARING {
+            return share(0, columns);
+        }
+        let rows_per_share = w.rows.div_ceil(self.threads() * 4).next_multiple_of(TILE_ROWS);
+        self.pool.install(|| {
+            let shares = columns.par_chunks_mut(rows_per_share * batch).enumerate();
+            shares.for_each(|(i, out)| share(i * rows_per_share, out));
+        });
+    }
+}

@@ -1,0 +1,201 @@
+//! What a machine must be able to do to run the model.
+//!
+//! A [`Backend`] implements *stages*, not tensor operations: each takes the activations of a pass one step further, and
+//! inside a stage a backend fuses as it likes. The order of the stages is [`crate::forward()`]'s business.
+//!
+//! Stages read sessions and write the pass; only [`Backend::commit`] changes sessions, after every layer has succeeded.
+
+use std::io::{Read, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::{Batch, Config, Error};
+
+/// A request to stop, checked before each layer and each expert.
+#[derive(Debug, Default)]
+pub struct Cancel(AtomicBool);
+
+impl Cancel {
+    /// Asks the pass to stop. Sessions are left as they were before it.
+    pub fn cancel(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// # Errors
+    /// [`Error::Cancelled`] once [`Cancel::cancel`] was called.
+    pub fn check(&self) -> Result<(), Error> {
+        if self.0.load(Ordering::Relaxed) { Err(Error::Cancelled) } else { Ok(()) }
+    }
+}
+
+/// The two halves of a layer, each wrapped in hyper-connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Half {
+    /// Attention.
+    Attention,
+    /// Mixture of experts.
+    Experts,
+}
+
+/// One step of a pass, in the order in which they run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Stage {
+    /// Token to residual streams.
+    Embed,
+    /// Streams to a sub-layer's normalised input.
+    HcPre(Half),
+    /// Query and key/value projections, normalised, rotated and rounded.
+    Project,
+    /// Compressed rows of windows that end in this pass.
+    Compress,
+    /// Choice of compressed rows for each query.
+    Index,
+    /// Attention over window and chosen rows.
+    Attend,
+    /// Grouped output projection.
+    AttentionOut,
+    /// Sub-layer output back into the streams.
+    HcPost(Half),
+    /// Choice of experts.
+    Route,
+    /// The expert every row uses.
+    SharedExpert,
+    /// The chosen experts, added to the shared one.
+    RoutedExperts,
+    /// Streams to logits.
+    Head,
+}
+
+impl Stage {
+    /// The stages of one layer, in order.
+    pub const LAYER: [Stage; 12] = [
+        Stage::HcPre(Half::Attention),
+        Stage::Project,
+        Stage::Compress,
+        Stage::Index,
+        Stage::Attend,
+        Stage::AttentionOut,
+        Stage::HcPost(Half::Attention),
+        Stage::HcPre(Half::Experts),
+        Stage::Route,
+        Stage::SharedExpert,
+        Stage::RoutedExperts,
+        Stage::HcPost(Half::Experts),
+    ];
+}
+
+/// An intermediate value of a pass that tests and tools may look at, as rows of f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Activation {
+    /// Residual streams, `[rows, S, D]`.
+    Streams,
+    /// The sub-layer's normalised input, `[rows, D]`.
+    Input,
+    /// The sub-layer's output, `[rows, D]`.
+    Output,
+    /// Chosen experts in rank order, `[rows, K]`, numbers as f32.
+    Experts,
+    /// Their weights, `[rows, K]`.
+    ExpertWeights,
+    /// Compressed rows chosen by the indexer in ascending order, `[rows, top_k]`, -1 where fewer are visible.
+    IndexRows,
+}
+
+/// A machine that runs the stages.
+///
+/// Shapes are written with `R` rows, `D` model width, `S` streams, `H` heads, `K` experts a row. A stage's formulae stand
+/// in the section of docs/spec/model.md that it names.
+pub trait Backend {
+    /// What the backend keeps for a session.
+    type State;
+    /// Activations of a pass, and what it will add to its sessions.
+    type Pass;
+    /// Experts chosen by the rows of a pass. Opaque: on a device with everything resident it is never read back.
+    type Selection;
+    /// Chosen experts on their way to the kernels.
+    type Leases<'s>
+    where
+        Self: 's;
+
+    /// The model this backend was loaded with.
+    fn config(&self) -> &Config;
+
+    /// A session that has seen nothing.
+    fn new_state(&self) -> Self::State;
+
+    /// Tokens that a session has seen.
+    fn position(&self, state: &Self::State) -> usize;
+
+    /// Steps a session back to `target` or to the nearest earlier position still known; returns the position reached.
+    fn rewind(&self, state: &mut Self::State, target: usize) -> usize;
+
+    /// Writes a session in the common format (docs/formats.md).
+    ///
+    /// # Errors
+    /// [`Error::Export`] if `to` fails.
+    fn export(&self, state: &Self::State, to: &mut dyn Write) -> Result<(), Error>;
+
+    /// Reads a session in the common format, from whichever backend it came.
+    ///
+    /// # Errors
+    /// [`Error::Snapshot`] if the bytes do not fit this model or are damaged.
+    fn import(&self, from: &mut dyn Read) -> Result<Self::State, Error>;
+
+    /// Room for a pass over `batch`.
+    fn begin(&self, batch: Batch, states: &[&Self::State]) -> Self::Pass;
+
+    /// Embedding rows copied into all `S` streams. §2.0
+    ///
+    /// # Errors
+    /// All stages return an error if weights could not be fetched or the device failed; the pass is then lost, its
+    /// sessions are not.
+    fn embed(&self, pass: &mut Self::Pass) -> Result<(), Error>;
+
+    /// Hyper-connection weights, the mix of the streams, and its norm: the sub-layer's input `[R, D]`. §2.1
+    fn hc_pre(&self, layer: usize, half: Half, pass: &mut Self::Pass) -> Result<(), Error>;
+
+    /// Queries `[R, H, head_dim]` and this pass's raw rows. §2.3
+    fn project(&self, layer: usize, pass: &mut Self::Pass) -> Result<(), Error>;
+
+    /// Compressor inputs of every row, and compressed rows of windows that end here (main and indexer). §2.5
+    fn compress(&self, layer: usize, states: &[&Self::State], pass: &mut Self::Pass) -> Result<(), Error>;
+
+    /// Which compressed rows each query attends to. §2.6
+    fn index(&self, layer: usize, states: &[&Self::State], pass: &mut Self::Pass) -> Result<(), Error>;
+
+    /// Attention over the window and the chosen compressed rows, rotated back. §2.3
+    fn attend(&self, layer: usize, states: &[&Self::State], pass: &mut Self::Pass) -> Result<(), Error>;
+
+    /// Grouped output projection: the sub-layer's output `[R, D]`. §2.3
+    fn attention_out(&self, layer: usize, pass: &mut Self::Pass) -> Result<(), Error>;
+
+    /// Streams after the sub-layer. §2.2
+    fn hc_post(&self, layer: usize, half: Half, pass: &mut Self::Pass) -> Result<(), Error>;
+
+    /// Experts and their weights for every row. §2.7
+    fn route(&self, layer: usize, pass: &mut Self::Pass) -> Result<Self::Selection, Error>;
+
+    /// Asks the expert store for what was chosen; loading, where needed, begins now.
+    fn lease<'s>(&'s self, layer: usize, selection: &Self::Selection) -> Result<Self::Leases<'s>, Error>;
+
+    /// The shared expert's output `[R, D]`. §2.7
+    fn shared_expert(&self, layer: usize, pass: &mut Self::Pass) -> Result<(), Error>;
+
+    /// Adds the chosen experts, in rank order whatever the order of arrival: the sub-layer's output `[R, D]`. §2.7
+    fn routed_experts(
+        &self,
+        layer: usize,
+        selection: Self::Selection,
+        leases: Self::Leases<'_>,
+        cancel: &Cancel,
+        pass: &mut Self::Pass,
+    ) -> Result<(), Error>;
+
+    /// Logits of the rows that want them, `[wanted, vocab]`. §2.9
+    fn head(&self, pass: &mut Self::Pass) -> Result<Vec<f32>, Error>;
+
+    /// Makes the pass part of its sessions. Called once, after everything has succeeded.
+    fn commit(&self, pass: Self::Pass, states: &mut [&mut Self::State]);
+
+    /// An intermediate value as it is after the last stage that ran, or `None` if there is none.
+    fn read(&self, pass: &Self::Pass, activation: Activation) -> Option<Vec<f32>>;
+}

@@ -1,0 +1,128 @@
+//! The forward pass, top to bottom (docs/spec/model.md §2).
+
+use std::ops::Range;
+
+use crate::backend::{Backend, Cancel, Half, Stage};
+use crate::{Batch, Error, Row};
+
+/// Called after each stage: to look at activations, to trace, to inject faults. An error ends the pass.
+pub trait Observer<B: Backend + ?Sized> {
+    /// `layer` is `None` for the embedding and the head.
+    ///
+    /// # Errors
+    /// Whatever should end the pass.
+    fn after(&mut self, layer: Option<usize>, stage: Stage, backend: &B, pass: &B::Pass) -> Result<(), Error>;
+}
+
+/// Looks at nothing.
+pub struct NoObserver;
+
+impl<B: Backend + ?Sized> Observer<B> for NoObserver {
+    fn after(&mut self, _: Option<usize>, _: Stage, _: &B, _: &B::Pass) -> Result<(), Error> {
+        Ok(())
+    }
+}
+
+/// Computes `rows`, which continue the sessions `states`, and returns the logits of the rows that want them,
+/// `[wanted, vocab]`, in the order of the rows.
+///
+/// Either every session has advanced over its rows, or an error is returned and none has changed.
+///
+/// # Errors
+/// [`Error::Batch`] for rows that do not fit, [`Error::Cancelled`], [`Error::NotFinite`], and whatever the backend,
+/// its expert store or the observer report.
+pub fn forward<B: Backend>(
+    backend: &B,
+    rows: Vec<Row>,
+    states: &mut [&mut B::State],
+    cancel: &Cancel,
+    observer: &mut dyn Observer<B>,
+) -> Result<Vec<f32>, Error> {
+    let positions: Vec<usize> = states.iter().map(|state| backend.position(state)).collect();
+    let batch = Batch::new(rows, &positions, backend.config())?;
+    let wanted: Vec<usize> = batch.wanted().map(|row| batch.rows()[row].position).collect();
+
+    let past: Vec<&B::State> = states.iter().map(|state| &**state).collect();
+    let mut pass = backend.begin(batch, &past);
+    let mut walk = Walk { backend, past: &past, cancel, observer };
+    walk.embed(&mut pass)?;
+    walk.layers(0..backend.config().layers, &mut pass)?;
+    let logits = walk.head(&mut pass)?;
+
+    let vocab_size = backend.config().vocab_size;
+    for (row, &position) in logits.chunks_exact(vocab_size).zip(&wanted) {
+        if !row.iter().all(|logit| logit.is_finite()) {
+            return Err(Error::NotFinite { position });
+        }
+    }
+    backend.commit(pass, states);
+    Ok(logits)
+}
+
+/// The stages in order, each followed by a look of the observer.
+struct Walk<'a, B: Backend> {
+    backend: &'a B,
+    past: &'a [&'a B::State],
+    cancel: &'a Cancel,
+    observer: &'a mut dyn Observer<B>,
+}
+
+impl<B: Backend> Walk<'_, B> {
+    fn embed(&mut self, pass: &mut B::Pass) -> Result<(), Error> {
+        self.backend.embed(pass)?;
+        self.observer.after(None, Stage::Embed, self.backend, pass)
+    }
+
+    /// A range of layers, so that a model may one day be spread over several machines.
+    fn layers(&mut self, layers: Range<usize>, pass: &mut B::Pass) -> Result<(), Error> {
+        for layer in layers {
+            self.cancel.check()?;
+            self.attention(layer, pass)?;
+            self.experts(layer, pass)?;
+        }
+        Ok(())
+    }
+
+    fn attention(&mut self, layer: usize, pass: &mut B::Pass) -> Result<(), Error> {
+        let (backend, past) = (self.backend, self.past);
+        backend.hc_pre(layer, Half::Attention, pass)?;
+        self.done(layer, Stage::HcPre(Half::Attention), pass)?;
+        backend.project(layer, pass)?;
+        self.done(layer, Stage::Project, pass)?;
+        backend.compress(layer, past, pass)?;
+        self.done(layer, Stage::Compress, pass)?;
+        backend.index(layer, past, pass)?;
+        self.done(layer, Stage::Index, pass)?;
+        backend.attend(layer, past, pass)?;
+        self.done(layer, Stage::Attend, pass)?;
+        backend.attention_out(layer, pass)?;
+        self.done(layer, Stage::AttentionOut, pass)?;
+        backend.hc_post(layer, Half::Attention, pass)?;
+        self.done(layer, Stage::HcPost(Half::Attention), pass)
+    }
+
+    fn experts(&mut self, layer: usize, pass: &mut B::Pass) -> Result<(), Error> {
+        let backend = self.backend;
+        backend.hc_pre(layer, Half::Experts, pass)?;
+        self.done(layer, Stage::HcPre(Half::Experts), pass)?;
+        let selection = backend.route(layer, pass)?;
+        self.done(layer, Stage::Route, pass)?;
+        let leases = backend.lease(layer, &selection)?;
+        backend.shared_expert(layer, pass)?;
+        self.done(layer, Stage::SharedExpert, pass)?;
+        backend.routed_experts(layer, selection, leases, self.cancel, pass)?;
+        self.done(layer, Stage::RoutedExperts, pass)?;
+        backend.hc_post(layer, Half::Experts, pass)?;
+        self.done(layer, Stage::HcPost(Half::Experts), pass)
+    }
+
+    fn head(&mut self, pass: &mut B::Pass) -> Result<Vec<f32>, Error> {
+        let logits = self.backend.head(pass)?;
+        self.observer.after(None, Stage::Head, self.backend, pass)?;
+        Ok(logits)
+    }
+
+    fn done(&mut self, layer: usize, stage: Stage, pass: &B::Pass) -> Result<(), Error> {
+        self.observer.after(Some(layer), stage, self.backend, pass)
+    }
+}

@@ -1,0 +1,175 @@
+//! How a session's key/value rows are stored: one format for every backend and for snapshots.
+//!
+//! Under [`Arithmetic::Official`] a row is stored as the rounded value it stands for, so packing loses nothing that the
+//! arithmetic had kept (docs/spec/model.md §2.8 and §7). Under [`Arithmetic::Plain`] a row is its f32 values.
+
+use quant::kv::{self, FP4_BLOCK, FP8_BLOCK, HADAMARD};
+
+use crate::Config;
+
+/// Whether the model's own low-precision roundings of stored rows are part of the computation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arithmetic {
+    /// With the FP8, BF16 and FP4 roundings that the weights were trained with. The default everywhere.
+    Official,
+    /// Without any of them: the pure graph, for comparison with engines that leave them out.
+    Plain,
+}
+
+/// How one row of f32 values is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RowFormat {
+    /// The values themselves, little endian.
+    F32 {
+        /// Values in a row.
+        width: usize,
+    },
+    /// A key/value row: FP8 codes of the first `nope` values, an E8M0 scale for each 64 of them (padded to a
+    /// multiple of 8 bytes), then the last `rope` values as BF16. 448 + 8 + 128 = 584 bytes in Flash.
+    Fp8Bf16 {
+        /// Values before the rotated ones, a multiple of 64.
+        nope: usize,
+        /// Rotated values.
+        rope: usize,
+    },
+    /// An indexer row: Hadamard-rotated, FP4 codes two a byte, then an E8M0 scale for each 32. 64 + 4 = 68 bytes.
+    HadamardFp4 {
+        /// Values in a row; the rotation needs 128.
+        width: usize,
+    },
+}
+
+impl RowFormat {
+    /// Values in a row.
+    pub fn width(self) -> usize {
+        match self {
+            RowFormat::F32 { width } | RowFormat::HadamardFp4 { width } => width,
+            RowFormat::Fp8Bf16 { nope, rope } => nope + rope,
+        }
+    }
+
+    /// Bytes of a stored row.
+    pub fn row_bytes(self) -> usize {
+        match self {
+            RowFormat::F32 { width } => width * 4,
+            RowFormat::Fp8Bf16 { nope, rope } => nope + (nope / FP8_BLOCK).next_multiple_of(8) + rope * 2,
+            RowFormat::HadamardFp4 { width } => width / 2 + width / FP4_BLOCK,
+        }
+    }
+
+    /// Rounds `row` and stores it in `out` (`row_bytes` long). What [`RowFormat::unpack`] gives back is the value that
+    /// the computation goes on with, also inside the pass that made the row.
+    pub fn pack(self, row: &[f32], out: &mut [u8]) {
+        assert_eq!((row.len(), out.len()), (self.width(), self.row_bytes()));
+        match self {
+            RowFormat::F32 { .. } => out.copy_from_slice(bytemuck::cast_slice(row)),
+            RowFormat::Fp8Bf16 { nope, .. } => {
+                let (codes, rest) = out.split_at_mut(nope);
+                let (scales, tail) = rest.split_at_mut((nope / FP8_BLOCK).next_multiple_of(8));
+                scales.fill(0);
+                let blocks = row[..nope].as_chunks().0.iter().zip(codes.as_chunks_mut().0);
+                blocks.zip(scales).for_each(|((block, codes), scale)| (*scale, *codes) = kv::fp8_encode(block));
+                let pairs = row[nope..].iter().zip(tail.as_chunks_mut().0);
+                pairs.for_each(|(&value, code)| *code = kv::bf16_encode(value).to_le_bytes());
+            }
+            RowFormat::HadamardFp4 { width } => {
+                let mut rotated: [f32; HADAMARD] = row.try_into().expect("an indexer row has 128 values");
+                kv::hadamard(&mut rotated);
+                let (codes, scales) = out.split_at_mut(width / 2);
+                let blocks = rotated.as_chunks().0.iter().zip(codes.as_chunks_mut().0);
+                blocks.zip(scales).for_each(|((block, codes), scale)| (*scale, *codes) = kv::fp4_encode(block));
+            }
+        }
+    }
+
+    /// The values of a stored row. An indexer row stays rotated: its queries are rotated too.
+    pub fn unpack(self, bytes: &[u8], out: &mut [f32]) {
+        assert_eq!((bytes.len(), out.len()), (self.row_bytes(), self.width()));
+        match self {
+            RowFormat::F32 { .. } => bytemuck::cast_slice_mut(out).copy_from_slice(bytes),
+            RowFormat::Fp8Bf16 { nope, .. } => {
+                let (codes, rest) = bytes.split_at(nope);
+                let (scales, tail) = rest.split_at((nope / FP8_BLOCK).next_multiple_of(8));
+                let (values, rotated) = out.split_at_mut(nope);
+                let blocks = codes.as_chunks().0.iter().zip(values.as_chunks_mut().0);
+                blocks.zip(scales).for_each(|((codes, values), &scale)| kv::fp8_decode(scale, codes, values));
+                let pairs = tail.as_chunks().0.iter().zip(rotated);
+                pairs.for_each(|(&code, value)| *value = kv::bf16_decode(u16::from_le_bytes(code)));
+            }
+            RowFormat::HadamardFp4 { width } => {
+                let (codes, scales) = bytes.split_at(width / 2);
+                let blocks = codes.as_chunks().0.iter().zip(out.as_chunks_mut().0);
+                blocks.zip(scales).for_each(|((codes, values), &scale)| kv::fp4_decode(scale, codes, values));
+            }
+        }
+    }
+}
+
+/// What one compressor (main or indexer) keeps for a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CompressorLayout {
+    /// Tokens in a window, and so tokens per compressed row: 4 or 128.
+    pub ratio: usize,
+    /// Whether a row also pools the window before its own (ratio 4).
+    pub overlaps: bool,
+    /// Format of the compressed rows.
+    pub row: RowFormat,
+    /// Values of `u` (and of `z`) for one token: twice the row's width where windows overlap.
+    pub width: usize,
+}
+
+impl CompressorLayout {
+    fn new(ratio: usize, row: RowFormat) -> CompressorLayout {
+        let overlaps = ratio == 4;
+        CompressorLayout { ratio, overlaps, row, width: row.width() * if overlaps { 2 } else { 1 } }
+    }
+
+    /// The first position whose `u` and `z` the row of the window open at `position` still needs.
+    pub fn needed_from(&self, position: usize) -> usize {
+        let window = position / self.ratio;
+        window.saturating_sub(self.overlaps as usize) * self.ratio
+    }
+}
+
+/// What one layer keeps for a session.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LayerLayout {
+    /// Format of the raw rows in the sliding window.
+    pub raw: RowFormat,
+    /// The main compressor, in layers of ratio 4 and 128.
+    pub main: Option<CompressorLayout>,
+    /// The indexer's compressor, in layers of ratio 4.
+    pub index: Option<CompressorLayout>,
+}
+
+/// What a model keeps for a session, layer by layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KvLayout {
+    /// With or without the low-precision roundings.
+    pub arithmetic: Arithmetic,
+    /// Tokens in the sliding window, the query's own included.
+    pub window: usize,
+    /// The layers, first to last.
+    pub layers: Vec<LayerLayout>,
+}
+
+impl KvLayout {
+    /// The layout for a model under one arithmetic.
+    pub fn new(config: &Config, arithmetic: Arithmetic) -> KvLayout {
+        let (main, index) = match arithmetic {
+            Arithmetic::Plain => {
+                (RowFormat::F32 { width: config.head_dim }, RowFormat::F32 { width: config.index_head_dim })
+            }
+            Arithmetic::Official => (
+                RowFormat::Fp8Bf16 { nope: config.head_dim - config.rope_dim, rope: config.rope_dim },
+                RowFormat::HadamardFp4 { width: config.index_head_dim },
+            ),
+        };
+        let layer = |&ratio: &usize| LayerLayout {
+            raw: main,
+            main: (ratio != 0).then(|| CompressorLayout::new(ratio, main)),
+            index: (ratio == 4).then(|| CompressorLayout::new(ratio, index)),
+        };
+        KvLayout { arithmetic, window: config.window, layers: config.compress_ratios.iter().map(layer).collect() }
+    }
+}

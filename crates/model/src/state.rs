@@ -1,0 +1,406 @@
+//! What a session has seen, as far as the model needs it: raw rows of the sliding window, compressed rows, and the
+//! compressors' inputs for windows that are still open (docs/spec/model.md §3).
+//!
+//! A [`State`] changes only in [`State::commit`] and [`State::rewind`]. Stages of a pass read it and write what they
+//! make into a [`Delta`]; a pass that fails drops its delta, and the state never knew of it.
+//!
+//! Stepping back is free for the last [`FREE_REWIND_TOKENS`] tokens, because rings keep that much more than a step
+//! forward needs. Farther back there are [`Checkpoint`]s, at most [`MAX_CHECKPOINTS`], at multiples of
+//! [`CHECKPOINT_TOKENS`].
+
+use std::sync::Arc;
+
+use crate::kv::{CompressorLayout, KvLayout, LayerLayout};
+
+/// Tokens that can always be taken back, counted from the farthest token since the last longer step back.
+pub const FREE_REWIND_TOKENS: usize = 64;
+/// Checkpoints lie at multiples of this many tokens: there no window of either ratio is open.
+pub const CHECKPOINT_TOKENS: usize = 128;
+/// Checkpoints kept for one session.
+pub const MAX_CHECKPOINTS: usize = 8;
+
+/// The last rows of something that has one row a token.
+#[derive(Clone)]
+pub(crate) struct Ring<T> {
+    width: usize,
+    rows: usize,
+    data: Vec<T>,
+}
+
+impl<T: Copy + Default> Ring<T> {
+    fn new(width: usize, rows: usize) -> Ring<T> {
+        Ring { width, rows, data: vec![T::default(); width * rows] }
+    }
+
+    pub(crate) fn row(&self, position: usize) -> &[T] {
+        &self.data[position % self.rows * self.width..][..self.width]
+    }
+
+    pub(crate) fn put(&mut self, position: usize, row: &[T]) {
+        self.data[position % self.rows * self.width..][..self.width].copy_from_slice(row);
+    }
+}
+
+/// Compressed rows, append only, in pages so that growing never copies and never holds twice what it needs.
+#[derive(Clone)]
+pub(crate) struct RowLog {
+    row_bytes: usize,
+    rows_per_page: usize,
+    len: usize,
+    pages: Vec<Box<[u8]>>,
+}
+
+impl RowLog {
+    fn new(layout: &CompressorLayout) -> RowLog {
+        // A page serves 256 tokens of a ratio-4 layer and 2,048 of a ratio-128 layer.
+        let rows_per_page = if layout.ratio == 4 { 64 } else { 16 };
+        RowLog { row_bytes: layout.row.row_bytes(), rows_per_page, len: 0, pages: Vec::new() }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(crate) fn row(&self, index: usize) -> &[u8] {
+        let at = index % self.rows_per_page * self.row_bytes;
+        &self.pages[index / self.rows_per_page][at..at + self.row_bytes]
+    }
+
+    pub(crate) fn push(&mut self, row: &[u8]) {
+        if self.len == self.pages.len() * self.rows_per_page {
+            self.pages.push(vec![0; self.row_bytes * self.rows_per_page].into_boxed_slice());
+        }
+        let at = self.len % self.rows_per_page * self.row_bytes;
+        self.pages[self.len / self.rows_per_page][at..at + self.row_bytes].copy_from_slice(row);
+        self.len += 1;
+    }
+
+    fn truncate(&mut self, len: usize) {
+        self.len = len;
+        self.pages.truncate(len.div_ceil(self.rows_per_page));
+    }
+
+    fn bytes(&self) -> usize {
+        self.pages.len() * self.rows_per_page * self.row_bytes
+    }
+}
+
+/// A compressor's rows and its inputs for recent tokens: `u` then `z`, the positional term already added to `z`.
+#[derive(Clone)]
+pub(crate) struct CompressorState {
+    pub(crate) rows: RowLog,
+    pub(crate) inputs: Ring<f32>,
+}
+
+impl CompressorState {
+    fn new(layout: &CompressorLayout) -> CompressorState {
+        let windows = 1 + layout.overlaps as usize;
+        let rows = windows * layout.ratio + FREE_REWIND_TOKENS;
+        CompressorState { rows: RowLog::new(layout), inputs: Ring::new(2 * layout.width, rows) }
+    }
+
+    fn commit(&mut self, start: usize, len: usize, layout: &CompressorLayout, delta: &CompressorDelta) {
+        delta.rows.chunks_exact(layout.row.row_bytes()).for_each(|row| self.rows.push(row));
+        let skip = len.saturating_sub(self.inputs.rows);
+        let inputs = delta.inputs.chunks_exact(2 * layout.width).enumerate().skip(skip);
+        inputs.for_each(|(i, row)| self.inputs.put(start + i, row));
+    }
+}
+
+#[derive(Clone)]
+pub(crate) struct LayerState {
+    pub(crate) raw: Ring<u8>,
+    pub(crate) main: Option<CompressorState>,
+    pub(crate) index: Option<CompressorState>,
+}
+
+/// What a pass adds to one compressor.
+#[derive(Clone, Debug, Default)]
+pub struct CompressorDelta {
+    /// `u` then `z` of each token of the pass, `2 * width` values a token.
+    pub inputs: Vec<f32>,
+    /// Rows that windows ending in this pass gave, in order, packed.
+    pub rows: Vec<u8>,
+}
+
+/// What a pass adds to one layer of one session.
+#[derive(Clone, Debug, Default)]
+pub struct LayerDelta {
+    /// Packed raw rows, one a token.
+    pub raw: Vec<u8>,
+    /// The main compressor's part.
+    pub main: CompressorDelta,
+    /// The indexer compressor's part.
+    pub index: CompressorDelta,
+}
+
+/// What a pass adds to one session.
+#[derive(Clone, Debug)]
+pub struct Delta {
+    /// Tokens added.
+    pub tokens: usize,
+    /// The layers, first to last.
+    pub layers: Vec<LayerDelta>,
+}
+
+impl Delta {
+    /// An empty addition of `tokens` tokens, to be filled by the stages.
+    pub fn new(layout: &KvLayout, tokens: usize) -> Delta {
+        Delta { tokens, layers: vec![LayerDelta::default(); layout.layers.len()] }
+    }
+}
+
+/// A compressor as a pass sees it: what is committed, then what the pass has made so far.
+#[derive(Clone, Copy)]
+pub struct CompressorView<'a> {
+    start: usize,
+    layout: &'a CompressorLayout,
+    state: &'a CompressorState,
+    delta: &'a CompressorDelta,
+}
+
+impl<'a> CompressorView<'a> {
+    /// Compressed row number `index`, packed.
+    pub fn row(&self, index: usize) -> &'a [u8] {
+        match index.checked_sub(self.state.rows.len) {
+            None => self.state.rows.row(index),
+            Some(new) => {
+                let bytes = self.layout.row.row_bytes();
+                &self.delta.rows[new * bytes..][..bytes]
+            }
+        }
+    }
+
+    /// `(u, z)` of the token at `position`, `width` values each.
+    pub fn inputs(&self, position: usize) -> (&'a [f32], &'a [f32]) {
+        let both = match position.checked_sub(self.start) {
+            None => self.state.inputs.row(position),
+            Some(new) => &self.delta.inputs[new * 2 * self.layout.width..][..2 * self.layout.width],
+        };
+        both.split_at(self.layout.width)
+    }
+}
+
+/// A layer as a pass sees it: what is committed, then what the pass has made so far.
+#[derive(Clone, Copy)]
+pub struct LayerView<'a> {
+    start: usize,
+    layout: &'a LayerLayout,
+    state: &'a LayerState,
+    delta: &'a LayerDelta,
+}
+
+impl<'a> LayerView<'a> {
+    /// The raw row of the token at `position`, packed. Only the last `window` positions may be asked for.
+    pub fn raw(&self, position: usize) -> &'a [u8] {
+        match position.checked_sub(self.start) {
+            None => self.state.raw.row(position),
+            Some(new) => {
+                let bytes = self.layout.raw.row_bytes();
+                &self.delta.raw[new * bytes..][..bytes]
+            }
+        }
+    }
+
+    /// The main compressor, if the layer has one.
+    pub fn main(&self) -> Option<CompressorView<'a>> {
+        let (layout, state) = (self.layout.main.as_ref()?, self.state.main.as_ref()?);
+        Some(CompressorView { start: self.start, layout, state, delta: &self.delta.main })
+    }
+
+    /// The indexer's compressor, if the layer has one.
+    pub fn index(&self) -> Option<CompressorView<'a>> {
+        let (layout, state) = (self.layout.index.as_ref()?, self.state.index.as_ref()?);
+        Some(CompressorView { start: self.start, layout, state, delta: &self.delta.index })
+    }
+}
+
+/// Enough of one layer to go on from a checkpoint.
+#[derive(Clone, Default)]
+pub(crate) struct LayerCheckpoint {
+    pub(crate) raw: Vec<u8>,
+    pub(crate) main_inputs: Vec<f32>,
+    pub(crate) index_inputs: Vec<f32>,
+}
+
+impl LayerCheckpoint {
+    fn take(view: &LayerView<'_>, window: usize, position: usize) -> LayerCheckpoint {
+        let inputs = |compressor: Option<CompressorView<'_>>| {
+            let positions = |c: CompressorView<'_>| c.layout.needed_from(position)..position;
+            compressor
+                .map_or(Vec::new(), |c| positions(c).flat_map(|p| [c.inputs(p).0, c.inputs(p).1].concat()).collect())
+        };
+        let raw = (position.saturating_sub(window)..position).flat_map(|p| view.raw(p)).copied().collect();
+        LayerCheckpoint { raw, main_inputs: inputs(view.main()), index_inputs: inputs(view.index()) }
+    }
+}
+
+/// A position to which a session can step back beyond the free range.
+#[derive(Clone)]
+pub(crate) struct Checkpoint {
+    pub(crate) position: usize,
+    pub(crate) layers: Vec<LayerCheckpoint>,
+}
+
+/// Bytes that one session's state holds, by what they are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StateBytes {
+    /// Compressed rows: what grows with the tokens.
+    pub rows: usize,
+    /// Sliding windows of raw rows, fixed.
+    pub windows: usize,
+    /// Compressor inputs of recent tokens, fixed.
+    pub inputs: usize,
+    /// Checkpoints, bounded by [`MAX_CHECKPOINTS`].
+    pub checkpoints: usize,
+}
+
+/// One session's past.
+#[derive(Clone)]
+pub struct State {
+    pub(crate) layout: Arc<KvLayout>,
+    pub(crate) position: usize,
+    /// Every position from here to `position` can be stepped back to without a checkpoint.
+    pub(crate) floor: usize,
+    pub(crate) layers: Vec<LayerState>,
+    pub(crate) checkpoints: Vec<Checkpoint>,
+}
+
+impl State {
+    /// A session that has seen nothing.
+    pub fn new(layout: Arc<KvLayout>) -> State {
+        let layer = |layer: &LayerLayout| LayerState {
+            raw: Ring::new(layer.raw.row_bytes(), layout.window + FREE_REWIND_TOKENS),
+            main: layer.main.as_ref().map(CompressorState::new),
+            index: layer.index.as_ref().map(CompressorState::new),
+        };
+        let layers = layout.layers.iter().map(layer).collect();
+        State { layout, position: 0, floor: 0, layers, checkpoints: Vec::new() }
+    }
+
+    /// Tokens seen; also the position of the next token.
+    pub fn position(&self) -> usize {
+        self.position
+    }
+
+    /// The layout this state was made for.
+    pub fn layout(&self) -> &Arc<KvLayout> {
+        &self.layout
+    }
+
+    /// One layer, with what a pass has added to it so far.
+    pub fn view<'a>(&'a self, layer: usize, delta: &'a LayerDelta) -> LayerView<'a> {
+        let (layout, state) = (&self.layout.layers[layer], &self.layers[layer]);
+        LayerView { start: self.position, layout, state, delta }
+    }
+
+    /// Takes over everything a finished pass has made.
+    pub fn commit(&mut self, delta: &Delta) {
+        self.take_checkpoints(delta);
+        let layout = self.layout.clone();
+        let (start, tokens) = (self.position, delta.tokens);
+        for ((state, layout), delta) in self.layers.iter_mut().zip(&layout.layers).zip(&delta.layers) {
+            let raw = delta.raw.chunks_exact(layout.raw.row_bytes()).enumerate();
+            assert_eq!(raw.len(), tokens, "a pass commits only when every layer has made its rows");
+            raw.skip(tokens.saturating_sub(state.raw.rows)).for_each(|(i, row)| state.raw.put(start + i, row));
+            if let (Some(state), Some(layout)) = (&mut state.main, &layout.main) {
+                state.commit(start, tokens, layout, &delta.main);
+            }
+            if let (Some(state), Some(layout)) = (&mut state.index, &layout.index) {
+                state.commit(start, tokens, layout, &delta.index);
+            }
+        }
+        self.position += tokens;
+        self.floor = self.floor.max(self.position.saturating_sub(FREE_REWIND_TOKENS));
+    }
+
+    fn take_checkpoints(&mut self, delta: &Delta) {
+        let end = self.position + delta.tokens;
+        let first = (self.position / CHECKPOINT_TOKENS + 1) * CHECKPOINT_TOKENS;
+        for position in (first..=end).step_by(CHECKPOINT_TOKENS) {
+            let layer = |(i, delta)| LayerCheckpoint::take(&self.view(i, delta), self.layout.window, position);
+            let layers = delta.layers.iter().enumerate().map(layer).collect();
+            self.checkpoints.push(Checkpoint { position, layers });
+            if self.checkpoints.len() > MAX_CHECKPOINTS {
+                self.drop_least_useful_checkpoint();
+            }
+        }
+    }
+
+    /// Keeps checkpoints dense near the end and sparse far from it: the one that goes (never the newest) is the one
+    /// whose neighbours then lie closest together, measured against how far back they lie.
+    fn drop_least_useful_checkpoint(&mut self) {
+        let at = |i: usize| self.checkpoints[i].position as u64;
+        let newest = at(self.checkpoints.len() - 1);
+        let cost = |&i: &usize| {
+            let before = if i == 0 { 0 } else { at(i - 1) };
+            (at(i + 1) - before) * 1_000_000 / (newest - before)
+        };
+        let victim = (0..self.checkpoints.len() - 1).min_by_key(cost).expect("called with more than one checkpoint");
+        self.checkpoints.remove(victim);
+    }
+
+    /// Steps back to `target`, or to the nearest earlier position that is still known, and returns the position
+    /// reached. Positions at or after the present one change nothing.
+    pub fn rewind(&mut self, target: usize) -> usize {
+        if target < self.floor {
+            self.restore_checkpoint(target);
+        } else if target < self.position {
+            self.position = target;
+        }
+        self.checkpoints.retain(|checkpoint| checkpoint.position <= self.position);
+        for (state, layout) in self.layers.iter_mut().zip(&self.layout.layers) {
+            let compressors = [(&mut state.main, &layout.main), (&mut state.index, &layout.index)];
+            for (state, layout) in compressors {
+                if let (Some(state), Some(layout)) = (state, layout) {
+                    state.rows.truncate(self.position / layout.ratio);
+                }
+            }
+        }
+        self.position
+    }
+
+    fn restore_checkpoint(&mut self, target: usize) {
+        let found = self.checkpoints.iter().rposition(|checkpoint| checkpoint.position <= target);
+        let position = found.map_or(0, |i| self.checkpoints[i].position);
+        if let Some(i) = found {
+            for ((state, layout), saved) in
+                self.layers.iter_mut().zip(&self.layout.layers).zip(&self.checkpoints[i].layers)
+            {
+                let first = position.saturating_sub(self.layout.window);
+                let rows = saved.raw.chunks_exact(layout.raw.row_bytes()).enumerate();
+                rows.for_each(|(i, row)| state.raw.put(first + i, row));
+                let compressors = [
+                    (&mut state.main, &layout.main, &saved.main_inputs),
+                    (&mut state.index, &layout.index, &saved.index_inputs),
+                ];
+                for (state, layout, inputs) in compressors {
+                    if let (Some(state), Some(layout)) = (state, layout) {
+                        let first = layout.needed_from(position);
+                        let rows = inputs.chunks_exact(2 * layout.width).enumerate();
+                        rows.for_each(|(i, row)| state.inputs.put(first + i, row));
+                    }
+                }
+            }
+        }
+        (self.position, self.floor) = (position, position);
+    }
+
+    /// Positions of the checkpoints, ascending.
+    pub fn checkpoints(&self) -> impl Iterator<Item = usize> + '_ {
+        self.checkpoints.iter().map(|checkpoint| checkpoint.position)
+    }
+
+    /// Bytes held, by purpose.
+    pub fn bytes(&self) -> StateBytes {
+        let compressors = || self.layers.iter().flat_map(|layer| layer.main.iter().chain(&layer.index));
+        let checkpoint =
+            |layer: &LayerCheckpoint| layer.raw.len() + 4 * (layer.main_inputs.len() + layer.index_inputs.len());
+        StateBytes {
+            rows: compressors().map(|c| c.rows.bytes()).sum(),
+            windows: self.layers.iter().map(|layer| layer.raw.data.len()).sum(),
+            inputs: compressors().map(|c| 4 * c.inputs.data.len()).sum(),
+            checkpoints: self.checkpoints.iter().flat_map(|c| &c.layers).map(checkpoint).sum(),
+        }
+    }
+}
