@@ -1,6 +1,6 @@
 //! Writes the small files that the tests mutate into a directory: the fuzzer's seed corpus.
 //!
-//!     cargo run -p infall-gguf --example write_seeds -- fuzz/corpus/gguf
+//!     cargo run -p infall-gguf --example write_seeds -- fuzz/seeds/gguf
 
 #[path = "../tests/common/mod.rs"]
 mod common;

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::panic::catch_unwind;
 use std::time::{Duration, Instant};
 
-use common::seeds;
+use common::{Raw, seeds};
 use gguf::{Gguf, Metadata, Writer};
 use peak_alloc::PeakAlloc;
 
@@ -143,14 +143,33 @@ fn ask_everything(metadata: &Metadata) {
     }
 }
 
+/// Valid headers of about a megabyte that ask for as much memory per byte as the format allows.
+fn dense_headers() -> Vec<Vec<u8>> {
+    const COUNT: u64 = 30_000;
+    let array = |ty: u32| Raw::header(0, 1).string(b"k").u32(9).u32(ty).u64(COUNT);
+    let numbered = |raw, add: fn(Raw, &str) -> Raw| (0..COUNT).fold(raw, |raw, index| add(raw, &format!("{index:x}")));
+    vec![
+        array(8).zeros(8 * COUNT as usize).0,
+        array(9).zeros(12 * COUNT as usize).0,
+        numbered(Raw::header(0, COUNT), |raw, name| raw.string(name.as_bytes()).u32(0).u8(0)).0,
+        numbered(Raw::header(COUNT, 0), |raw, name| {
+            let offset = 32 * u64::from_str_radix(name, 16).expect("a number");
+            raw.tensor(name, &[1], 99, offset)
+        })
+        .zeros(32 * COUNT as usize)
+        .0,
+    ]
+}
+
 #[test]
 fn no_damaged_header_panics_or_wastes_memory() {
     let start = Instant::now();
     let seeds = seeds();
     let mut outcomes = BTreeMap::<String, u64>::new();
     let mut largest_bytes = 0;
-    for case in 0..CASES {
-        let file = mutated(&seeds, &mut Random(case));
+    let dense = dense_headers();
+    let mutations = (0..CASES).map(|case| mutated(&seeds, &mut Random(case)));
+    for (case, file) in mutations.chain(dense).enumerate() {
         let before_bytes = ALLOCATOR.current_usage();
         ALLOCATOR.reset_peak_usage();
         let outcome = catch_unwind(|| exercise(&file)).unwrap_or_else(|_| panic!("case {case} panics: {file:?}"));
