@@ -12,7 +12,7 @@ pub(crate) trait Format: Pod {
     /// Values in a block.
     const ELEMENTS: usize;
     /// Writes the block's values to `out`, which holds `ELEMENTS`.
-    fn decode(&self, out: &mut [f32]);
+    fn decode<S: Simd>(&self, simd: S, out: &mut [f32]);
 }
 
 /// Whether [`dequantize`] and the dots know this type.
@@ -68,22 +68,22 @@ fn dequantize_body<S: Simd>(simd: S, ty: TensorType, src: &[u8], dst: &mut [f32]
 }
 
 #[inline(always)]
-fn decode_row<S: Simd, F: Format>(_simd: S, src: &[u8], dst: &mut [f32]) {
-    decode_blocks(bytemuck::cast_slice::<u8, F>(src), dst);
+fn decode_row<S: Simd, F: Format>(simd: S, src: &[u8], dst: &mut [f32]) {
+    decode_blocks(simd, bytemuck::cast_slice::<u8, F>(src), dst);
 }
 
 /// Decodes consecutive blocks into `dst`.
 #[inline(always)]
-pub(crate) fn decode_blocks<F: Format>(blocks: &[F], dst: &mut [f32]) {
+pub(crate) fn decode_blocks<S: Simd, F: Format>(simd: S, blocks: &[F], dst: &mut [f32]) {
     for (block, out) in blocks.iter().zip(dst.chunks_exact_mut(F::ELEMENTS)) {
-        block.decode(out);
+        block.decode(simd, out);
     }
 }
 
 impl Format for F32 {
     const ELEMENTS: usize = Self::ELEMENTS;
     #[inline(always)]
-    fn decode(&self, out: &mut [f32]) {
+    fn decode<S: Simd>(&self, _simd: S, out: &mut [f32]) {
         out[0] = f32::from_le_bytes(self.value);
     }
 }
@@ -91,7 +91,7 @@ impl Format for F32 {
 impl Format for F16 {
     const ELEMENTS: usize = Self::ELEMENTS;
     #[inline(always)]
-    fn decode(&self, out: &mut [f32]) {
+    fn decode<S: Simd>(&self, _simd: S, out: &mut [f32]) {
         out[0] = self.value.to_f32();
     }
 }
@@ -99,7 +99,7 @@ impl Format for F16 {
 impl Format for Bf16 {
     const ELEMENTS: usize = Self::ELEMENTS;
     #[inline(always)]
-    fn decode(&self, out: &mut [f32]) {
+    fn decode<S: Simd>(&self, _simd: S, out: &mut [f32]) {
         out[0] = f32::from_bits(u32::from(u16::from_le_bytes(self.value)) << 16);
     }
 }
@@ -107,106 +107,68 @@ impl Format for Bf16 {
 impl Format for Q8_0 {
     const ELEMENTS: usize = Self::ELEMENTS;
     #[inline(always)]
-    fn decode(&self, out: &mut [f32]) {
-        let d = self.d.to_f32();
-        for (x, &q) in out.iter_mut().zip(&self.q) {
-            *x = f32::from(q) * d;
-        }
+    fn decode<S: Simd>(&self, simd: S, out: &mut [f32]) {
+        scaled(simd, &self.q, [self.d.to_f32(); 2], out);
     }
 }
 
 impl Format for Q2K {
     const ELEMENTS: usize = Self::ELEMENTS;
     #[inline(always)]
-    fn decode(&self, out: &mut [f32]) {
+    fn decode<S: Simd>(&self, simd: S, out: &mut [f32]) {
         let (d, dmin) = (self.d.to_f32(), self.dmin.to_f32());
-        for (j, x) in out.chunks_exact_mut(16).enumerate() {
-            let scale = d * f32::from(self.scales[j] & 15);
-            let minimum = dmin * f32::from(self.scales[j] >> 4);
-            let (half, group, part) = (j / 8, j % 8 / 2, j % 2);
-            let bytes = &self.q[32 * half + 16 * part..][..16];
-            for (x, &byte) in x.iter_mut().zip(bytes) {
-                *x = scale * f32::from(byte >> (2 * group) & 3) - minimum;
-            }
-        }
+        let scales = self.scales.map(|s| d * f32::from(s & 15));
+        let minimums = self.scales.map(|s| dmin * f32::from(s >> 4));
+        scaled_less(simd, &self.codes(), scales, minimums, out);
     }
 }
 
 impl Format for Q3K {
     const ELEMENTS: usize = Self::ELEMENTS;
     #[inline(always)]
-    fn decode(&self, out: &mut [f32]) {
+    fn decode<S: Simd>(&self, simd: S, out: &mut [f32]) {
         let d = self.d.to_f32();
-        let scales = q3_scales(&self.scales);
-        for (j, x) in out.chunks_exact_mut(16).enumerate() {
-            let scale = d * f32::from(scales[j]);
-            let (half, group, part) = (j / 8, j % 8 / 2, j % 2);
-            let low = &self.q[32 * half + 16 * part..][..16];
-            let high = &self.high[16 * part..][..16];
-            for ((x, &low), &high) in x.iter_mut().zip(low).zip(high) {
-                let q = (low >> (2 * group) & 3) | (high >> (4 * half + group) & 1) << 2;
-                *x = scale * f32::from(q as i8 - 4);
-            }
-        }
+        scaled(simd, &self.codes(), q3_scales(&self.scales).map(|scale| d * f32::from(scale)), out);
     }
 }
 
 impl Format for Q4K {
     const ELEMENTS: usize = Self::ELEMENTS;
     #[inline(always)]
-    fn decode(&self, out: &mut [f32]) {
+    fn decode<S: Simd>(&self, simd: S, out: &mut [f32]) {
         let (d, dmin) = (self.d.to_f32(), self.dmin.to_f32());
         let (scales, minimums) = scales_and_minimums(&self.scales);
-        for (j, x) in out.chunks_exact_mut(32).enumerate() {
-            let scale = d * f32::from(scales[j]);
-            let minimum = dmin * f32::from(minimums[j]);
-            for (x, &byte) in x.iter_mut().zip(&self.q[32 * (j / 2)..][..32]) {
-                *x = scale * f32::from(byte >> (4 * (j % 2)) & 15) - minimum;
-            }
-        }
+        let scales = scales.map(|scale| d * f32::from(scale));
+        let minimums = minimums.map(|minimum| dmin * f32::from(minimum));
+        scaled_less(simd, &self.codes(), scales, minimums, out);
     }
 }
 
 impl Format for Q5K {
     const ELEMENTS: usize = Self::ELEMENTS;
     #[inline(always)]
-    fn decode(&self, out: &mut [f32]) {
+    fn decode<S: Simd>(&self, simd: S, out: &mut [f32]) {
         let (d, dmin) = (self.d.to_f32(), self.dmin.to_f32());
         let (scales, minimums) = scales_and_minimums(&self.scales);
-        for (j, x) in out.chunks_exact_mut(32).enumerate() {
-            let scale = d * f32::from(scales[j]);
-            let minimum = dmin * f32::from(minimums[j]);
-            let low = &self.q[32 * (j / 2)..][..32];
-            for ((x, &low), &high) in x.iter_mut().zip(low).zip(&self.high) {
-                let q = (low >> (4 * (j % 2)) & 15) | (high >> j & 1) << 4;
-                *x = scale * f32::from(q) - minimum;
-            }
-        }
+        let scales = scales.map(|scale| d * f32::from(scale));
+        let minimums = minimums.map(|minimum| dmin * f32::from(minimum));
+        scaled_less(simd, &self.codes(), scales, minimums, out);
     }
 }
 
 impl Format for Q6K {
     const ELEMENTS: usize = Self::ELEMENTS;
     #[inline(always)]
-    fn decode(&self, out: &mut [f32]) {
+    fn decode<S: Simd>(&self, simd: S, out: &mut [f32]) {
         let d = self.d.to_f32();
-        for (j, x) in out.chunks_exact_mut(16).enumerate() {
-            let scale = d * f32::from(self.scales[j]);
-            let (half, group, part) = (j / 8, j % 8 / 2, j % 2);
-            let low = &self.low[64 * half + 32 * (group % 2) + 16 * part..][..16];
-            let high = &self.high[32 * half + 16 * part..][..16];
-            for ((x, &low), &high) in x.iter_mut().zip(low).zip(high) {
-                let q = (low >> (4 * (group / 2)) & 15) | (high >> (2 * group) & 3) << 4;
-                *x = scale * f32::from(q as i8 - 32);
-            }
-        }
+        scaled(simd, &self.codes(), self.scales.map(|scale| d * f32::from(scale)), out);
     }
 }
 
 impl Format for Iq2Xxs {
     const ELEMENTS: usize = Self::ELEMENTS;
     #[inline(always)]
-    fn decode(&self, out: &mut [f32]) {
+    fn decode<S: Simd>(&self, _simd: S, out: &mut [f32]) {
         let d = self.d.to_f32();
         for (group, out) in self.groups.iter().zip(out.chunks_exact_mut(32)) {
             let [indices @ .., s0, s1, s2, s3] = *group;
@@ -223,8 +185,13 @@ impl Format for Iq2Xxs {
     }
 }
 
-/// E2M1 values times two.
-pub(crate) const MXFP4_VALUES: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+impl Format for Mxfp4 {
+    const ELEMENTS: usize = Self::ELEMENTS;
+    #[inline(always)]
+    fn decode<S: Simd>(&self, simd: S, out: &mut [f32]) {
+        scaled(simd, &self.codes(), [mxfp4_scale(self.e); 2], out);
+    }
+}
 
 /// 2^(e − 128): the scale of doubled E2M1 values.
 #[inline(always)]
@@ -233,15 +200,34 @@ pub(crate) fn mxfp4_scale(e: u8) -> f32 {
     f32::from_bits(if e < 2 { 0x0020_0000 << e } else { (u32::from(e) - 1) << 23 })
 }
 
-impl Format for Mxfp4 {
-    const ELEMENTS: usize = Self::ELEMENTS;
-    #[inline(always)]
-    fn decode(&self, out: &mut [f32]) {
-        let d = mxfp4_scale(self.e);
-        let (low, high) = out.split_at_mut(16);
-        for ((low, high), &byte) in low.iter_mut().zip(high).zip(&self.q) {
-            *low = d * f32::from(MXFP4_VALUES[usize::from(byte & 15)]);
-            *high = d * f32::from(MXFP4_VALUES[usize::from(byte >> 4)]);
-        }
+/// `out = scale · code`, each scale for an equal share of the codes.
+#[inline(always)]
+fn scaled<S: Simd, const N: usize, const SCALES: usize>(
+    simd: S,
+    codes: &[i8; N],
+    scales: [f32; SCALES],
+    out: &mut [f32],
+) {
+    let (out, codes) = (out.as_chunks_mut::<16>().0, codes.as_chunks::<16>().0);
+    for (i, (out, codes)) in out.iter_mut().zip(codes).enumerate() {
+        let scale = simd.splat(scales[i * 16 * SCALES / N]);
+        simd.store(simd.mul(scale, simd.from_i8(codes)), out);
+    }
+}
+
+/// `out = scale · code − minimum`, each scale and minimum for an equal share of the codes.
+#[inline(always)]
+fn scaled_less<S: Simd, const SCALES: usize>(
+    simd: S,
+    codes: &[i8; QK_K],
+    scales: [f32; SCALES],
+    minimums: [f32; SCALES],
+    out: &mut [f32],
+) {
+    let (out, codes) = (out.as_chunks_mut::<16>().0, codes.as_chunks::<16>().0);
+    for (i, (out, codes)) in out.iter_mut().zip(codes).enumerate() {
+        let (scale, minimum) = (scales[i * 16 * SCALES / QK_K], minimums[i * 16 * SCALES / QK_K]);
+        let product = simd.mul(simd.splat(scale), simd.from_i8(codes));
+        simd.store(simd.sub(product, simd.splat(minimum)), out);
     }
 }

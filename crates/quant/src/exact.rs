@@ -158,7 +158,7 @@ fn matvec_format<S: Simd, F: Format>(simd: S, rows: &[u8], x: &[f32], out: &mut 
         let row = &rows[i * blocks_per_row..][..blocks_per_row];
         let mut acc = simd.splat(0.0);
         for (blocks, x) in row.chunks(CHUNK / F::ELEMENTS).zip(x.chunks(CHUNK)) {
-            decode_blocks(blocks, &mut buffer);
+            decode_blocks(simd, blocks, &mut buffer);
             acc = accumulate(simd, acc, &buffer[..x.len()], x);
         }
         *out = simd.reduce(acc);

@@ -43,12 +43,26 @@ pub(crate) trait Simd: Copy {
     fn splat(self, value: f32) -> Self::V;
     /// Lane i is `a[i]`.
     fn load(self, a: &[f32; 16]) -> Self::V;
-    /// The lanes as an array.
-    fn to_array(self, v: Self::V) -> [f32; 16];
+    /// Lane i is `a[i]` (exact).
+    fn from_i8(self, a: &[i8; 16]) -> Self::V;
+    /// Writes the lanes to `out`.
+    fn store(self, v: Self::V, out: &mut [f32; 16]);
     /// `a + b` in each lane.
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a − b` in each lane.
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a · b` in each lane.
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a · b + c` in each lane, rounded once.
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+
+    /// The lanes as an array.
+    #[inline(always)]
+    fn to_array(self, v: Self::V) -> [f32; 16] {
+        let mut a = [0.0; 16];
+        self.store(v, &mut a);
+        a
+    }
 
     /// The fixed reduction tree: `l[i] += l[i + 8]` for i < 8, then 4, 2, 1.
     #[inline(always)]
@@ -81,13 +95,28 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    fn to_array(self, v: [f32; 16]) -> [f32; 16] {
-        v
+    fn from_i8(self, a: &[i8; 16]) -> [f32; 16] {
+        a.map(f32::from)
+    }
+
+    #[inline(always)]
+    fn store(self, v: [f32; 16], out: &mut [f32; 16]) {
+        *out = v;
     }
 
     #[inline(always)]
     fn add(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
         std::array::from_fn(|i| a[i] + b[i])
+    }
+
+    #[inline(always)]
+    fn sub(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|i| a[i] - b[i])
+    }
+
+    #[inline(always)]
+    fn mul(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|i| a[i] * b[i])
     }
 
     #[inline(always)]
@@ -133,20 +162,41 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn to_array(self, v: [__m256; 2]) -> [f32; 16] {
-            let mut a = [0.0; 16];
-            // SAFETY: `self` exists only where `detect` found AVX2; both unaligned stores lie inside `a`.
+        fn from_i8(self, a: &[i8; 16]) -> [__m256; 2] {
+            // SAFETY: `self` exists only where `detect` found AVX2; the unaligned load is all of `a`.
             unsafe {
-                _mm256_storeu_ps(a.as_mut_ptr(), v[0]);
-                _mm256_storeu_ps(a.as_mut_ptr().add(8), v[1]);
+                let bytes = _mm_loadu_si128(a.as_ptr().cast());
+                let low = _mm256_cvtepi8_epi32(bytes);
+                let high = _mm256_cvtepi8_epi32(_mm_srli_si128::<8>(bytes));
+                [_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high)]
             }
-            a
+        }
+
+        #[inline(always)]
+        fn store(self, v: [__m256; 2], out: &mut [f32; 16]) {
+            // SAFETY: `self` exists only where `detect` found AVX2; both unaligned stores lie inside `out`.
+            unsafe {
+                _mm256_storeu_ps(out.as_mut_ptr(), v[0]);
+                _mm256_storeu_ps(out.as_mut_ptr().add(8), v[1]);
+            }
         }
 
         #[inline(always)]
         fn add(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
             // SAFETY: `self` exists only where `detect` found AVX2.
             unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
+        }
+
+        #[inline(always)]
+        fn sub(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+            // SAFETY: `self` exists only where `detect` found AVX2.
+            unsafe { [_mm256_sub_ps(a[0], b[0]), _mm256_sub_ps(a[1], b[1])] }
+        }
+
+        #[inline(always)]
+        fn mul(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+            // SAFETY: `self` exists only where `detect` found AVX2.
+            unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
         }
 
         #[inline(always)]
