@@ -69,6 +69,26 @@ impl CpuBackend {
             workers: Workers::new(options.threads, options.level),
         })
     }
+
+    /// Bytes of weights in memory: those every token uses, and the routed experts.
+    pub fn weight_bytes(&self) -> WeightBytes {
+        let mut fixed = 0;
+        let counted = self.weights.try_map(&mut |weight: &Weight| {
+            fixed += weight.bytes() as u64;
+            Ok::<_, std::convert::Infallible>(())
+        });
+        counted.expect("counting cannot fail");
+        WeightBytes { fixed, experts: self.experts.resident_bytes() }
+    }
+}
+
+/// Bytes of weights held in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WeightBytes {
+    /// Everything but the routed experts.
+    pub fixed: u64,
+    /// Routed experts.
+    pub experts: u64,
 }
 
 impl Backend for CpuBackend {

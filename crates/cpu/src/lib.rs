@@ -12,7 +12,7 @@ mod parallel;
 mod pass;
 mod weights;
 
-pub use backend::{CpuBackend, Options};
+pub use backend::{CpuBackend, Options, WeightBytes};
 pub use experts::Selection;
 pub use pass::Pass;
 pub use quant::simd::Level;

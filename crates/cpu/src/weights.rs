@@ -40,6 +40,10 @@ impl Weight {
         Ok(Weight { ty: TensorType::F32, rows, cols, bytes: values })
     }
 
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
     pub(crate) fn matrix(&self) -> Matrix<'_> {
         Matrix { ty: self.ty, rows: self.rows, cols: self.cols, bytes: &self.bytes }
     }

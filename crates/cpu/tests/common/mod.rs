@@ -1,0 +1,93 @@
+//! What the tests of the whole model share: the oracle's files, and short ways to run a backend.
+#![allow(dead_code)]
+
+use std::path::PathBuf;
+
+use cpu::{CpuBackend, Options};
+use gguf::Gguf;
+use model::{Arithmetic, Backend, Cancel, Model, NoObserver, Row, State, forward};
+use safetensors::SafeTensors;
+use store::Source;
+
+/// A file that `scripts/test-data` makes.
+pub fn test_data(name: &str) -> PathBuf {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../target/test-data").join(name);
+    assert!(path.exists(), "{} is missing: run scripts/test-data first", path.display());
+    path
+}
+
+/// A model of the oracle, loaded.
+pub fn load(name: &str, options: Options) -> CpuBackend {
+    let file = Gguf::open(&test_data(&format!("oracle/{name}.gguf"))).unwrap();
+    let model = Model::from_gguf(&file).unwrap();
+    let source = Source::open(file.files.iter().map(|part| &part.path)).unwrap();
+    CpuBackend::load(&model, &source, options, &mut |_| {}).unwrap()
+}
+
+pub fn plain() -> Options {
+    Options { arithmetic: Arithmetic::Plain, ..Options::default() }
+}
+
+/// Rows of `tokens` for session `session` from `position`, all with logits.
+pub fn rows(session: usize, position: usize, tokens: &[u32]) -> Vec<Row> {
+    let row = |(i, &token)| Row { session, position: position + i, token, logits: true };
+    tokens.iter().enumerate().map(row).collect()
+}
+
+/// Continues `state` by `tokens` in one pass; logits of all of them.
+pub fn advance(backend: &CpuBackend, state: &mut State, tokens: &[u32]) -> Vec<f32> {
+    let rows = rows(0, state.position(), tokens);
+    forward(backend, rows, &mut [state], &Cancel::default(), &mut NoObserver).unwrap()
+}
+
+/// All logits of `tokens` from an empty session, in passes of the given sizes (the last size repeats).
+pub fn logits(backend: &CpuBackend, tokens: &[u32], sizes: &[usize]) -> Vec<f32> {
+    let mut state = backend.new_state();
+    let (mut logits, mut at, mut sizes) = (Vec::new(), 0, sizes.iter().copied());
+    let mut size = sizes.next().unwrap();
+    while at < tokens.len() {
+        let end = tokens.len().min(at + size);
+        logits.extend(advance(backend, &mut state, &tokens[at..end]));
+        (at, size) = (end, sizes.next().unwrap_or(size));
+    }
+    logits
+}
+
+/// The reference outputs of one model.
+pub struct References {
+    bytes: Vec<u8>,
+}
+
+impl References {
+    pub fn open(name: &str) -> References {
+        References { bytes: std::fs::read(test_data(&format!("oracle/{name}.safetensors"))).unwrap() }
+    }
+
+    fn raw(&self, name: &str) -> Vec<[u8; 4]> {
+        let tensors = SafeTensors::deserialize(&self.bytes).unwrap();
+        let tensor = tensors.tensor(name).unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert_eq!(tensor.dtype().bitsize(), 32, "{name} has elements of 4 bytes");
+        tensor.data().as_chunks().0.to_vec()
+    }
+
+    pub fn floats(&self, name: &str) -> Vec<f32> {
+        self.raw(name).into_iter().map(f32::from_le_bytes).collect()
+    }
+
+    pub fn ints(&self, name: &str) -> Vec<i32> {
+        self.raw(name).into_iter().map(i32::from_le_bytes).collect()
+    }
+
+    pub fn tokens(&self) -> Vec<u32> {
+        self.ints("tokens").into_iter().map(|token| token as u32).collect()
+    }
+
+    pub fn has(&self, name: &str) -> bool {
+        SafeTensors::deserialize(&self.bytes).unwrap().names().contains(&name)
+    }
+}
+
+/// Index of the largest value; the first of equals.
+pub fn argmax(row: &[f32]) -> usize {
+    row.iter().enumerate().fold(0, |best, (i, &value)| if value > row[best] { i } else { best })
+}
