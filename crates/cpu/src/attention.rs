@@ -7,6 +7,7 @@ use model::rope::{rotate, rotate_back};
 use model::state::{CompressorView, LayerDelta, LayerView};
 use model::tensors::Compressor;
 use model::{Arithmetic, Error, Run, State};
+use quant::simd::Level;
 use quant::{exact, math};
 
 use crate::backend::CpuBackend;
@@ -117,42 +118,13 @@ impl CpuBackend {
         let mut rows = vec![0; (end - first) * row_bytes];
         let work = 2 * layout.ratio * layout.width * 8;
         self.workers.rows(&mut rows, row_bytes, work, |i, packed| {
-            let mut row = self.pool_window(layout, first + i, view);
+            let mut row = pool(self.workers.level, &window_slots(layout, first + i, view));
             rms_norm(self.workers.level, &mut row, Some(w.norm.values()), self.config.rms_eps);
             let tail = row.len() - self.config.rope_dim;
             rotate(&mut row[tail..], &self.ropes[1].at((first + i) * layout.ratio));
             layout.row.pack(&row, packed);
         });
         rows
-    }
-
-    /// One softmax a channel over the tokens of a window; where windows overlap, also over the first halves of the
-    /// window before.
-    fn pool_window(&self, layout: &CompressorLayout, window: usize, view: CompressorView<'_>) -> Vec<f32> {
-        let width = layout.row.width();
-        let positions = |window: usize| window * layout.ratio..(window + 1) * layout.ratio;
-        let mut slots: Vec<(&[f32], &[f32])> = Vec::new();
-        if layout.overlaps && window > 0 {
-            slots.extend(positions(window - 1).map(|p| view.inputs(p)).map(|(u, z)| (&u[..width], &z[..width])));
-        }
-        let own = layout.width - width;
-        slots.extend(positions(window).map(|p| view.inputs(p)).map(|(u, z)| (&u[own..], &z[own..])));
-
-        let mut max = vec![f32::NEG_INFINITY; width];
-        for (_, z) in &slots {
-            max.iter_mut().zip(*z).for_each(|(max, z)| *max = max.max(*z));
-        }
-        let (mut sum, mut row, mut weight) = (vec![0.0; width], vec![0.0; width], vec![0.0; width]);
-        for (u, z) in &slots {
-            weight.iter_mut().zip(*z).zip(&max).for_each(|((weight, z), max)| *weight = z - max);
-            math::exp_slice_at(self.workers.level, &mut weight);
-            for (((row, sum), weight), u) in row.iter_mut().zip(&mut sum).zip(&weight).zip(*u) {
-                *row += weight * u;
-                *sum += weight;
-            }
-        }
-        row.iter_mut().zip(&sum).for_each(|(row, sum)| *row /= sum);
-        row
     }
 
     pub(crate) fn stage_index(&self, layer: usize, states: &[&State], pass: &mut Pass) -> Result<(), Error> {
@@ -334,6 +306,40 @@ impl CpuBackend {
         self.workers.matmul(w.output_b.matrix(), &low, &mut pass.output);
         Ok(())
     }
+}
+
+/// `(u, z)` of the tokens that a window's row is made from: its own, and where windows overlap also those of the window
+/// before, whose first halves are meant for this row.
+fn window_slots<'a>(layout: &CompressorLayout, window: usize, view: CompressorView<'a>) -> Vec<(&'a [f32], &'a [f32])> {
+    let width = layout.row.width();
+    let positions = |window: usize| window * layout.ratio..(window + 1) * layout.ratio;
+    let mut slots = Vec::new();
+    if layout.overlaps && window > 0 {
+        slots.extend(positions(window - 1).map(|p| view.inputs(p)).map(|(u, z)| (&u[..width], &z[..width])));
+    }
+    let own = layout.width - width;
+    slots.extend(positions(window).map(|p| view.inputs(p)).map(|(u, z)| (&u[own..], &z[own..])));
+    slots
+}
+
+/// `Σ u · softmax(z)` over the slots, one softmax a channel.
+pub(crate) fn pool(level: Level, slots: &[(&[f32], &[f32])]) -> Vec<f32> {
+    let width = slots[0].0.len();
+    let mut max = vec![f32::NEG_INFINITY; width];
+    for (_, z) in slots {
+        max.iter_mut().zip(*z).for_each(|(max, z)| *max = max.max(*z));
+    }
+    let (mut sum, mut row, mut weight) = (vec![0.0; width], vec![0.0; width], vec![0.0; width]);
+    for (u, z) in slots {
+        weight.iter_mut().zip(*z).zip(&max).for_each(|((weight, z), max)| *weight = z - max);
+        math::exp_slice_at(level, &mut weight);
+        for (((row, sum), weight), u) in row.iter_mut().zip(&mut sum).zip(&weight).zip(*u) {
+            *row += weight * u;
+            *sum += weight;
+        }
+    }
+    row.iter_mut().zip(&sum).for_each(|(row, sum)| *row /= sum);
+    row
 }
 
 /// The `k` rows of the highest scores, ascending. Of equal scores the earlier row wins.

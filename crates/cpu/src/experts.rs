@@ -128,7 +128,7 @@ impl CpuBackend {
 }
 
 /// The experts of the highest biased scores, best first. Of equal scores the lower number wins.
-fn best_experts(scores: &[f32], bias: &[f32], experts: &mut [u32]) {
+pub(crate) fn best_experts(scores: &[f32], bias: &[f32], experts: &mut [u32]) {
     let biased: Vec<f32> = scores.iter().zip(bias).map(|(score, bias)| score + bias).collect();
     let mut order: Vec<u32> = (0..scores.len() as u32).collect();
     order.sort_unstable_by(|&a, &b| biased[b as usize].total_cmp(&biased[a as usize]).then(a.cmp(&b)));
@@ -136,7 +136,7 @@ fn best_experts(scores: &[f32], bias: &[f32], experts: &mut [u32]) {
 }
 
 /// Weights from the unbiased scores, normalised to `scale`.
-fn weigh(scores: &[f32], experts: &[u32], scale: f32, weights: &mut [f32]) {
+pub(crate) fn weigh(scores: &[f32], experts: &[u32], scale: f32, weights: &mut [f32]) {
     /// The smallest normal f16, which keeps the division sane when every score is zero.
     const TINY: f32 = 6.103_515_6e-5;
     let sum: f32 = experts.iter().map(|&expert| scores[expert as usize]).sum();

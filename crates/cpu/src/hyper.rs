@@ -1,7 +1,7 @@
 //! Embedding, hyper-connections and the output head (docs/spec/model.md §2.0–2.2, §2.9).
 
 use model::tensors::HyperConnection;
-use model::{Config, Error, Half};
+use model::{Error, Half};
 use quant::exact;
 use quant::math::sigmoid;
 use quant::simd::Level;
@@ -24,7 +24,7 @@ pub(crate) fn rms_norm(level: Level, x: &mut [f32], w: Option<&[f32]>, eps: f32)
     }
 }
 
-/// Makes `mix` doubly stochastic: rows are sources, columns destinations.
+/// Makes `mix` doubly stochastic: a softmax of each row, then columns and rows in turn, ending on columns.
 fn sinkhorn(mix: &mut [f32], streams: usize, iterations: usize, eps: f32) {
     let softmax = |row: &mut [f32]| {
         let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -53,20 +53,23 @@ fn sinkhorn(mix: &mut [f32], streams: usize, iterations: usize, eps: f32) {
 }
 
 /// Weights of one row's hyper-connection, from the projection of its normalised streams.
-struct Weights {
-    pre: Vec<f32>,
-    post: Vec<f32>,
-    mix: Vec<f32>,
+pub(crate) struct Weights {
+    pub(crate) pre: Vec<f32>,
+    pub(crate) post: Vec<f32>,
+    /// Rows are sources, columns destinations.
+    pub(crate) mix: Vec<f32>,
 }
 
 impl Weights {
-    fn new(projected: &[f32], hc: &HyperConnection<Weight>, config: &Config) -> Weights {
-        let (s, scale, base) = (config.streams, hc.scale.values(), hc.base.values());
+    pub(crate) fn new(projected: &[f32], scale: &[f32], base: &[f32], iterations: usize, eps: f32) -> Weights {
+        // S² + 2S outputs are one less than (S + 1)².
+        let s = (base.len() + 1).isqrt() - 1;
+        debug_assert_eq!((scale.len(), base.len()), (3, 2 * s + s * s));
         let value = |i: usize, scale: f32| projected[i] * scale + base[i];
-        let pre = (0..s).map(|i| sigmoid(value(i, scale[0])) + config.hc_eps).collect();
+        let pre = (0..s).map(|i| sigmoid(value(i, scale[0])) + eps).collect();
         let post = (s..2 * s).map(|i| 2.0 * sigmoid(value(i, scale[1]))).collect();
         let mut mix: Vec<f32> = (2 * s..2 * s + s * s).map(|i| value(i, scale[2])).collect();
-        sinkhorn(&mut mix, s, config.sinkhorn_iterations, config.hc_eps);
+        sinkhorn(&mut mix, s, iterations, eps);
         Weights { pre, post, mix }
     }
 }
@@ -76,6 +79,17 @@ fn collapse(level: Level, pre: &[f32], streams: &[f32], out: &mut [f32]) {
     out.fill(0.0);
     let width = out.len();
     pre.iter().zip(streams.chunks_exact(width)).for_each(|(&pre, stream)| exact::axpy_at(level, pre, stream, out));
+}
+
+/// `streams[k] = post[k] · output + Σ_j mix[j][k] · streams[j]`.
+pub(crate) fn spread(level: Level, post: &[f32], mix: &[f32], output: &[f32], streams: &mut [f32]) {
+    let (old, width) = (streams.to_vec(), output.len());
+    for (k, stream) in streams.chunks_exact_mut(width).enumerate() {
+        stream.iter_mut().zip(output).for_each(|(new, output)| *new = post[k] * output);
+        for (j, source) in old.chunks_exact(width).enumerate() {
+            exact::axpy_at(level, mix[j * post.len() + k], source, stream);
+        }
+    }
 }
 
 impl CpuBackend {
@@ -107,8 +121,9 @@ impl CpuBackend {
         let (level, config) = (self.workers.level, &self.config);
         let (hc, norm) = self.half(layer, half);
         let projected = self.project_streams(hc, pass);
-        let weights: Vec<Weights> =
-            projected.chunks_exact(config.hc_outputs()).map(|row| Weights::new(row, hc, config)).collect();
+        let (scale, base) = (hc.scale.values(), hc.base.values());
+        let split = |row: &[f32]| Weights::new(row, scale, base, config.sinkhorn_iterations, config.hc_eps);
+        let weights: Vec<Weights> = projected.chunks_exact(config.hc_outputs()).map(split).collect();
         for (r, w) in weights.iter().enumerate() {
             let s = config.streams;
             pass.post[r * s..][..s].copy_from_slice(&w.post);
@@ -131,19 +146,10 @@ impl CpuBackend {
     }
 
     pub(crate) fn stage_hc_post(&self, pass: &mut Pass) -> Result<(), Error> {
-        let (s, d) = (self.config.streams, self.config.d_model);
+        let (level, s, d) = (self.workers.level, self.config.streams, self.config.d_model);
         let (post, mix, output) = (&pass.post, &pass.mix, &pass.output);
         self.workers.rows(&mut pass.streams, s * d, s * s * d, |r, streams| {
-            let (post, mix, output) = (&post[r * s..], &mix[r * s * s..], &output[r * d..][..d]);
-            let old = streams.to_vec();
-            for (k, stream) in streams.chunks_exact_mut(d).enumerate() {
-                for (new, y) in stream.iter_mut().zip(output) {
-                    *new = post[k] * y;
-                }
-                for (j, source) in old.chunks_exact(d).enumerate() {
-                    exact::axpy_at(self.workers.level, mix[j * s + k], source, stream);
-                }
-            }
+            spread(level, &post[r * s..][..s], &mix[r * s * s..][..s * s], &output[r * d..][..d], streams);
         });
         Ok(())
     }

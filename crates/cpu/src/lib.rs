@@ -10,6 +10,8 @@ mod experts;
 mod hyper;
 mod parallel;
 mod pass;
+#[cfg(test)]
+mod vectors;
 mod weights;
 
 pub use backend::{CpuBackend, Options, WeightBytes};

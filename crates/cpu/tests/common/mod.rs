@@ -36,6 +36,9 @@ pub fn rows(session: usize, position: usize, tokens: &[u32]) -> Vec<Row> {
 
 /// Continues `state` by `tokens` in one pass; logits of all of them.
 pub fn advance(backend: &CpuBackend, state: &mut State, tokens: &[u32]) -> Vec<f32> {
+    if tokens.is_empty() {
+        return Vec::new();
+    }
     let rows = rows(0, state.position(), tokens);
     forward(backend, rows, &mut [state], &Cancel::default(), &mut NoObserver).unwrap()
 }

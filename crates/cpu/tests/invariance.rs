@@ -1,0 +1,277 @@
+//! Exact is batch-invariant: how rows are cut into passes, what else is in a pass, threads, instruction sets, saving,
+//! stepping back and failing in the middle change no bit of any logit.
+
+mod common;
+
+use common::{References, advance, load, logits, plain, rows};
+use cpu::{CpuBackend, Level, Options, Pass};
+use model::state::{CHECKPOINT_TOKENS, FREE_REWIND_TOKENS, MAX_CHECKPOINTS};
+use model::{Backend, Cancel, Error, NoObserver, Observer, Stage, forward};
+
+const MODEL: &str = "tiny-iq2";
+
+fn tokens() -> Vec<u32> {
+    References::open(&format!("{MODEL}.refs")).tokens()
+}
+
+fn bits(logits: &[f32]) -> Vec<u32> {
+    logits.iter().map(|logit| logit.to_bits()).collect()
+}
+
+/// Fails with the first position that differs rather than with two pages of numbers.
+fn assert_same(ours: &[f32], expected: &[f32], vocab: usize, what: &str) {
+    assert_eq!(ours.len(), expected.len(), "{what}: number of logits");
+    let differ = bits(ours).iter().zip(&bits(expected)).position(|(a, b)| a != b);
+    assert_eq!(differ.map(|i| i / vocab), None, "{what}: first position with other bits");
+}
+
+#[test]
+fn chunking_changes_no_bit() {
+    for options in [Options::default(), plain()] {
+        let (backend, tokens) = (load(MODEL, options), tokens());
+        let whole = logits(&backend, &tokens, &[tokens.len()]);
+        for sizes in [&[1][..], &[3], &[64], &[127], &[128], &[129], &[250, 1]] {
+            let chunked = logits(&backend, &tokens, sizes);
+            assert_same(&chunked, &whole, backend.config().vocab_size, &format!("chunks of {sizes:?}"));
+        }
+    }
+}
+
+#[test]
+fn threads_change_no_bit() {
+    let tokens = tokens();
+    let of = |threads| {
+        let backend = load(MODEL, Options { threads, ..Options::default() });
+        logits(&backend, &tokens, &[100])
+    };
+    assert_same(&of(2), &of(1), 512, "2 threads");
+}
+
+#[test]
+fn instruction_sets_change_no_bit() {
+    let tokens = &tokens()[..140];
+    let of = |level| logits(&load(MODEL, Options { level, ..Options::default() }), tokens, &[70]);
+    let scalar = of(Level::Scalar);
+    let levels = Level::available();
+    println!("instruction sets of this machine: {levels:?}");
+    for level in levels {
+        assert_same(&of(level), &scalar, 512, &format!("{level:?}"));
+    }
+}
+
+#[test]
+fn other_sessions_in_a_pass_change_no_bit() {
+    let (backend, tokens) = (load(MODEL, Options::default()), tokens());
+    let other: Vec<u32> = tokens.iter().rev().copied().collect();
+    let vocab = backend.config().vocab_size;
+    let (alone, other_alone) = (logits(&backend, &tokens, &[400]), logits(&backend, &other, &[400]));
+    let (mut a, mut b) = (backend.new_state(), backend.new_state());
+    let (mut together, mut other_together) = (Vec::new(), Vec::new());
+    // The sessions advance at different speeds and change places in the pass.
+    for (turn, (ours, theirs)) in tokens.chunks(40).zip(other.chunks(29)).enumerate() {
+        let (first, second) = (rows(0, a.position(), ours), rows(1, b.position(), theirs));
+        let swapped = turn % 2 == 1;
+        let batch = if swapped { [second, first].concat() } else { [first, second].concat() };
+        let mixed = forward(&backend, batch, &mut [&mut a, &mut b], &Cancel::default(), &mut NoObserver).unwrap();
+        let (x, y) = mixed.split_at(vocab * if swapped { theirs.len() } else { ours.len() });
+        let (ours, theirs) = if swapped { (y, x) } else { (x, y) };
+        together.extend_from_slice(ours);
+        other_together.extend_from_slice(theirs);
+    }
+    assert_same(&together, &alone[..together.len()], vocab, "first session");
+    assert_same(&other_together, &other_alone[..other_together.len()], vocab, "second session");
+    assert!(together.len() == alone.len() && other_together.len() > vocab * 256);
+}
+
+#[test]
+fn saving_and_loading_changes_no_bit() {
+    for options in [Options::default(), plain()] {
+        let (backend, tokens) = (load(MODEL, options), tokens());
+        let whole = logits(&backend, &tokens, &[400]);
+        let vocab = backend.config().vocab_size;
+        for cut in [1, 3, 127, 128, 201, 399] {
+            let mut state = backend.new_state();
+            advance(&backend, &mut state, &tokens[..cut]);
+            let mut saved = Vec::new();
+            backend.export(&state, &mut saved).unwrap();
+            let mut loaded = backend.import(&mut saved.as_slice()).unwrap();
+            let rest = advance(&backend, &mut loaded, &tokens[cut..]);
+            assert_same(&rest, &whole[cut * vocab..], vocab, &format!("saved at {cut}"));
+            let mut again = Vec::new();
+            backend.export(&backend.import(&mut saved.as_slice()).unwrap(), &mut again).unwrap();
+            assert!(saved == again, "saving what was loaded gives the same bytes");
+        }
+    }
+}
+
+#[test]
+fn stepping_back_changes_no_bit() {
+    let (backend, tokens) = (load(MODEL, Options::default()), tokens());
+    let whole = logits(&backend, &tokens, &[400]);
+    let vocab = backend.config().vocab_size;
+    let wrong: Vec<u32> = tokens.iter().map(|token| (token + 7) % 500).collect();
+    for (from, target) in [(400, 399), (400, 336), (333, 270), (64, 0), (70, 6), (400, 300), (390, 256), (350, 40)] {
+        let mut state = backend.new_state();
+        advance(&backend, &mut state, &tokens[..target]);
+        advance(&backend, &mut state, &wrong[target..from]);
+        let reached = state.rewind(target);
+        let near = from - target <= FREE_REWIND_TOKENS;
+        let checkpoint = target / CHECKPOINT_TOKENS * CHECKPOINT_TOKENS;
+        assert_eq!(reached, if near { target } else { checkpoint }, "from {from} to {target}");
+        let rest = advance(&backend, &mut state, &tokens[reached..]);
+        assert_same(&rest, &whole[reached * vocab..], vocab, &format!("from {from} back to {target}"));
+    }
+}
+
+#[test]
+fn stepping_back_again_and_again_changes_no_bit() {
+    let (backend, tokens) = (load(MODEL, Options::default()), tokens());
+    let whole = logits(&backend, &tokens, &[400]);
+    let vocab = backend.config().vocab_size;
+    let mut state = backend.new_state();
+    // As speculation does: five tokens, of which the last three are taken back.
+    while state.position() + 5 <= tokens.len() {
+        let start = state.position();
+        let ours = advance(&backend, &mut state, &tokens[start..start + 5]);
+        assert_same(&ours, &whole[start * vocab..(start + 5) * vocab], vocab, &format!("five from {start}"));
+        assert_eq!(state.rewind(start + 2), start + 2);
+    }
+    // Also over a save, which must keep the free range.
+    let mut saved = Vec::new();
+    backend.export(&state, &mut saved).unwrap();
+    let mut state = backend.import(&mut saved.as_slice()).unwrap();
+    let target = state.position() - 60;
+    assert_eq!(state.rewind(target), target);
+    let rest = advance(&backend, &mut state, &tokens[target..]);
+    assert_same(&rest, &whole[target * vocab..], vocab, "after a save");
+}
+
+#[test]
+fn checkpoints_are_few_and_reach_far_back() {
+    let (backend, tokens) = (load(MODEL, Options::default()), tokens());
+    let long: Vec<u32> = tokens.iter().cycle().take(2000).copied().collect();
+    let mut state = backend.new_state();
+    long.chunks(300).for_each(|chunk| {
+        advance(&backend, &mut state, chunk);
+    });
+    let checkpoints: Vec<usize> = state.checkpoints().collect();
+    assert_eq!(checkpoints.len(), MAX_CHECKPOINTS, "{checkpoints:?}");
+    assert!(checkpoints.iter().all(|position| position % CHECKPOINT_TOKENS == 0));
+    assert!(checkpoints.contains(&1920) && checkpoints.contains(&1792) && checkpoints[0] <= 512, "{checkpoints:?}");
+    let before = checkpoints[3];
+    let mut fresh = backend.new_state();
+    let expected = logits(&backend, &long[..before + 50], &[500]);
+    assert_eq!(state.rewind(before + 60), before);
+    let ours = advance(&backend, &mut state, &long[before..before + 50]);
+    let vocab = backend.config().vocab_size;
+    assert_same(&ours, &expected[before * vocab..], vocab, "from a checkpoint");
+    assert_eq!((fresh.rewind(10), state.rewind(usize::MAX)), (0, before + 50));
+}
+
+/// Fails after one stage of one layer.
+struct Fault {
+    at: (Option<usize>, Stage),
+    struck: bool,
+}
+
+impl Observer<CpuBackend> for Fault {
+    fn after(&mut self, layer: Option<usize>, stage: Stage, _: &CpuBackend, _: &Pass) -> Result<(), Error> {
+        if (layer, stage) == self.at {
+            self.struck = true;
+            return Err(Error::Cancelled);
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn a_pass_that_fails_anywhere_leaves_no_trace() {
+    let (backend, tokens) = (load(MODEL, Options::default()), tokens());
+    let whole = logits(&backend, &tokens[..200], &[200]);
+    let vocab = backend.config().vocab_size;
+    let mut places = vec![(None, Stage::Embed), (None, Stage::Head)];
+    places.extend((0..backend.config().layers).flat_map(|layer| Stage::LAYER.map(|stage| (Some(layer), stage))));
+    let (mut a, mut b) = (backend.new_state(), backend.new_state());
+    advance(&backend, &mut a, &tokens[..125]);
+    for &at in &places {
+        let saved = |state: &model::State| {
+            let mut bytes = Vec::new();
+            backend.export(state, &mut bytes).unwrap();
+            bytes
+        };
+        let before = (saved(&a), saved(&b));
+        let mut fault = Fault { at, struck: false };
+        let batch = [rows(0, 125, &tokens[125..131]), rows(1, 0, &tokens[..5])].concat();
+        let result = forward(&backend, batch, &mut [&mut a, &mut b], &Cancel::default(), &mut fault);
+        assert!(fault.struck && result.is_err(), "{at:?} was not reached");
+        assert!(before == (saved(&a), saved(&b)), "{at:?} left a trace");
+    }
+    let rest = advance(&backend, &mut a, &tokens[125..200]);
+    assert_same(&rest, &whole[125 * vocab..], vocab, "after all faults");
+    assert_eq!(places.len(), 2 + 12 * backend.config().layers);
+}
+
+/// Cancels at the router of one layer, so that the next check is that of an expert.
+struct CancelAtRouter<'a>(usize, &'a Cancel);
+
+impl Observer<CpuBackend> for CancelAtRouter<'_> {
+    fn after(&mut self, layer: Option<usize>, stage: Stage, _: &CpuBackend, _: &Pass) -> Result<(), Error> {
+        assert!(layer <= Some(self.0) && stage != Stage::RoutedExperts || layer < Some(self.0), "ran on: {stage:?}");
+        if (layer, stage) == (Some(self.0), Stage::Route) {
+            self.1.cancel();
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn cancelling_stops_before_the_next_expert_and_leaves_no_trace() {
+    let (backend, tokens) = (load(MODEL, Options::default()), tokens());
+    let mut state = backend.new_state();
+    let cancel = Cancel::default();
+    let batch = rows(0, 0, &tokens[..40]);
+    let result = forward(&backend, batch, &mut [&mut state], &cancel, &mut CancelAtRouter(2, &cancel));
+    assert!(matches!(result, Err(Error::Cancelled)));
+    let ours = advance(&backend, &mut state, &tokens[..40]);
+    assert_same(&ours, &logits(&backend, &tokens[..40], &[40]), backend.config().vocab_size, "after a cancel");
+}
+
+#[test]
+fn rows_that_do_not_fit_are_refused() {
+    let backend = load(MODEL, Options::default());
+    let row = |session, position, token| model::Row { session, position, token, logits: true };
+    for (batch, word) in [
+        (vec![], "at least one row"),
+        (vec![row(0, 0, 512)], "vocabulary of 512"),
+        (vec![row(0, 1, 5)], "has seen 0 tokens"),
+        (vec![row(0, 0, 5), row(0, 2, 5)], "expected 1"),
+        (vec![row(2, 0, 5)], "session 2 of 2"),
+        (vec![row(0, 0, 5), row(1, 0, 5), row(0, 1, 5)], "stand together"),
+    ] {
+        let (mut a, mut b) = (backend.new_state(), backend.new_state());
+        let result = forward(&backend, batch, &mut [&mut a, &mut b], &Cancel::default(), &mut NoObserver);
+        let message = result.unwrap_err().to_string();
+        assert!(message.contains(word), "{message:?} should say {word:?}");
+    }
+}
+
+#[test]
+fn damaged_states_are_refused() {
+    let (backend, tokens) = (load(MODEL, Options::default()), tokens());
+    let mut state = backend.new_state();
+    advance(&backend, &mut state, &tokens[..150]);
+    let mut saved = Vec::new();
+    backend.export(&state, &mut saved).unwrap();
+    let refuse = |bytes: &[u8]| backend.import(&mut &bytes[..]).err().expect("a damaged state").to_string();
+    for cut in (0..saved.len()).step_by(saved.len() / 16) {
+        refuse(&saved[..cut]);
+    }
+    for at in (0..saved.len()).step_by(saved.len() / 200) {
+        let mut damaged = saved.clone();
+        damaged[at] ^= 0x41;
+        refuse(&damaged);
+    }
+    let other = load(MODEL, plain());
+    assert!(other.import(&mut saved.as_slice()).err().unwrap().to_string().contains("arithmetic"));
+    assert!(refuse(b"GGUF, not a state").contains("not a saved state"));
+}
