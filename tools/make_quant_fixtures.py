@@ -3,10 +3,17 @@
     pip install numpy gguf
     python tools/make_quant_fixtures.py dequantize    # PyPI `gguf`: random blocks of every type and their values
     python tools/make_quant_fixtures.py kv            # tools/oracle/ref_model.py: rows and their FP8 / FP4 round trips
+    python tools/make_quant_fixtures.py quantize libggml-base.so    # ggml_quantize_chunk of other engines
+
+The shared library of the last is built from the ggml sources in PyPI `llama-cpp-python` (0.3.36 was used):
+
+    pip download --no-binary :all: --no-deps llama-cpp-python==0.3.36 && tar xzf llama_cpp_python-*.tar.gz
+    cmake -S llama_cpp_python-*/vendor/llama.cpp -B build -DGGML_NATIVE=OFF && cmake --build build --target ggml-base
 
 A fixture (crates/quant/tests/fixtures/*.bin) is a sequence of records, each three u32 (tag, b, c), then b bytes,
 then c f32, all little endian. dequantize: tag = ggml type id, bytes = blocks, floats = values. kv: tag = 8 or 4
-(bits), bytes = f32 inputs, floats = outputs.
+(bits), bytes = f32 inputs, floats = outputs. quantize: per distribution first tag 0, bytes = f32 importance of the
+columns, floats = rows; then tag = ggml type id (+ 256 if importance was given), bytes = ggml's blocks, no floats.
 """
 import struct
 import sys
@@ -80,6 +87,40 @@ def kv():
     (OUT / "kv.bin").write_bytes(record(8, x8[:, :-rope], y8) + record(4, x4, y4))
 
 
+def quantize():
+    import ctypes
+    from gguf import GGMLQuantizationType as T, GGML_QUANT_SIZES
+
+    ggml = ctypes.CDLL(sys.argv[2])
+    ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
+    ggml.ggml_quantize_chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p] + [ctypes.c_int64] * 3 + [ctypes.c_void_p]
+    rng = np.random.default_rng(3)
+    rows, cols = 12, 512
+    outliers = rng.normal(size=(rows, cols))
+    outliers[rng.random((rows, cols)) < 0.01] *= 30
+    distributions = [
+        rng.normal(size=(rows, cols)),
+        rng.standard_t(3, (rows, cols)),
+        outliers,
+        rng.uniform(0, 1, (rows, cols)),
+        rng.normal(size=(rows, cols)) * 3e-6,
+    ]
+    out = b""
+    for x in distributions:
+        x = np.ascontiguousarray(x, np.float32)
+        importance = rng.lognormal(0, 1.5, cols).astype(np.float32)
+        out += record(0, importance, x)
+        for t in [T.Q8_0, T.Q2_K, T.Q4_K, T.IQ2_XXS, T.MXFP4]:
+            elements, size = GGML_QUANT_SIZES[t]
+            for weighted in [False, True] if t != T.IQ2_XXS else [True]:
+                blocks = np.zeros(rows * cols // elements * size, np.uint8)
+                weights = importance.ctypes.data if weighted else None
+                done = ggml.ggml_quantize_chunk(int(t), x.ctypes.data, blocks.ctypes.data, 0, rows, cols, weights)
+                assert done == blocks.size
+                out += record(int(t) + 256 * weighted, blocks, [])
+    (OUT / "quantize.bin").write_bytes(out)
+
+
 if __name__ == "__main__":
     OUT.mkdir(parents=True, exist_ok=True)
-    {"dequantize": dequantize, "kv": kv}[sys.argv[1]]()
+    {"dequantize": dequantize, "kv": kv, "quantize": quantize}[sys.argv[1]]()

@@ -17,7 +17,7 @@ fn rate(name: &str, items: usize, mut f: impl FnMut()) {
         }
         best = best.max((calls * items) as f64 / start.elapsed().as_secs_f64());
     }
-    println!("{name:40} {:8.2} G/s", best / 1e9);
+    println!("{name:40} {:8.3} G/s", best / 1e9);
 }
 
 fn values(n: usize) -> Vec<f32> {
@@ -31,6 +31,7 @@ fn main() {
     rate("dot f32 4096", COLS, || {
         black_box(exact::dot(black_box(&w), black_box(&x)));
     });
+    let importance: Vec<f32> = w.iter().map(|w| w * w).collect();
     let types = [
         TensorType::F32,
         TensorType::F16,
@@ -44,6 +45,12 @@ fn main() {
         TensorType::Iq2Xxs,
         TensorType::Mxfp4,
     ];
+    for ty in [TensorType::Q8_0, TensorType::Q2K, TensorType::Q4K, TensorType::Iq2Xxs, TensorType::Mxfp4] {
+        let mut blocks = vec![0; quant::row_bytes(ty, COLS)];
+        rate(&format!("{ty} quantize"), COLS, || {
+            quant::quantize(ty, black_box(&w), Some(&importance), &mut blocks).expect("valid input")
+        });
+    }
     for ty in types {
         const ROWS: usize = 64;
         const BATCH: usize = 64;

@@ -211,7 +211,7 @@ fn scaled<S: Simd, const N: usize, const SCALES: usize>(
     let (out, codes) = (out.as_chunks_mut::<16>().0, codes.as_chunks::<16>().0);
     for (i, (out, codes)) in out.iter_mut().zip(codes).enumerate() {
         let scale = simd.splat(scales[i * 16 * SCALES / N]);
-        simd.store(simd.mul(scale, simd.from_i8(codes)), out);
+        simd.store(simd.mul(scale, simd.load_i8(codes)), out);
     }
 }
 
@@ -227,7 +227,7 @@ fn scaled_less<S: Simd, const SCALES: usize>(
     let (out, codes) = (out.as_chunks_mut::<16>().0, codes.as_chunks::<16>().0);
     for (i, (out, codes)) in out.iter_mut().zip(codes).enumerate() {
         let (scale, minimum) = (scales[i * 16 * SCALES / QK_K], minimums[i * 16 * SCALES / QK_K]);
-        let product = simd.mul(simd.splat(scale), simd.from_i8(codes));
+        let product = simd.mul(simd.splat(scale), simd.load_i8(codes));
         simd.store(simd.sub(product, simd.splat(minimum)), out);
     }
 }

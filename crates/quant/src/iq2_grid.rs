@@ -24,8 +24,14 @@ const PACKED: [u16; 256] = [
     0xa200, 0xa418, 0xa850, 0xa904,
 ];
 
-/// Magnitudes of the code-book points.
+/// Magnitudes of a code-book point: `GRID[index][j]` is 8, 25 or 43.
+pub(crate) static GRID: [[u8; 8]; 256] = grid();
+
+/// `GRID` as f32.
 pub(crate) static GRID_F32: [[f32; 8]; 256] = grid_f32();
+
+/// `GRID` by place: `GRID_COLUMNS[j][index]`.
+pub(crate) static GRID_COLUMNS: [[f32; 256]; 8] = grid_columns();
 
 /// The eight signs of a 7-bit pattern as ±1: sign 7 makes the number of minus signs even.
 pub(crate) static SIGNS_F32: [[f32; 8]; 128] = signs_f32();
@@ -51,6 +57,17 @@ const fn grid_f32() -> [[f32; 8]; 256] {
     let mut i = 0;
     while i < 256 * 8 {
         table[i / 8][i % 8] = bytes[i / 8][i % 8] as f32;
+        i += 1;
+    }
+    table
+}
+
+const fn grid_columns() -> [[f32; 256]; 8] {
+    let rows = grid_f32();
+    let mut table = [[0.0; 256]; 8];
+    let mut i = 0;
+    while i < 256 * 8 {
+        table[i % 8][i / 8] = rows[i / 8][i % 8];
         i += 1;
     }
     table

@@ -119,7 +119,7 @@ fn e4m3_decode(code: u8) -> f32 {
 
 /// E2M1 code of `x`: how many borders its magnitude is past. A border itself belongs to the even code.
 #[inline(always)]
-fn e2m1_encode(x: f32) -> u8 {
+pub(crate) fn e2m1_encode(x: f32) -> u8 {
     let m = x.abs();
     let code = u8::from(m > 0.25)
         + u8::from(m >= 0.75)

@@ -2,7 +2,7 @@
 //! of the model's state. Knows nothing of files or models.
 //!
 //! - [`blocks`]: what the bytes of each format are.
-//! - [`dequantize`]: blocks to f32.
+//! - [`dequantize`], [`quantize`]: blocks to f32 and back.
 //! - [`exact`]: the canonical f32 dot and everything built on it.
 //! - [`math`]: deterministic `exp`, `sigmoid`, `silu`, `softplus`.
 //! - [`kv`]: FP8, FP4 and bfloat16 of stored state, and the rotation in front of FP4.
@@ -14,6 +14,8 @@ pub mod exact;
 mod iq2_grid;
 pub mod kv;
 pub mod math;
+mod quantize;
 pub mod simd;
 
 pub use decode::{dequantize, dequantize_at, is_supported, row_bytes};
+pub use quantize::{QuantizeError, quantize};

@@ -43,8 +43,8 @@ pub(crate) trait Simd: Copy {
     fn splat(self, value: f32) -> Self::V;
     /// Lane i is `a[i]`.
     fn load(self, a: &[f32; 16]) -> Self::V;
-    /// Lane i is `a[i]` (exact).
-    fn from_i8(self, a: &[i8; 16]) -> Self::V;
+    /// Lane i is `a[i]`, converted exactly.
+    fn load_i8(self, a: &[i8; 16]) -> Self::V;
     /// Writes the lanes to `out`.
     fn store(self, v: Self::V, out: &mut [f32; 16]);
     /// `a + b` in each lane.
@@ -95,7 +95,7 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    fn from_i8(self, a: &[i8; 16]) -> [f32; 16] {
+    fn load_i8(self, a: &[i8; 16]) -> [f32; 16] {
         a.map(f32::from)
     }
 
@@ -162,7 +162,7 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn from_i8(self, a: &[i8; 16]) -> [__m256; 2] {
+        fn load_i8(self, a: &[i8; 16]) -> [__m256; 2] {
             // SAFETY: `self` exists only where `detect` found AVX2; the unaligned load is all of `a`.
             unsafe {
                 let bytes = _mm_loadu_si128(a.as_ptr().cast());
@@ -207,17 +207,17 @@ mod x86 {
     }
 }
 
-/// Makes the two public entry points of a kernel from its body, an `#[inline(always)]` function whose first
+/// Makes the two entry points of a kernel from its body, an `#[inline(always)]` function whose first
 /// argument is a [`Simd`]: `name(args)` runs at [`level()`], `name_at(level, args)` at a level of choice.
 macro_rules! kernel {
-    ($(#[$attr:meta])* pub fn $name:ident, $name_at:ident ($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $body:ident) => {
+    ($(#[$attr:meta])* $vis:vis fn $name:ident, $name_at:ident ($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $body:ident) => {
         $(#[$attr])*
-        pub fn $name($($arg: $ty),*) $(-> $ret)? {
+        $vis fn $name($($arg: $ty),*) $(-> $ret)? {
             $name_at($crate::simd::level(), $($arg),*)
         }
 
         #[doc = concat!("[`", stringify!($name), "`] at a chosen level. Panics where the machine does not have it.")]
-        pub fn $name_at(level: $crate::simd::Level, $($arg: $ty),*) $(-> $ret)? {
+        $vis fn $name_at(level: $crate::simd::Level, $($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,f16c")]
             fn avx2(simd: $crate::simd::Avx2, $($arg: $ty),*) $(-> $ret)? {
