@@ -1,1 +1,16 @@
-//! Placeholder.
+//! Timelines, sampling, generation: what stands between a prompt's tokens and a stream of new ones.
+//!
+//! A [`Session`] is one timeline: the tokens seen and the backend's state after them, always in step. A [`Sampler`]
+//! chooses a token from logits. [`generate()`] puts the two together until something ends the turn.
+//!
+//! This crate knows no kernels, no text and no HTTP.
+
+mod error;
+mod generate;
+mod sampler;
+mod timeline;
+
+pub use error::Error;
+pub use generate::{Limits, StopReason, generate};
+pub use sampler::{Sampler, Sampling, TOP_K_CAP};
+pub use timeline::Session;

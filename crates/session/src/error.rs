@@ -1,0 +1,59 @@
+//! What can go wrong between a prompt and its continuation.
+
+/// An error of a session.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A context larger than the model's.
+    #[error(
+        "a context of {asked} tokens was asked for, but the model was made for 1 to {limit}. Ask for that many at most"
+    )]
+    ContextSize {
+        /// Tokens asked for.
+        asked: usize,
+        /// The model's limit.
+        limit: usize,
+    },
+    /// No tokens where at least one is needed.
+    #[error("the prompt has no tokens, but a model can only go on from something. Give a prompt that is not empty")]
+    EmptyPrompt,
+    /// More tokens than the context has room for. Nothing was computed.
+    #[error(
+        "the prompt is too long for the context: found {found} tokens, room for {room} of {limit}. \
+             Shorten the prompt or ask for a larger context (this model allows {model_limit} tokens)"
+    )]
+    PromptTooLong {
+        /// Tokens of the prompt.
+        found: usize,
+        /// Tokens that still fit.
+        room: usize,
+        /// The session's context.
+        limit: usize,
+        /// The model's context.
+        model_limit: usize,
+    },
+    /// A sampling setting outside its range.
+    #[error("{setting} is {found}, expected {expected}")]
+    Sampling {
+        /// The setting.
+        setting: &'static str,
+        /// Its value.
+        found: f32,
+        /// Its range.
+        expected: &'static str,
+    },
+    /// Nothing can be sampled.
+    #[error(
+        "none of the {0} logits is a finite number, so no token can be chosen. The computation or its input is broken"
+    )]
+    NoFiniteLogit(usize),
+    /// The pass failed or was cancelled; the session is as it was before it.
+    #[error(transparent)]
+    Model(#[from] model::Error),
+}
+
+impl Error {
+    /// Whether the caller itself asked for the end.
+    pub fn is_cancelled(&self) -> bool {
+        matches!(self, Error::Model(model::Error::Cancelled))
+    }
+}

@@ -1,0 +1,113 @@
+//! One timeline: tokens, and the state of a backend that has seen exactly these.
+
+use model::{Backend, Cancel, NoObserver, Row, forward};
+
+use crate::Error;
+
+/// The tokens of one conversation and what a backend keeps of them.
+///
+/// Whatever fails or is cancelled, tokens and state stay in step: they hold the passes that succeeded.
+pub struct Session<B: Backend> {
+    tokens: Vec<u32>,
+    state: B::State,
+    context_tokens: usize,
+}
+
+impl<B: Backend> Session<B> {
+    /// A session that has seen nothing and may hold `context_tokens` tokens. The state grows with what it holds, so a
+    /// large context costs nothing by itself.
+    ///
+    /// # Errors
+    /// [`Error::ContextSize`] if the model was made for fewer tokens, or for 0.
+    pub fn new(backend: &B, context_tokens: usize) -> Result<Session<B>, Error> {
+        let limit = backend.config().context_length;
+        if context_tokens == 0 || context_tokens > limit {
+            return Err(Error::ContextSize { asked: context_tokens, limit });
+        }
+        Ok(Session { tokens: Vec::new(), state: backend.new_state(), context_tokens })
+    }
+
+    /// Every token seen, first to last.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// What the backend keeps of them.
+    pub fn state(&self) -> &B::State {
+        &self.state
+    }
+
+    /// Most tokens the session may hold.
+    pub fn context_tokens(&self) -> usize {
+        self.context_tokens
+    }
+
+    /// Tokens that still fit.
+    pub fn room_tokens(&self) -> usize {
+        self.context_tokens - self.tokens.len()
+    }
+
+    /// Reads `tokens` in passes of `chunk_tokens` and returns the logits `[vocab]` after the last one. After each pass
+    /// `done` is told how many of the tokens have been read.
+    ///
+    /// Panics if `chunk_tokens` is 0.
+    ///
+    /// # Errors
+    /// [`Error::EmptyPrompt`] and [`Error::PromptTooLong`] before anything is computed. [`Error::Model`] if a pass
+    /// failed or was cancelled: the passes before it stay.
+    pub fn prefill(
+        &mut self,
+        backend: &B,
+        tokens: &[u32],
+        chunk_tokens: usize,
+        cancel: &Cancel,
+        done: &mut dyn FnMut(usize),
+    ) -> Result<Vec<f32>, Error> {
+        if tokens.is_empty() {
+            return Err(Error::EmptyPrompt);
+        }
+        let (room, limit, model_limit) = (self.room_tokens(), self.context_tokens, backend.config().context_length);
+        if tokens.len() > room {
+            return Err(Error::PromptTooLong { found: tokens.len(), room, limit, model_limit });
+        }
+        let (mut logits, mut read) = (Vec::new(), 0);
+        for chunk in tokens.chunks(chunk_tokens) {
+            let is_last = read + chunk.len() == tokens.len();
+            logits = self.pass(backend, chunk, is_last, cancel)?;
+            read += chunk.len();
+            done(read);
+        }
+        Ok(logits)
+    }
+
+    /// Reads one token and returns the logits `[vocab]` after it.
+    ///
+    /// # Errors
+    /// As [`Session::prefill`].
+    pub fn step(&mut self, backend: &B, token: u32, cancel: &Cancel) -> Result<Vec<f32>, Error> {
+        self.prefill(backend, &[token], 1, cancel, &mut |_| ())
+    }
+
+    /// Steps back to `target` tokens or to the nearest earlier place the state still knows; returns the tokens left.
+    pub fn rewind(&mut self, backend: &B, target: usize) -> usize {
+        let reached = backend.rewind(&mut self.state, target);
+        self.tokens.truncate(reached);
+        reached
+    }
+
+    /// One forward pass over `tokens`; logits after the last of them, or none.
+    fn pass(
+        &mut self,
+        backend: &B,
+        tokens: &[u32],
+        last_logits: bool,
+        cancel: &Cancel,
+    ) -> Result<Vec<f32>, model::Error> {
+        let (start, end) = (self.tokens.len(), self.tokens.len() + tokens.len());
+        let row = |(position, &token)| Row { session: 0, position, token, logits: last_logits && position + 1 == end };
+        let rows = (start..end).zip(tokens).map(row).collect();
+        let logits = forward(backend, rows, &mut [&mut self.state], cancel, &mut NoObserver)?;
+        self.tokens.extend_from_slice(tokens);
+        Ok(logits)
+    }
+}

@@ -1,0 +1,161 @@
+//! Sessions and generation over a small random model.
+
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+
+use cpu::{CpuBackend, Options};
+use gguf::Gguf;
+use model::{Backend, Cancel, Model, NoObserver, Row, forward};
+use session::{Error, Limits, Sampler, Sampling, Session, StopReason, generate};
+use store::Source;
+
+fn backend() -> CpuBackend {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../target/test-data/oracle/tiny-q4.gguf");
+    assert!(path.exists(), "{} is missing: run scripts/test-data first", path.display());
+    let model = Model::from_gguf(&Gguf::open(&path).unwrap()).unwrap();
+    CpuBackend::load(&model, &Source::open([path]).unwrap(), Options::default(), &mut |_| ()).unwrap()
+}
+
+fn prompt(count: u32) -> Vec<u32> {
+    (0..count).map(|i| 3 + i * 37 % 500).collect()
+}
+
+/// Tokens by argmax, straight from the forward pass.
+fn greedy_reference(backend: &CpuBackend, prompt: &[u32], count: usize) -> Vec<u32> {
+    let (mut state, mut all) = (backend.new_state(), prompt.to_vec());
+    while all.len() < prompt.len() + count {
+        let start = state.position();
+        let row = |(i, &token)| Row { session: 0, position: start + i, token, logits: true };
+        let rows: Vec<Row> = all[start..].iter().enumerate().map(row).collect();
+        let logits = forward(backend, rows, &mut [&mut state], &Cancel::default(), &mut NoObserver).unwrap();
+        let last = &logits[logits.len() - backend.config().vocab_size..];
+        let best = (0..last.len()).fold(0, |best, i| if last[i] > last[best] { i } else { best });
+        all.push(best as u32);
+    }
+    all.split_off(prompt.len())
+}
+
+fn greedy() -> Sampler {
+    Sampler::new(Sampling { temperature: 0.0, top_p: 1.0, min_p: 0.0, top_k: 0 }, 0).unwrap()
+}
+
+/// Prompt, then generation; what was received, why it ended, what the session holds.
+fn run(
+    backend: &CpuBackend,
+    context_tokens: usize,
+    limits: Limits<'_>,
+    receive: &mut dyn FnMut(u32) -> ControlFlow<()>,
+) -> (StopReason, Vec<u32>) {
+    let mut session = Session::new(backend, context_tokens).unwrap();
+    let cancel = Cancel::default();
+    let logits = session.prefill(backend, &prompt(40), 16, &cancel, &mut |_| ()).unwrap();
+    let reason = generate(backend, &mut session, logits, &mut greedy(), limits, &cancel, receive).unwrap();
+    (reason, session.tokens().to_vec())
+}
+
+#[test]
+fn greedy_generation_is_the_argmax_of_the_forward_pass() {
+    let backend = backend();
+    let expected = greedy_reference(&backend, &prompt(40), 12);
+    let mut got = Vec::new();
+    let limits = Limits { stop: &[], max_tokens: 12 };
+    let (reason, tokens) = run(&backend, 1000, limits, &mut |token| {
+        got.push(token);
+        ControlFlow::Continue(())
+    });
+    assert_eq!((reason, &got), (StopReason::TokenLimit, &expected));
+    assert_eq!(tokens, [&prompt(40), &expected[..11]].concat(), "all but the last token received");
+}
+
+#[test]
+fn each_way_to_stop_is_told() {
+    let backend = backend();
+    let expected = greedy_reference(&backend, &prompt(40), 12);
+    let stop_at = expected.iter().position(|token| !expected[..3].contains(token)).unwrap_or(0);
+    let count_until = |limits: Limits<'_>, context_tokens: usize, breaks_after: usize| {
+        let mut received = 0;
+        let (reason, tokens) = run(&backend, context_tokens, limits, &mut |_| {
+            received += 1;
+            if received == breaks_after { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        (reason, received, tokens.len())
+    };
+    let stop = [expected[stop_at]];
+    let ended = count_until(Limits { stop: &stop, max_tokens: 100 }, 1000, usize::MAX);
+    assert_eq!(ended, (StopReason::EndOfTurn(stop[0]), stop_at, 40 + stop_at));
+    let none = Limits { stop: &[], max_tokens: 100 };
+    assert_eq!(count_until(none, 45, usize::MAX), (StopReason::ContextFull, 6, 45));
+    assert_eq!(count_until(none, 1000, 4), (StopReason::Receiver, 4, 43));
+    assert_eq!(count_until(Limits { stop: &[], max_tokens: 0 }, 1000, 4), (StopReason::TokenLimit, 0, 40));
+}
+
+#[test]
+fn a_cancelled_prompt_leaves_tokens_and_state_in_step() {
+    let backend = backend();
+    let cancel = Cancel::default();
+    let mut session = Session::new(&backend, 1000).unwrap();
+    let error = session
+        .prefill(&backend, &prompt(40), 16, &cancel, &mut |done| {
+            if done == 16 {
+                cancel.cancel()
+            }
+        })
+        .unwrap_err();
+    assert!(error.is_cancelled(), "{error}");
+    assert_eq!((session.tokens(), session.state().position()), (&prompt(16)[..], 16));
+
+    let fresh = Cancel::default();
+    let rest = session.prefill(&backend, &prompt(40)[16..], 7, &fresh, &mut |_| ()).unwrap();
+    let whole = Session::new(&backend, 1000).unwrap().prefill(&backend, &prompt(40), 40, &fresh, &mut |_| ()).unwrap();
+    assert_eq!(rest, whole, "as if nothing had happened, to the bit");
+}
+
+#[test]
+fn a_cancelled_generation_says_so() {
+    let backend = backend();
+    let cancel = Cancel::default();
+    let mut session = Session::new(&backend, 1000).unwrap();
+    let logits = session.prefill(&backend, &prompt(40), 64, &cancel, &mut |_| ()).unwrap();
+    let limits = Limits { stop: &[], max_tokens: 100 };
+    let mut received = 0;
+    let reason = generate(&backend, &mut session, logits, &mut greedy(), limits, &cancel, &mut |_| {
+        received += 1;
+        if received == 3 {
+            cancel.cancel();
+        }
+        ControlFlow::Continue(())
+    });
+    assert_eq!((reason.unwrap(), received), (StopReason::Cancelled, 3));
+    assert_eq!((session.tokens().len(), session.state().position()), (42, 42));
+}
+
+#[test]
+fn rewind_keeps_tokens_and_state_in_step() {
+    let backend = backend();
+    let cancel = Cancel::default();
+    let mut session = Session::new(&backend, 1000).unwrap();
+    let first = session.prefill(&backend, &prompt(200), 64, &cancel, &mut |_| ()).unwrap();
+    assert_eq!(session.rewind(&backend, 190), 190);
+    assert_eq!(session.prefill(&backend, &prompt(200)[190..], 64, &cancel, &mut |_| ()).unwrap(), first);
+    let reached = session.rewind(&backend, 100);
+    assert!(reached <= 100);
+    assert_eq!((session.tokens(), session.state().position()), (&prompt(200)[..reached], reached));
+    assert_eq!(session.prefill(&backend, &prompt(200)[reached..], 64, &cancel, &mut |_| ()).unwrap(), first);
+}
+
+#[test]
+fn what_does_not_fit_is_refused_before_it_is_computed() {
+    let backend = backend();
+    let cancel = Cancel::default();
+    let limit = backend.config().context_length;
+    for asked in [0, limit + 1] {
+        assert!(matches!(Session::new(&backend, asked), Err(Error::ContextSize { .. })));
+    }
+    let mut session = Session::new(&backend, 30).unwrap();
+    assert!(matches!(session.prefill(&backend, &[], 8, &cancel, &mut |_| ()), Err(Error::EmptyPrompt)));
+    let error = session.prefill(&backend, &prompt(31), 8, &cancel, &mut |_| ()).unwrap_err().to_string();
+    assert!(error.contains("found 31 tokens, room for 30 of 30"), "{error}");
+    assert_eq!(session.state().position(), 0);
+    session.prefill(&backend, &prompt(30), 8, &cancel, &mut |_| ()).unwrap();
+    assert!(matches!(session.step(&backend, 5, &cancel), Err(Error::PromptTooLong { found: 1, room: 0, .. })));
+}
