@@ -174,6 +174,36 @@ block! {
     }
 }
 
+/// Activations quantised per 32 for the integer dots with Q8_0 and MXFP4 weights: x = d·q. Lives in memory only.
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub struct ActivationQ8_0 {
+    /// Scale.
+    pub d: f32,
+    /// Codes.
+    pub q: [i8; 32],
+}
+
+/// Activations quantised per 256 for the integer dots with K and IQ weights: x = d·q. Lives in memory only.
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub struct ActivationQ8K {
+    /// Scale.
+    pub d: f32,
+    /// Codes.
+    pub q: [i8; QK_K],
+    /// Sums of 16 codes each.
+    pub sums: [i16; QK_K / 16],
+}
+
+const _: () = assert!(size_of::<ActivationQ8_0>() == 36 && size_of::<ActivationQ8K>() == 292);
+
+/// The blocks that `bytes` are. Panics if they are not whole blocks.
+pub fn view<B: Pod>(bytes: &[u8]) -> &[B] {
+    assert!(align_of::<B>() == 1, "blocks of a file are bytes");
+    bytemuck::cast_slice(bytes)
+}
+
 /// The 6-bit scales and minimums of the eight sub-blocks of a [`Q4K`] or [`Q5K`] block.
 #[inline(always)]
 pub fn scales_and_minimums(packed: &[u8; 12]) -> ([u8; 8], [u8; 8]) {

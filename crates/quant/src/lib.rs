@@ -4,6 +4,7 @@
 //! - [`blocks`]: what the bytes of each format are.
 //! - [`dequantize`], [`quantize`]: blocks to f32 and back.
 //! - [`exact`]: the canonical f32 dot and everything built on it.
+//! - [`integer`]: dots of blocks with activations quantised to 8 bits.
 //! - [`math`]: deterministic `exp`, `sigmoid`, `silu`, `softplus`.
 //! - [`kv`]: FP8, FP4 and bfloat16 of stored state, and the rotation in front of FP4.
 //! - [`simd`]: instruction sets. Every kernel has the same bits on each of them.
@@ -11,6 +12,7 @@
 pub mod blocks;
 mod decode;
 pub mod exact;
+pub mod integer;
 mod iq2_grid;
 pub mod kv;
 pub mod math;

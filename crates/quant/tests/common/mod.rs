@@ -86,20 +86,24 @@ impl Random {
     /// A row of `cols` values: random codes under scales of a sensible size.
     pub fn row(&mut self, ty: TensorType, cols: usize) -> Vec<u8> {
         let mut row: Vec<u8> = (0..quant::row_bytes(ty, cols)).map(|_| self.bits() as u8).collect();
-        let block = ty.block().unwrap();
-        for block in row.chunks_exact_mut(block.bytes as usize) {
-            match ty {
-                TensorType::F32 => block.copy_from_slice(&self.normal().to_le_bytes()),
-                TensorType::Mxfp4 => block[0] = 120 + self.bits() as u8 % 8,
-                _ => {
-                    for offset in scale_offsets(ty) {
-                        // Half: sign and mantissa stay random; Bf16 has its exponent in the same place.
-                        block[offset + 1] = (block[offset + 1] & 0x83) | 0x20;
-                    }
+        tame(ty, &mut row);
+        row
+    }
+}
+
+/// Gives every block of a row scales near 1/100, keeping sign and mantissa.
+pub fn tame(ty: TensorType, row: &mut [u8]) {
+    for block in row.chunks_exact_mut(ty.block().unwrap().bytes as usize) {
+        match ty {
+            TensorType::F32 => block[3] = (block[3] & 0x80) | 0x3f,
+            TensorType::Mxfp4 => block[0] = 120 + block[0] % 8,
+            _ => {
+                for offset in scale_offsets(ty) {
+                    // Bfloat16 has its exponent in the same place as a half, shorter.
+                    block[offset + 1] = (block[offset + 1] & 0x83) | 0x20;
                 }
             }
         }
-        row
     }
 }
 
