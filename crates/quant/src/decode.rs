@@ -13,6 +13,14 @@ pub(crate) trait Format: Pod {
     const ELEMENTS: usize;
     /// Writes the block's values to `out`, which holds `ELEMENTS`.
     fn decode<S: Simd>(&self, simd: S, out: &mut [f32]);
+
+    /// Writes the values of consecutive blocks to `out`.
+    #[inline(always)]
+    fn decode_all<S: Simd>(simd: S, blocks: &[Self], out: &mut [f32]) {
+        for (block, out) in blocks.iter().zip(out.chunks_exact_mut(Self::ELEMENTS)) {
+            block.decode(simd, out);
+        }
+    }
 }
 
 /// Whether [`dequantize`] and the dots know this type.
@@ -69,15 +77,7 @@ fn dequantize_body<S: Simd>(simd: S, ty: TensorType, src: &[u8], dst: &mut [f32]
 
 #[inline(always)]
 fn decode_row<S: Simd, F: Format>(simd: S, src: &[u8], dst: &mut [f32]) {
-    decode_blocks(simd, bytemuck::cast_slice::<u8, F>(src), dst);
-}
-
-/// Decodes consecutive blocks into `dst`.
-#[inline(always)]
-pub(crate) fn decode_blocks<S: Simd, F: Format>(simd: S, blocks: &[F], dst: &mut [f32]) {
-    for (block, out) in blocks.iter().zip(dst.chunks_exact_mut(F::ELEMENTS)) {
-        block.decode(simd, out);
-    }
+    F::decode_all(simd, bytemuck::cast_slice(src), dst);
 }
 
 impl Format for F32 {
@@ -93,6 +93,18 @@ impl Format for F16 {
     #[inline(always)]
     fn decode<S: Simd>(&self, _simd: S, out: &mut [f32]) {
         out[0] = self.value.to_f32();
+    }
+
+    #[inline(always)]
+    fn decode_all<S: Simd>(simd: S, blocks: &[F16], out: &mut [f32]) {
+        let (sixteens, rest) = bytemuck::cast_slice::<F16, Half>(blocks).as_chunks();
+        let (out, out_rest) = out[..blocks.len()].as_chunks_mut();
+        for (halves, out) in sixteens.iter().zip(out) {
+            simd.store(simd.load_half(halves), out);
+        }
+        for (half, out) in rest.iter().zip(out_rest) {
+            *out = half.to_f32();
+        }
     }
 }
 

@@ -5,7 +5,7 @@
 //! `lane = fma(w[i], x[i], lane)`; then the lanes are added in a fixed tree, `l[i] += l[i + 8]` (i < 8), then 4,
 //! 2, 1. Every function here that returns dots returns exactly those bits, so a batch equals its rows one by one.
 
-use crate::decode::{Format, decode_blocks, dequantize_at, for_format, row_bytes};
+use crate::decode::{Format, dequantize_at, for_format, row_bytes};
 use crate::simd::{Level, Simd, kernel, level};
 use gguf::TensorType;
 
@@ -158,7 +158,7 @@ fn matvec_format<S: Simd, F: Format>(simd: S, rows: &[u8], x: &[f32], out: &mut 
         let row = &rows[i * blocks_per_row..][..blocks_per_row];
         let mut acc = simd.splat(0.0);
         for (blocks, x) in row.chunks(CHUNK / F::ELEMENTS).zip(x.chunks(CHUNK)) {
-            decode_blocks(simd, blocks, &mut buffer);
+            F::decode_all(simd, blocks, &mut buffer);
             acc = accumulate(simd, acc, &buffer[..x.len()], x);
         }
         *out = simd.reduce(acc);

@@ -4,6 +4,7 @@
 //! `kernel!` macro once per [`Level`] under the matching `#[target_feature]`. All operations here are exactly
 //! rounded IEEE 754, so every level gives the same bits (NaN payloads aside); a level changes speed only.
 
+use crate::blocks::Half;
 use std::sync::OnceLock;
 
 /// An instruction set that kernels are compiled for.
@@ -45,6 +46,8 @@ pub(crate) trait Simd: Copy {
     fn load(self, a: &[f32; 16]) -> Self::V;
     /// Lane i is `a[i]`, converted exactly.
     fn load_i8(self, a: &[i8; 16]) -> Self::V;
+    /// Lane i is `a[i]`, converted exactly.
+    fn load_half(self, a: &[Half; 16]) -> Self::V;
     /// Writes the lanes to `out`.
     fn store(self, v: Self::V, out: &mut [f32; 16]);
     /// `a + b` in each lane.
@@ -100,6 +103,11 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    fn load_half(self, a: &[Half; 16]) -> [f32; 16] {
+        a.map(Half::to_f32)
+    }
+
+    #[inline(always)]
     fn store(self, v: [f32; 16], out: &mut [f32; 16]) {
         *out = v;
     }
@@ -131,6 +139,7 @@ pub(crate) use x86::Avx2;
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::Simd;
+    use crate::blocks::Half;
     use std::arch::x86_64::*;
 
     /// Two 8-lane registers. Only [`Avx2::detect`] makes one.
@@ -169,6 +178,15 @@ mod x86 {
                 let low = _mm256_cvtepi8_epi32(bytes);
                 let high = _mm256_cvtepi8_epi32(_mm_srli_si128::<8>(bytes));
                 [_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high)]
+            }
+        }
+
+        #[inline(always)]
+        fn load_half(self, a: &[Half; 16]) -> [__m256; 2] {
+            // SAFETY: `self` exists only where `detect` found F16C; both unaligned loads lie inside `a`.
+            unsafe {
+                let halves = a.as_ptr().cast::<__m128i>();
+                [_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves.add(1)))]
             }
         }
 

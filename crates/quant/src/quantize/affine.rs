@@ -7,8 +7,8 @@
 use super::{round, scale_to_half, total};
 use crate::blocks::*;
 
-/// Rounds of integers and least squares.
-const ROUNDS: usize = 4;
+/// How far from where it is a sub-block looks for better integers, round by round.
+const REACH: [i32; 4] = [2, 1, 1, 1];
 
 #[inline(always)]
 pub(super) fn q2_k(x: &[f32; QK_K], weights: &[f32; QK_K]) -> Q2K {
@@ -65,12 +65,13 @@ fn fit<const SUB: usize, const SUBS: usize>(
     let mut integers = alone.map(|(scale, minimum)| (nearest(scale, d), nearest(minimum, dmin)));
 
     let mut best: Option<Fit<SUBS>> = None;
-    for _ in 0..ROUNDS {
+    for reach in REACH {
         let (unit, unit_min) = (d.to_f32(), dmin.to_f32());
         let mut codes = [0.0; QK_K];
         let mut error = 0.0;
         for (j, codes) in codes.as_chunks_mut::<SUB>().0.iter_mut().enumerate() {
-            let near = |center: f32| (-2..=2).map(move |k| center + k as f32).filter(|&s| (0.0..=s_max).contains(&s));
+            let near =
+                |center: f32| (-reach..=reach).map(move |k| center + k as f32).filter(|&s| (0.0..=s_max).contains(&s));
             let (x, weights) = (&subs[j], &sub_weights[j]);
             let mut lowest = f32::INFINITY;
             let (center, center_min) = integers[j];
