@@ -126,7 +126,7 @@ impl Config {
             expert_width,
             shared_width: expert_width,
             route_scale: keys.float("expert_weights_scale", &[])? as f32,
-            hash_layers: keys.count("hash_layer_count")?.min(layers),
+            hash_layers: keys.required_count("hash_layer_count")?.min(layers),
             swiglu_limits,
             shared_swiglu_limits,
             streams: keys.size("hyper_connection.count", &["hyper_connection.mult"])?,
@@ -186,11 +186,15 @@ impl Keys<'_> {
         }
     }
 
+    /// A number that may be 0.
+    fn required_count(&self, key: &str) -> Result<usize, Error> {
+        let name = self.name(key, &[]);
+        Ok(usize::try_from(self.file.metadata.u64(&name)?).unwrap_or(usize::MAX))
+    }
+
+    /// The same, 0 where the key is absent.
     fn count(&self, key: &str) -> Result<usize, Error> {
-        match self.find(key, &[]) {
-            Some(name) => Ok(usize::try_from(self.file.metadata.u64(&name)?).unwrap_or(usize::MAX)),
-            None => Ok(0),
-        }
+        self.find(key, &[]).map_or(Ok(0), |_| self.required_count(key))
     }
 
     fn float(&self, key: &str, aliases: &[&str]) -> Result<f64, Error> {
