@@ -5,7 +5,7 @@
 pub enum Error {
     /// A context larger than the model's.
     #[error(
-        "a context of {asked} tokens was asked for, but the model was made for 1 to {limit}. Ask for that many at most"
+        "found a context of {asked} tokens, expected 1 to {limit}, for which the model was made. Choose one of these"
     )]
     ContextSize {
         /// Tokens asked for.
@@ -19,7 +19,7 @@ pub enum Error {
     /// More tokens than the context has room for. Nothing was computed.
     #[error(
         "the prompt is too long for the context: found {found} tokens, room for {room} of {limit}. \
-             Shorten the prompt or ask for a larger context (this model allows {model_limit} tokens)"
+             Shorten the prompt{}", larger_context(*limit, *model_limit)
     )]
     PromptTooLong {
         /// Tokens of the prompt.
@@ -55,5 +55,13 @@ impl Error {
     /// Whether the caller itself asked for the end.
     pub fn is_cancelled(&self) -> bool {
         matches!(self, Error::Model(model::Error::Cancelled))
+    }
+}
+
+/// The other remedy, where there is one.
+fn larger_context(limit: usize, model_limit: usize) -> String {
+    match limit < model_limit {
+        true => format!(" or choose a larger context: the model allows {model_limit} tokens"),
+        false => "; the model was made for no larger context".into(),
     }
 }

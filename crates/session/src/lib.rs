@@ -13,4 +13,4 @@ mod timeline;
 pub use error::Error;
 pub use generate::{Limits, StopReason, generate};
 pub use sampler::{Sampler, Sampling, TOP_K_CAP};
-pub use timeline::Session;
+pub use timeline::{Context, Session};

@@ -1,8 +1,45 @@
 //! One timeline: tokens, and the state of a backend that has seen exactly these.
 
-use model::{Backend, Cancel, NoObserver, Row, forward};
+use model::{Backend, Cancel, Config, NoObserver, Row, forward};
 
 use crate::Error;
+
+/// How many tokens a session may hold. Known from a model's header, so that what does not fit is refused before any
+/// weight is loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Context {
+    tokens: usize,
+    model_tokens: usize,
+}
+
+impl Context {
+    /// `asked` tokens, or all that the model was made for. A session's state grows with what it holds, so a large
+    /// context costs nothing by itself.
+    ///
+    /// # Errors
+    /// [`Error::ContextSize`] if the model was made for fewer tokens, or for 0.
+    pub fn new(config: &Config, asked: Option<usize>) -> Result<Context, Error> {
+        let model_tokens = config.context_length;
+        let tokens = asked.unwrap_or(model_tokens);
+        if tokens == 0 || tokens > model_tokens {
+            return Err(Error::ContextSize { asked: tokens, limit: model_tokens });
+        }
+        Ok(Context { tokens, model_tokens })
+    }
+
+    /// Whether a prompt of `prompt` tokens can follow `held` tokens.
+    ///
+    /// # Errors
+    /// [`Error::EmptyPrompt`], [`Error::PromptTooLong`].
+    pub fn check(&self, held: usize, prompt: usize) -> Result<(), Error> {
+        let (room, limit, model_limit) = (self.tokens - held, self.tokens, self.model_tokens);
+        match prompt {
+            0 => Err(Error::EmptyPrompt),
+            found if found > room => Err(Error::PromptTooLong { found, room, limit, model_limit }),
+            _ => Ok(()),
+        }
+    }
+}
 
 /// The tokens of one conversation and what a backend keeps of them.
 ///
@@ -10,21 +47,13 @@ use crate::Error;
 pub struct Session<B: Backend> {
     tokens: Vec<u32>,
     state: B::State,
-    context_tokens: usize,
+    context: Context,
 }
 
 impl<B: Backend> Session<B> {
-    /// A session that has seen nothing and may hold `context_tokens` tokens. The state grows with what it holds, so a
-    /// large context costs nothing by itself.
-    ///
-    /// # Errors
-    /// [`Error::ContextSize`] if the model was made for fewer tokens, or for 0.
-    pub fn new(backend: &B, context_tokens: usize) -> Result<Session<B>, Error> {
-        let limit = backend.config().context_length;
-        if context_tokens == 0 || context_tokens > limit {
-            return Err(Error::ContextSize { asked: context_tokens, limit });
-        }
-        Ok(Session { tokens: Vec::new(), state: backend.new_state(), context_tokens })
+    /// A session that has seen nothing.
+    pub fn new(backend: &B, context: Context) -> Session<B> {
+        Session { tokens: Vec::new(), state: backend.new_state(), context }
     }
 
     /// Every token seen, first to last.
@@ -37,14 +66,9 @@ impl<B: Backend> Session<B> {
         &self.state
     }
 
-    /// Most tokens the session may hold.
-    pub fn context_tokens(&self) -> usize {
-        self.context_tokens
-    }
-
     /// Tokens that still fit.
     pub fn room_tokens(&self) -> usize {
-        self.context_tokens - self.tokens.len()
+        self.context.tokens - self.tokens.len()
     }
 
     /// Reads `tokens` in passes of `chunk_tokens` and returns the logits `[vocab]` after the last one. After each pass
@@ -63,13 +87,7 @@ impl<B: Backend> Session<B> {
         cancel: &Cancel,
         done: &mut dyn FnMut(usize),
     ) -> Result<Vec<f32>, Error> {
-        if tokens.is_empty() {
-            return Err(Error::EmptyPrompt);
-        }
-        let (room, limit, model_limit) = (self.room_tokens(), self.context_tokens, backend.config().context_length);
-        if tokens.len() > room {
-            return Err(Error::PromptTooLong { found: tokens.len(), room, limit, model_limit });
-        }
+        self.context.check(self.tokens.len(), tokens.len())?;
         let (mut logits, mut read) = (Vec::new(), 0);
         for chunk in tokens.chunks(chunk_tokens) {
             let is_last = read + chunk.len() == tokens.len();

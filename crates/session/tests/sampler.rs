@@ -22,10 +22,10 @@ fn distribution(logits: &[f32], sampling: Sampling) -> Vec<f64> {
     let softmax: Vec<f64> = scaled.iter().map(|x| (x - scaled[0]).exp() / sum).collect();
     let (mut probabilities, mut mass) = (vec![0.0; logits.len()], 0.0);
     for (&token, &p) in order.iter().zip(&softmax) {
-        if p < f64::from(sampling.min_p) * softmax[0] || (sampling.top_p < 1.0 && mass >= f64::from(sampling.top_p)) {
-            if mass > 0.0 {
-                break;
-            }
+        let unlikely = p < f64::from(sampling.min_p) * softmax[0];
+        let enough = sampling.top_p < 1.0 && mass >= f64::from(sampling.top_p);
+        if mass > 0.0 && (unlikely || enough) {
+            break;
         }
         probabilities[token] = p;
         mass += p;

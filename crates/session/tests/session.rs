@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use cpu::{CpuBackend, Options};
 use gguf::Gguf;
 use model::{Backend, Cancel, Model, NoObserver, Row, forward};
-use session::{Error, Limits, Sampler, Sampling, Session, StopReason, generate};
+use session::{Context, Error, Limits, Sampler, Sampling, Session, StopReason, generate};
 use store::Source;
 
 fn backend() -> CpuBackend {
@@ -14,6 +14,10 @@ fn backend() -> CpuBackend {
     assert!(path.exists(), "{} is missing: run scripts/test-data first", path.display());
     let model = Model::from_gguf(&Gguf::open(&path).unwrap()).unwrap();
     CpuBackend::load(&model, &Source::open([path]).unwrap(), Options::default(), &mut |_| ()).unwrap()
+}
+
+fn empty_session(backend: &CpuBackend, context_tokens: usize) -> Session<CpuBackend> {
+    Session::new(backend, Context::new(backend.config(), Some(context_tokens)).unwrap())
 }
 
 fn prompt(count: u32) -> Vec<u32> {
@@ -46,7 +50,7 @@ fn run(
     limits: Limits<'_>,
     receive: &mut dyn FnMut(u32) -> ControlFlow<()>,
 ) -> (StopReason, Vec<u32>) {
-    let mut session = Session::new(backend, context_tokens).unwrap();
+    let mut session = empty_session(backend, context_tokens);
     let cancel = Cancel::default();
     let logits = session.prefill(backend, &prompt(40), 16, &cancel, &mut |_| ()).unwrap();
     let reason = generate(backend, &mut session, logits, &mut greedy(), limits, &cancel, receive).unwrap();
@@ -93,7 +97,7 @@ fn each_way_to_stop_is_told() {
 fn a_cancelled_prompt_leaves_tokens_and_state_in_step() {
     let backend = backend();
     let cancel = Cancel::default();
-    let mut session = Session::new(&backend, 1000).unwrap();
+    let mut session = empty_session(&backend, 1000);
     let error = session
         .prefill(&backend, &prompt(40), 16, &cancel, &mut |done| {
             if done == 16 {
@@ -106,7 +110,7 @@ fn a_cancelled_prompt_leaves_tokens_and_state_in_step() {
 
     let fresh = Cancel::default();
     let rest = session.prefill(&backend, &prompt(40)[16..], 7, &fresh, &mut |_| ()).unwrap();
-    let whole = Session::new(&backend, 1000).unwrap().prefill(&backend, &prompt(40), 40, &fresh, &mut |_| ()).unwrap();
+    let whole = empty_session(&backend, 1000).prefill(&backend, &prompt(40), 40, &fresh, &mut |_| ()).unwrap();
     assert_eq!(rest, whole, "as if nothing had happened, to the bit");
 }
 
@@ -114,7 +118,7 @@ fn a_cancelled_prompt_leaves_tokens_and_state_in_step() {
 fn a_cancelled_generation_says_so() {
     let backend = backend();
     let cancel = Cancel::default();
-    let mut session = Session::new(&backend, 1000).unwrap();
+    let mut session = empty_session(&backend, 1000);
     let logits = session.prefill(&backend, &prompt(40), 64, &cancel, &mut |_| ()).unwrap();
     let limits = Limits { stop: &[], max_tokens: 100 };
     let mut received = 0;
@@ -133,7 +137,7 @@ fn a_cancelled_generation_says_so() {
 fn rewind_keeps_tokens_and_state_in_step() {
     let backend = backend();
     let cancel = Cancel::default();
-    let mut session = Session::new(&backend, 1000).unwrap();
+    let mut session = empty_session(&backend, 1000);
     let first = session.prefill(&backend, &prompt(200), 64, &cancel, &mut |_| ()).unwrap();
     assert_eq!(session.rewind(&backend, 190), 190);
     assert_eq!(session.prefill(&backend, &prompt(200)[190..], 64, &cancel, &mut |_| ()).unwrap(), first);
@@ -149,9 +153,9 @@ fn what_does_not_fit_is_refused_before_it_is_computed() {
     let cancel = Cancel::default();
     let limit = backend.config().context_length;
     for asked in [0, limit + 1] {
-        assert!(matches!(Session::new(&backend, asked), Err(Error::ContextSize { .. })));
+        assert!(matches!(Context::new(backend.config(), Some(asked)), Err(Error::ContextSize { .. })));
     }
-    let mut session = Session::new(&backend, 30).unwrap();
+    let mut session = empty_session(&backend, 30);
     assert!(matches!(session.prefill(&backend, &[], 8, &cancel, &mut |_| ()), Err(Error::EmptyPrompt)));
     let error = session.prefill(&backend, &prompt(31), 8, &cancel, &mut |_| ()).unwrap_err().to_string();
     assert!(error.contains("found 31 tokens, room for 30 of 30"), "{error}");

@@ -1,0 +1,159 @@
+//! Every command and flag. Help, and what docs/cli.md says, come from here.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use text::prompt::Encoding;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    done, or the reader of the output went away
+  1    an error; standard error says what was found, what was expected and what to do
+  2    the command line was not understood
+  130  interrupted with Ctrl-C";
+
+/// Run DeepSeek V4 on machines smaller than the model.
+#[derive(Parser)]
+#[command(version, after_help = EXIT_CODES)]
+pub struct Flags {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Subcommand)]
+pub enum Command {
+    /// Answer a prompt
+    ///
+    /// The answer streams to standard output. Reasoning is shown dimmed above it on a terminal; when standard output is
+    /// no terminal, reasoning goes to standard error, so that a file or a pipe gets the answer alone. A last line on
+    /// standard error gives speed and memory.
+    Run(Run),
+    /// Show what a model file holds and whether it can be run
+    ///
+    /// Exits with 1 if the file would be refused.
+    Inspect(Inspect),
+    /// Write the logits of every position of a token sequence to a NumPy file
+    Logits(Logits),
+}
+
+/// Flags of `run`.
+#[derive(Args)]
+pub struct Run {
+    /// The prompt; `-` reads it from standard input (without its last line break)
+    pub prompt: String,
+    #[command(flatten)]
+    pub machine: Machine,
+    /// GGUF file of a DeepSeek V4 model; of a split model, any part [default: the built-in nano, a small test model]
+    #[arg(short, long, value_name = "FILE")]
+    pub model: Option<PathBuf>,
+    /// Prompt format of the weights: v4-2604 (April 2026) or v4-0731 (31 July 2026) [default: v4-0731 if the file's name
+    /// contains 0731, else v4-2604]
+    #[arg(long, value_name = "ENCODING")]
+    pub encoding: Option<Encoding>,
+    /// Reason before answering [default]
+    #[arg(long, overrides_with = "nothink")]
+    pub think: bool,
+    /// Answer at once
+    #[arg(long)]
+    pub nothink: bool,
+    /// Sampling temperature; 0 always takes the likeliest token [default: 1; the built-in nano, being tiny: 0]
+    #[arg(long = "temp", value_name = "T", value_parser = temperature)]
+    pub temperature: Option<f32>,
+    /// Sample among the likeliest tokens that together have this probability
+    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = share)]
+    pub top_p: f32,
+    /// Sample among tokens at least this many times as likely as the likeliest
+    #[arg(long, value_name = "P", default_value_t = 0.05, value_parser = share)]
+    pub min_p: f32,
+    /// Seed of sampling; the same seed gives the same text [default: a new one, told in the last line]
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// Most tokens to generate [default: until the model ends or the context is full]
+    #[arg(short = 'n', value_name = "N")]
+    pub max_tokens: Option<usize>,
+    /// Tokens of context, prompt and answer together [default: what the model was made for]
+    #[arg(long = "ctx", value_name = "N")]
+    pub context_tokens: Option<usize>,
+    /// The prompt is the exact text the model reads, control tokens included; nothing is put around it, and what the
+    /// model writes is printed exactly, control tokens included
+    #[arg(long, conflicts_with_all = ["think", "nothink", "encoding"])]
+    pub raw: bool,
+}
+
+/// Flags of `inspect`.
+#[derive(Args)]
+pub struct Inspect {
+    /// GGUF file; of a split model, any part
+    pub file: PathBuf,
+    /// Print one JSON object instead of tables
+    #[arg(long)]
+    pub json: bool,
+    /// Read every tensor and name those that hold NaN or infinity
+    #[arg(long)]
+    pub check: bool,
+}
+
+/// Flags of `logits`.
+#[derive(Args)]
+pub struct Logits {
+    /// GGUF file of a DeepSeek V4 model; of a split model, any part
+    #[arg(short, long, value_name = "FILE")]
+    pub model: PathBuf,
+    /// JSON file: an array of token ids
+    #[arg(long, value_name = "FILE")]
+    pub tokens: PathBuf,
+    /// The file to write: NumPy format, float32, shape [tokens, vocabulary]
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// Tokens of one pass; changes speed and memory, never a bit of the output
+    #[arg(long, value_name = "N", default_value = "256")]
+    pub chunk: NonZeroUsize,
+    /// Compute with float32 activations and dequantised weights in one fixed order: today the only precision there is
+    #[arg(long)]
+    pub exact: bool,
+    /// With the low-precision roundings the weights were trained with (official), or without (plain), as some other
+    /// engines compute
+    #[arg(long, value_enum, default_value_t = Arithmetic::Official)]
+    pub arithmetic: Arithmetic,
+    #[command(flatten)]
+    pub machine: Machine,
+}
+
+/// Flags of every command that computes.
+#[derive(Args)]
+pub struct Machine {
+    /// Threads to compute with; changes speed, never a bit of the output [default: one a core]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<NonZeroUsize>,
+}
+
+/// Names of [`model::Arithmetic`].
+#[derive(Clone, Copy, ValueEnum)]
+pub enum Arithmetic {
+    /// Without roundings.
+    Plain,
+    /// With roundings.
+    Official,
+}
+
+impl From<Arithmetic> for model::Arithmetic {
+    fn from(arithmetic: Arithmetic) -> model::Arithmetic {
+        match arithmetic {
+            Arithmetic::Plain => model::Arithmetic::Plain,
+            Arithmetic::Official => model::Arithmetic::Official,
+        }
+    }
+}
+
+fn temperature(text: &str) -> Result<f32, String> {
+    let number: f32 = text.parse().map_err(|_| "expected a number".to_owned())?;
+    if number.is_finite() && number >= 0.0 { Ok(number) } else { Err("expected a number of at least 0".into()) }
+}
+
+fn share(text: &str) -> Result<f32, String> {
+    let number: f32 = text.parse().map_err(|_| "expected a number".to_owned())?;
+    if (0.0..=1.0).contains(&number) { Ok(number) } else { Err("expected a number from 0 to 1".into()) }
+}

@@ -1,0 +1,102 @@
+//! From a path to a model that can be run.
+
+use std::path::Path;
+
+use cpu::{CpuBackend, Options};
+use gguf::{Gguf, Metadata};
+use model::{Config, Model};
+use store::Source;
+use text::{Tokenizer, TokenizerData};
+
+use crate::flags::Machine;
+use crate::terminal::{self, Unit};
+
+/// The model that is part of the program (models/nano).
+static NANO: &[u8] = include_bytes!("../../../models/nano.gguf");
+const NANO_NAME: &str = "the built-in nano";
+
+/// A model file whose header has been read and understood, but no weight.
+pub struct ModelFile {
+    /// How messages call it: its path.
+    pub name: String,
+    /// Its header.
+    pub header: Gguf,
+    /// What the header means.
+    pub model: Model,
+    source: Source,
+}
+
+impl ModelFile {
+    /// The file at `path`, or the built-in nano, which says so.
+    pub fn open(path: Option<&Path>) -> anyhow::Result<ModelFile> {
+        let (name, header, source) = match path {
+            Some(path) => {
+                let header = Gguf::open(path)?;
+                let source = Source::open(header.files.iter().map(|part| &part.path))?;
+                (path.display().to_string(), header, source)
+            }
+            None => {
+                terminal::dim_note(
+                    "model: the built-in nano, a small test model that knows little; -m FILE.gguf runs another",
+                );
+                (NANO_NAME.to_owned(), Gguf::parse(NANO_NAME, NANO)?, Source::from_image(NANO_NAME, NANO))
+            }
+        };
+        let model = Model::from_gguf(&header).map_err(|error| in_file(&name, error))?;
+        Ok(ModelFile { name, header, model, source })
+    }
+
+    /// The vocabulary.
+    pub fn tokenizer(&self) -> anyhow::Result<Tokenizer> {
+        tokenizer(&self.name, &self.header.metadata, &self.model.config)
+    }
+
+    /// Reads all weights. On a terminal a bar shows how far that is.
+    pub fn load(&self, machine: &Machine, arithmetic: model::Arithmetic) -> anyhow::Result<CpuBackend> {
+        let mut options = Options { arithmetic, ..Options::default() };
+        if let Some(threads) = machine.threads {
+            options.threads = threads.get();
+        }
+        let bar = terminal::progress("loading", self.weight_bytes(), Unit::Bytes);
+        let backend = CpuBackend::load(&self.model, &self.source, options, &mut |bytes| bar.inc(bytes));
+        bar.finish_and_clear();
+        backend.map_err(|error| in_file(&self.name, error))
+    }
+
+    /// Bytes of the tensors that are loaded.
+    fn weight_bytes(&self) -> u64 {
+        let used = self.header.tensors.iter().filter(|tensor| !self.model.unused.contains(&tensor.name));
+        used.map(|tensor| tensor.size_bytes().unwrap_or(0)).sum()
+    }
+}
+
+/// Names the file in an error that does not do so itself.
+pub fn in_file(name: &str, error: model::Error) -> anyhow::Error {
+    match error {
+        model::Error::Metadata(_) | model::Error::Store(_) | model::Error::Cancelled => error.into(),
+        _ => anyhow::anyhow!("{name}: {error}"),
+    }
+}
+
+/// The vocabulary in a file's metadata, which must be the one its model was made for.
+pub fn tokenizer(name: &str, metadata: &Metadata, config: &Config) -> anyhow::Result<Tokenizer> {
+    let strings = |key: &str| Ok::<_, gguf::Error>(metadata.str_array(key)?.iter().map(str::to_owned).collect());
+    let data = TokenizerData {
+        tokens: strings("tokenizer.ggml.tokens")?,
+        token_types: metadata.i64_array("tokenizer.ggml.token_type")?.into_iter().map(|ty| ty as i32).collect(),
+        merges: strings("tokenizer.ggml.merges")?,
+        pre: metadata.str("tokenizer.ggml.pre")?.to_owned(),
+        bos: metadata.u32("tokenizer.ggml.bos_token_id")?,
+        eos: metadata.u32("tokenizer.ggml.eos_token_id")?,
+    };
+    let tokenizer = Tokenizer::new(data).map_err(|error| anyhow::anyhow!("{name}: {error}"))?;
+    if tokenizer.vocab_size() != config.vocab_size {
+        anyhow::bail!(
+            "{name}: the vocabulary has {} tokens, expected the {} for which the model has embeddings. Metadata and \
+             tensors do not belong together; convert or download the file again",
+            tokenizer.vocab_size(),
+            config.vocab_size
+        );
+    }
+    Ok(tokenizer)
+}

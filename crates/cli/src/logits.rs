@@ -1,0 +1,89 @@
+//! `infall logits`: all logits of a token sequence, to compare with other engines.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::Path;
+
+use cpu::CpuBackend;
+use model::{Backend, Cancel, NoObserver, Row, forward};
+
+use crate::load::{self, ModelFile};
+use crate::terminal::{self, Unit, WriteError};
+use crate::{Outcome, flags, interrupt, npy};
+
+/// Runs the command. An output that was not finished is removed.
+pub fn logits(flags: &flags::Logits) -> anyhow::Result<Outcome> {
+    let file = ModelFile::open(Some(&flags.model))?;
+    let tokens = read_tokens(&flags.tokens, &file)?;
+    let out = File::create(&flags.out).map_err(WriteError::to(flags.out.display().to_string()))?;
+    let outcome = compute(flags, &file, &tokens, out);
+    if !matches!(outcome, Ok(Outcome::Done)) && flags.out.is_file() {
+        let _ = std::fs::remove_file(&flags.out);
+    }
+    outcome
+}
+
+fn compute(flags: &flags::Logits, file: &ModelFile, tokens: &[u32], out: File) -> anyhow::Result<Outcome> {
+    let backend = file.load(&flags.machine, flags.arithmetic.into())?;
+    let cancel = interrupt::cancel_on_interrupt()?;
+    match write_all(flags, &backend, tokens, &cancel, out) {
+        Ok(()) => Ok(Outcome::Done),
+        Err(_) if cancel.check().is_err() => Ok(Outcome::Interrupted),
+        Err(error) => Err(match error.downcast() {
+            Ok(error) => load::in_file(&file.name, error),
+            Err(error) => error,
+        }),
+    }
+}
+
+fn write_all(
+    flags: &flags::Logits,
+    backend: &CpuBackend,
+    tokens: &[u32],
+    cancel: &Cancel,
+    out: File,
+) -> anyhow::Result<()> {
+    let unwritable = || WriteError::to(flags.out.display().to_string());
+    let mut out = BufWriter::new(out);
+    npy::write_header(&mut out, tokens.len(), backend.config().vocab_size).map_err(unwritable())?;
+    let bar = terminal::progress("computing", tokens.len() as u64, Unit::Tokens);
+    let mut state = backend.new_state();
+    for chunk in tokens.chunks(flags.chunk.get()) {
+        let rows = (state.position()..).zip(chunk);
+        let rows = rows.map(|(position, &token)| Row { session: 0, position, token, logits: true }).collect();
+        let logits = forward(backend, rows, &mut [&mut state], cancel, &mut NoObserver)?;
+        npy::write_values(&mut out, &logits).map_err(unwritable())?;
+        bar.inc(chunk.len() as u64);
+    }
+    out.flush().map_err(unwritable())?;
+    bar.finish_and_clear();
+    Ok(())
+}
+
+/// The ids in a JSON file, checked against the model.
+fn read_tokens(path: &Path, file: &ModelFile) -> anyhow::Result<Vec<u32>> {
+    let name = path.display();
+    let text = std::fs::read(path)
+        .map_err(|error| anyhow::anyhow!("cannot read {name}: {error}. Give a JSON file with an array of token ids"))?;
+    let tokens: Vec<u32> = serde_json::from_slice(&text).map_err(|error| {
+        anyhow::anyhow!("{name}: found {error}; expected a JSON array of token ids, for instance [0, 17, 4]")
+    })?;
+    let config = &file.model.config;
+    if tokens.is_empty() {
+        anyhow::bail!("{name}: found an empty array, expected at least one token id");
+    }
+    if tokens.len() > config.context_length {
+        let (found, limit) = (tokens.len(), config.context_length);
+        anyhow::bail!("{name}: found {found} tokens, expected at most {limit}, the model's context. Give fewer tokens");
+    }
+    let outside = tokens.iter().enumerate().find(|(_, token)| **token as usize >= config.vocab_size);
+    if let Some((index, token)) = outside {
+        anyhow::bail!(
+            "{name}: found token {token} at index {index}, expected 0 to {}, the vocabulary of {}. Use ids of this \
+             model's own tokenizer",
+            config.vocab_size - 1,
+            file.name
+        );
+    }
+    Ok(tokens)
+}
