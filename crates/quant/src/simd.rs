@@ -19,20 +19,28 @@ pub enum Level {
 
 impl Level {
     /// The levels this machine can run, slowest first.
-    pub fn available() -> Vec<Level> {
-        let mut levels = vec![Level::Scalar];
-        #[cfg(target_arch = "x86_64")]
-        if Avx2::detect().is_some() {
-            levels.push(Level::Avx2);
+    pub fn available() -> impl Iterator<Item = Level> {
+        let all = [
+            Level::Scalar,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2,
+        ];
+        all.into_iter().filter(|level| level.is_available())
+    }
+
+    fn is_available(self) -> bool {
+        match self {
+            Level::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => Avx2::detect().is_some(),
         }
-        levels
     }
 }
 
 /// The fastest level of this machine, detected once.
 pub fn level() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
-    *LEVEL.get_or_init(|| *Level::available().last().expect("Scalar is always available"))
+    *LEVEL.get_or_init(|| Level::available().last().expect("Scalar is always available"))
 }
 
 /// Sixteen f32 lanes and the few operations of the exact kernels. A value of an implementing type is the proof

@@ -79,9 +79,32 @@ fn bad_input_is_refused() {
     assert!(message(quantize(Iq2Xxs, &x, None, &mut grids)).contains("IQ2_XXS needs the importance"));
     let mut bad = x.clone();
     bad[7] = f32::NAN;
-    assert!(message(quantize(Q2K, &bad, None, &mut out)).contains("value 7 is NaN; it must be finite"));
+    assert!(message(quantize(Q2K, &bad, None, &mut out)).contains("value 7 is NaN, not within -6.5504e4 to 6.5504e4"));
+    bad[7] = 70_000.0;
+    assert!(message(quantize(Q2K, &bad, None, &mut out)).contains("value 7 is 70000, not within"));
     bad[7] = -1.0;
-    assert!(message(quantize(Q2K, &x, Some(&bad), &mut out)).contains("importance 7 is -1; it must be finite and not"));
+    assert!(message(quantize(Q2K, &x, Some(&bad), &mut out)).contains("importance 7 is -1, not within 0e0 to"));
+}
+
+/// The largest values allowed come back finite and about as large.
+#[test]
+fn limits_are_held() {
+    use TensorType::*;
+    for (ty, limit) in [
+        (F16, 65504.0),
+        (Q8_0, 65504.0),
+        (Q2K, 65504.0),
+        (Q4K, 65504.0),
+        (Iq2Xxs, 65504.0),
+        (Bf16, 3e38),
+        (Mxfp4, 3e38),
+    ] {
+        let x: Vec<f32> = (0..256).map(|i| if i % 2 == 0 { limit } else { -limit }).collect();
+        let mut values = vec![0.0; 256];
+        quant::dequantize(ty, &quantized(ty, &x, Some(&[1.0; 256])), &mut values);
+        let mean = values.iter().zip(&x).map(|(y, x)| (x - y).abs() / 256.0).sum::<f32>();
+        assert!(mean < 0.3 * limit, "{ty}: mean error {mean}");
+    }
 }
 
 #[test]

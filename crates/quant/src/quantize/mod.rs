@@ -33,22 +33,38 @@ pub enum QuantizeError {
     /// IQ2_XXS is too coarse to be made without importance.
     #[error("{0} needs the importance of every column; gather it by running the model on sample text")]
     NoImportance(TensorType),
-    /// A value is infinite or NaN, or an importance is negative, infinite or NaN.
-    #[error("{what} {index} is {value}; it must be finite{}", if *.what == "importance" { " and not negative" } else { "" })]
-    NotFinite {
+    /// A value is NaN or more than the type can hold, or an importance is negative or not finite.
+    #[error("{what} {index} is {value}, not within {low:e} to {high:e}")]
+    Range {
         /// "value" or "importance".
         what: &'static str,
         /// Its index.
         index: usize,
         /// The value found.
         value: f32,
+        /// The smallest allowed.
+        low: f32,
+        /// The largest allowed.
+        high: f32,
     },
 }
+
+/// Refuses the first value outside `low..=high`.
+fn check_range(what: &'static str, values: &[f32], low: f32, high: f32) -> Result<(), QuantizeError> {
+    match values.iter().position(|value| !(low..=high).contains(value)) {
+        Some(index) => Err(QuantizeError::Range { what, index, value: values[index], low, high }),
+        None => Ok(()),
+    }
+}
+
+/// The largest half: no value, and so no scale, may be larger where scales are halves.
+const LARGEST_HALF: f32 = 65504.0;
 
 /// Quantises `x` to whole blocks of `ty` in `out`.
 ///
 /// `importance` has one weight per column: `x` is rows of `importance.len()` values. Without it all columns count
-/// alike; IQ2_XXS requires it. A column of no importance counts 1e-5 of its block's mean. The result depends on the arguments only, not on the machine.
+/// alike; IQ2_XXS requires it. A column of no importance counts 1e-5 of its block's mean. The
+/// result depends on the arguments only, not on the machine.
 pub fn quantize(ty: TensorType, x: &[f32], importance: Option<&[f32]>, out: &mut [u8]) -> Result<(), QuantizeError> {
     use TensorType::*;
     if !matches!(ty, F32 | F16 | Bf16 | Q8_0 | Q2K | Q4K | Iq2Xxs | Mxfp4) {
@@ -65,18 +81,15 @@ pub fn quantize(ty: TensorType, x: &[f32], importance: Option<&[f32]>, out: &mut
     if out.len() != bytes {
         return Err(QuantizeError::Length { what: "bytes", found: out.len(), expected: bytes.to_string() });
     }
-    if let Some((index, &value)) = x.iter().enumerate().find(|(_, x)| !x.is_finite()) {
-        return Err(QuantizeError::NotFinite { what: "value", index, value });
-    }
+    let limit = if matches!(ty, F32 | Bf16 | Mxfp4) { 3e38 } else { LARGEST_HALF };
+    check_range("value", x, -limit, limit)?;
     if let Some(weights) = importance {
         whole_blocks("importance weights", weights.len())?;
         if weights.is_empty() || !x.len().is_multiple_of(weights.len()) {
             let expected = format!("as many as columns of {} values", x.len());
             return Err(QuantizeError::Length { what: "importance weights", found: weights.len(), expected });
         }
-        if let Some((index, &value)) = weights.iter().enumerate().find(|(_, w)| !w.is_finite() || **w < 0.0) {
-            return Err(QuantizeError::NotFinite { what: "importance", index, value });
-        }
+        check_range("importance", weights, 0.0, f32::MAX)?;
     } else if ty == Iq2Xxs {
         return Err(QuantizeError::NoImportance(ty));
     }
@@ -131,12 +144,11 @@ fn block_weights<const N: usize>(importance: &[f32], i: usize) -> [f32; N] {
     if mean == 0.0 { [1.0; N] } else { weights.map(|w| (f64::from(w) / mean) as f32 + FLOOR) }
 }
 
-/// `value` ≥ 0 as a half that is finite, and not 0 unless `value` is: a coarse scale beats none.
+/// `value`, 0..=65504, as a half that is not 0 unless `value` is: a coarse scale beats none.
 #[inline(always)]
 fn scale_to_half(value: f32) -> Half {
     const SMALLEST: f32 = 1.0 / (1 << 24) as f32;
-    const LARGEST: f32 = 65504.0;
-    if value == 0.0 { Half([0; 2]) } else { Half::from_f32(value.clamp(SMALLEST, LARGEST)) }
+    if value == 0.0 { Half([0; 2]) } else { Half::from_f32(value.clamp(SMALLEST, LARGEST_HALF)) }
 }
 
 /// The largest magnitude.
