@@ -42,7 +42,7 @@ kernel! {
 
 /// The dots of n weight rows with R vectors: `out[i * R + r] = dot_row(ty, row i, x row r)`, all rows `cols` long.
 ///
-/// `out` is laid out [n][R], so that threads can share it by disjoint ranges of weight rows; with one vector it
+/// `out` is laid out `[n][R]`, so that threads can share it by disjoint ranges of weight rows; with one vector it
 /// is the result itself. `scratch` holds a few dequantised rows and is reused between calls.
 ///
 /// Panics if `weights` is not whole rows of `cols` values of `ty`, or `x` or `out` do not have n and R rows.

@@ -1,6 +1,6 @@
 //! Instruction sets: which one runs, and the 16 lanes of f32 that every exact kernel is written in.
 //!
-//! A kernel is written once, as an `#[inline(always)]` function generic over [`Simd`], and instantiated by the
+//! A kernel is written once, as an `#[inline(always)]` function generic over `Simd`, and instantiated by the
 //! `kernel!` macro once per [`Level`] under the matching `#[target_feature]`. All operations here are exactly
 //! rounded IEEE 754, so every level gives the same bits (NaN payloads aside); a level changes speed only.
 

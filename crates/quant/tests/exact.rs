@@ -20,6 +20,17 @@ fn definition(w: &[f32], x: &[f32]) -> f32 {
 }
 
 #[test]
+fn levels_of_this_machine() {
+    let levels: Vec<Level> = Level::available().collect();
+    println!("levels tested: {levels:?}");
+    #[cfg(target_arch = "x86_64")]
+    if !levels.contains(&Level::Avx2) {
+        println!("skipped: the AVX2 kernels in all tests of this crate, for this machine has no AVX2, FMA and F16C");
+    }
+    assert_eq!(Some(&quant::simd::level()), levels.last());
+}
+
+#[test]
 fn dot_and_sum_follow_the_definition() {
     let mut random = Random(1);
     for len in (0..100).chain([255, 256, 257, 1000, 4096, 4099]) {
