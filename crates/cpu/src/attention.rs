@@ -142,7 +142,8 @@ impl CpuBackend {
         }
         let (queries, weights) = self.index_queries(layer, &choosing, pass);
         let (width, heads) = (self.config.index_heads * self.config.index_head_dim, self.config.index_heads);
-        let mut picked: Vec<Chosen> = vec![Chosen::First(0); choosing.len()];
+        // `None` where the scores are no numbers and choose nothing.
+        let mut picked: Vec<Option<Chosen>> = vec![None; choosing.len()];
         let work = rows.iter().map(|row| visible(row.position)).max().unwrap_or(0) * width;
         self.workers.rows(&mut picked, 1, work, |i, picked| {
             let r = choosing[i];
@@ -152,9 +153,12 @@ impl CpuBackend {
             let visible = visible(rows[r].position);
             let scores =
                 self.index_scores(layer, &queries[i * width..][..width], &weights[i * heads..][..heads], keys, visible);
-            picked[0] = Chosen::Rows(top_rows(&scores, top_k));
+            let are_numbers = scores.iter().all(|score| score.is_finite());
+            picked[0] = are_numbers.then(|| Chosen::Rows(top_rows(&scores, top_k)));
         });
-        choosing.into_iter().zip(picked).for_each(|(r, chosen)| pass.chosen[r] = chosen);
+        for (r, chosen) in choosing.into_iter().zip(picked) {
+            pass.chosen[r] = chosen.ok_or(Error::NotFinite { position: pass.batch.rows()[r].position })?;
+        }
         Ok(())
     }
 
@@ -209,8 +213,10 @@ impl CpuBackend {
             }
             let dots = &mut dots[..count * heads];
             exact::matmul_f32_at(self.workers.level, &tile[..count * dim], dim, queries, dots);
+            // Not `f32::max`, which would turn the NaN of a damaged weight into 0.
+            let relu = |dot: f32| if dot < 0.0 { 0.0 } else { dot };
             let score = |dots: &[f32]| {
-                dots.iter().zip(weights).fold(0.0, |sum, (dot, w): (&f32, &f32)| w.mul_add(dot.max(0.0), sum))
+                dots.iter().zip(weights).fold(0.0, |sum, (&dot, w): (&f32, &f32)| w.mul_add(relu(dot), sum))
             };
             scores.extend(dots.chunks_exact(heads).map(score));
         }

@@ -119,7 +119,8 @@ impl CpuBackend {
     /// `silu(min(gate, limit)) · clamp(up, ±limit) · weight`, into `gate`; rows are `width` long.
     fn swiglu(&self, gate: &mut [f32], up: &[f32], limit: f32, width: usize, weight: impl Fn(usize) -> f32 + Sync) {
         for (row, (gate, up)) in gate.chunks_exact_mut(width).zip(up.chunks_exact(width)).enumerate() {
-            gate.iter_mut().for_each(|gate| *gate = gate.min(limit));
+            // Not `f32::min`, which would turn the NaN of a damaged weight into a good-looking number.
+            gate.iter_mut().for_each(|gate| *gate = if *gate > limit { limit } else { *gate });
             math::silu_slice_at(self.workers.level, gate);
             let weight = weight(row);
             gate.iter_mut().zip(up).for_each(|(gate, up)| *gate = *gate * up.clamp(-limit, limit) * weight);

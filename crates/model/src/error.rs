@@ -80,13 +80,13 @@ pub enum Error {
         /// What is wrong with it.
         what: String,
     },
-    /// The computation gave NaN or infinity.
+    /// The computation gave NaN or infinity, in the logits or where the indexer chooses.
     #[error(
-        "the logits after position {position} are not finite numbers. Some weight is NaN or infinite, so the file \
+        "the values computed at position {position} are not finite. Some weight is NaN or infinite, so the file \
              is damaged: `infall inspect --check FILE` names the tensor"
     )]
     NotFinite {
-        /// Position of the token whose logits are not finite.
+        /// Position of the token concerned.
         position: usize,
     },
     /// The caller asked for the pass to stop.
