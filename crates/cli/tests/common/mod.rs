@@ -87,6 +87,17 @@ pub enum Change {
 /// Writes the model `from` to `to` with keys set, and tensors changed by `change`, which is given a tensor and its
 /// bytes.
 pub fn rewrite(from: &Path, to: &Path, keys: &[(&str, Value)], change: impl Fn(&TensorInfo, &[u8]) -> Change) {
+    rewrite_with(from, to, keys, change, &[]);
+}
+
+/// The same with further tensors of zeros, by name and dimensions.
+pub fn rewrite_with(
+    from: &Path,
+    to: &Path,
+    keys: &[(&str, Value)],
+    change: impl Fn(&TensorInfo, &[u8]) -> Change,
+    extra: &[(&str, Vec<u64>)],
+) {
     let image = std::fs::read(from).unwrap();
     let model = Gguf::parse("the model to change", &image).unwrap();
     let mut writer = Writer::new();
@@ -107,6 +118,10 @@ pub fn rewrite(from: &Path, to: &Path, keys: &[(&str, Value)], change: impl Fn(&
         };
         writer.tensor(&tensor.name, &dims, ty).unwrap();
         data.push(bytes);
+    }
+    for (name, dims) in extra {
+        writer.tensor(name, dims, TensorType::F32).unwrap();
+        data.push(Vec::new());
     }
     let mut out = std::fs::File::create(to).unwrap();
     let mut data = data.into_iter();

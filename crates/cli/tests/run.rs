@@ -1,0 +1,229 @@
+//! The commands of the real binary on small random models.
+
+mod common;
+
+use std::io::Read;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use common::{Change, finish, infall, rewrite, run, run_with_input, signal, tiny};
+use cpu::{CpuBackend, Options};
+use gguf::Gguf;
+use model::{Arithmetic, Cancel, Model, NoObserver, Row, forward};
+use store::Source;
+
+/// Tokens of the sequences below: enough for the indexer to choose and for a window of 128 to end.
+const TOKENS: usize = 150;
+
+fn as_str(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+fn tokens() -> Vec<u32> {
+    (0..TOKENS as u32).map(|i| 3 + i * 37 % 500).collect()
+}
+
+/// What `infall logits` writes with these further arguments.
+fn logits(further: &[&str]) -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap();
+    let (input, out) = (dir.path().join("tokens.json"), dir.path().join("logits.npy"));
+    std::fs::write(&input, format!("{:?}", tokens())).unwrap();
+    let model = tiny("tiny-q4");
+    let args = ["logits", "-m", as_str(&model), "--tokens", as_str(&input), "--out", as_str(&out)];
+    assert!(run(&[&args, further].concat()).success().is_empty());
+    std::fs::read(out).unwrap()
+}
+
+#[test]
+fn logits_are_those_of_the_library() {
+    let path = tiny("tiny-q4");
+    let model = Model::from_gguf(&Gguf::open(&path).unwrap()).unwrap();
+    for (name, arithmetic) in [("official", Arithmetic::Official), ("plain", Arithmetic::Plain)] {
+        let options = Options { arithmetic, ..Options::default() };
+        let source = Source::open([&path]).unwrap();
+        let backend = CpuBackend::load(&model, &source, options, &mut |_| ()).unwrap();
+        let row = |(position, token)| Row { session: 0, position, token, logits: true };
+        let rows = tokens().into_iter().enumerate().map(row).collect();
+        let mut state = model::Backend::new_state(&backend);
+        let expected = forward(&backend, rows, &mut [&mut state], &Cancel::default(), &mut NoObserver).unwrap();
+
+        let file = logits(&["--arithmetic", name, "--exact"]);
+        let (header, values) = file.split_at(file.len() - 4 * expected.len());
+        let shape = format!("'descr': '<f4', 'fortran_order': False, 'shape': ({TOKENS}, 512), ");
+        assert!(String::from_utf8_lossy(header).contains(&shape));
+        let got: Vec<f32> = values.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+        assert!(got == expected, "{name}: the values differ");
+    }
+}
+
+#[test]
+fn chunks_and_threads_change_no_byte() {
+    let reference = logits(&["--chunk", "64", "--threads", "1"]);
+    for other in
+        [["--chunk", "1", "--threads", "1"], ["--chunk", "64", "--threads", "2"], ["--chunk", "7", "--threads", "2"]]
+    {
+        assert!(logits(&other) == reference, "{other:?}");
+    }
+}
+
+#[test]
+fn a_seed_gives_the_same_text_and_another_another() {
+    let model = tiny("tiny-q4");
+    let text = |seed: &str, threads: &str| {
+        let args = ["run", "-m", as_str(&model), "--nothink", "-n", "25", "--seed", seed, "--threads", threads, "hi"];
+        run(&args).success()
+    };
+    let first = text("1", "1");
+    assert!(first.len() > 25 && first.ends_with(b"\n"));
+    assert_eq!(first, text("1", "1"));
+    assert_eq!(first, text("1", "2"), "threads change nothing");
+    assert_ne!(first, text("2", "1"));
+}
+
+#[test]
+fn a_new_seed_is_told_and_can_be_given_again() {
+    let model = tiny("tiny-q4");
+    let args = ["run", "-m", as_str(&model), "--nothink", "-n", "25", "hi"];
+    let first = run(&args);
+    let seed = first.err.split("seed ").nth(1).unwrap().split(' ').next().unwrap().to_owned();
+    assert_eq!(run(&[&args[..], &["--seed", &seed]].concat()).out, first.out);
+}
+
+#[test]
+fn a_prompt_on_standard_input_is_the_same_prompt() {
+    let model = tiny("tiny-q4");
+    let args = ["run", "-m", as_str(&model), "--nothink", "-n", "10", "--temp", "0"];
+    let argument = run(&[&args[..], &["two\nlines"]].concat()).success();
+    for input in ["two\nlines", "two\nlines\n", "two\nlines\r\n"] {
+        assert_eq!(run_with_input(&[&args[..], &["-"]].concat(), input.as_bytes()).success(), argument, "{input:?}");
+    }
+    let raw = run_with_input(&[&args[..7], &["--raw", "--temp", "0", "-"]].concat(), b"x");
+    assert_eq!(raw.code, Some(2), "--raw and --nothink exclude each other: {}", raw.err);
+}
+
+/// The template is `BOS <user> prompt <assistant> </think>`: written out and given with --raw it is the same prompt.
+#[test]
+fn raw_is_the_exact_text() {
+    let model = tiny("tiny-q4");
+    let common = ["run", "-m", as_str(&model), "-n", "12", "--temp", "0"];
+    let answer = run(&[&common[..], &["--nothink", "hi"]].concat());
+    let spelt = "<｜begin▁of▁sentence｜><｜User｜>hi<｜Assistant｜></think>";
+    let raw = run(&[&common[..], &["--raw", spelt]].concat());
+    let prompt_tokens = |err: &str| err.split(" tokens").next().unwrap().to_owned();
+    assert_eq!(prompt_tokens(&answer.err), prompt_tokens(&raw.err));
+    let raw = String::from_utf8(raw.out).unwrap();
+    assert!(raw.contains("</think>"), "what the model wrote, the tag included");
+    let answer = String::from_utf8(answer.out).unwrap();
+    assert_eq!(answer, raw.replace("</think>", "") + "\n", "raw output ends where the model ended");
+}
+
+#[test]
+fn reasoning_stays_out_of_a_pipe() {
+    let model = tiny("tiny-q4");
+    let common = ["run", "-m", as_str(&model), "-n", "12", "--temp", "0", "hi"];
+    let thinking = run(&common);
+    assert!(thinking.out.is_empty(), "this random model never ends its reasoning");
+    assert!(thinking.err.starts_with("<think>\n") && thinking.err.contains("\n</think>\n"), "{}", thinking.err);
+    let answering = run(&[&common[..], &["--nothink"]].concat());
+    assert!(!answering.out.is_empty() && answering.err.starts_with("prompt "), "{}", answering.err);
+    assert_eq!(answering.err.lines().count(), 1, "one line of figures: {}", answering.err);
+    assert!(answering.err.contains("generated 12 tokens") && answering.err.contains("weights +"), "{}", answering.err);
+}
+
+#[test]
+fn the_built_in_model_says_what_it_is() {
+    let ran = run(&["run", "-n", "3", "--nothink", "hi"]);
+    assert!(ran.err.starts_with("model: the built-in nano, a small test model") && ran.err.contains("-m FILE"));
+    assert!(!ran.err.contains("seed"), "temperature 0 needs none: {}", ran.err);
+    ran.success();
+}
+
+/// A model and a prompt whose likeliest continuation is thousands of tokens long.
+fn long_generation() -> Vec<String> {
+    let model = tiny("tiny-iq2");
+    ["run", "-m", as_str(&model), "--nothink", "--temp", "0", "--threads", "1", "Hello"].map(str::to_owned).to_vec()
+}
+
+#[test]
+fn an_interrupt_ends_a_generation_and_keeps_what_was_printed() {
+    let mut child = infall(&long_generation()).spawn().unwrap();
+    let mut begun = [0; 20];
+    child.stdout.as_mut().unwrap().read_exact(&mut begun).unwrap();
+    let start = Instant::now();
+    signal(child.id(), "INT");
+    let ran = finish(child);
+    assert!(start.elapsed() < Duration::from_secs(2), "it took {:?} to stop", start.elapsed());
+    assert_eq!(ran.code, Some(130), "{}", ran.err);
+    assert!(ran.err.contains("| interrupted") && ran.err.contains("generated"), "{}", ran.err);
+    assert!(ran.out.ends_with(b"\n"));
+}
+
+#[test]
+fn a_reader_that_goes_away_ends_it_quietly() {
+    let mut child = infall(&long_generation()).spawn().unwrap();
+    let mut begun = [0; 20];
+    child.stdout.take().unwrap().read_exact(&mut begun).unwrap();
+    let ran = finish(child);
+    assert_eq!((ran.code, ran.err.as_str()), (Some(0), ""));
+
+    let model = tiny("tiny-q4");
+    let closed = infall(&["inspect", as_str(&model)]).stdout(Stdio::piped()).spawn();
+    let mut child = closed.unwrap();
+    drop(child.stdout.take());
+    let ran = finish(child);
+    assert_eq!((ran.code, ran.err.as_str()), (Some(0), ""));
+}
+
+#[test]
+fn interrupted_logits_leave_no_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let (input, out) = (dir.path().join("tokens.json"), dir.path().join("logits.npy"));
+    std::fs::write(&input, format!("{:?}", vec![5; 4096])).unwrap();
+    let model = tiny("tiny-q4");
+    let args = ["logits", "-m", as_str(&model), "--tokens", as_str(&input), "--out", as_str(&out), "--chunk", "1"];
+    let child = infall(&args).spawn().unwrap();
+    let has_begun = || out.metadata().is_ok_and(|file| file.len() > 0);
+    let start = Instant::now();
+    while !has_begun() {
+        assert!(start.elapsed() < Duration::from_secs(30), "nothing is written");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    signal(child.id(), "INT");
+    let ran = finish(child);
+    assert_eq!((ran.code, ran.err.as_str()), (Some(130), ""));
+    assert!(!out.exists());
+}
+
+#[test]
+fn inspect_counts_every_byte() {
+    for name in ["tiny-iq2", "tiny-q4", "tiny-q8", "mixed3-mixed", "pro-iq2"] {
+        let path = tiny(name);
+        let report: serde_json::Value =
+            serde_json::from_slice(&run(&["inspect", "--json", "--check", as_str(&path)]).success()).unwrap();
+        let expected: u64 = Gguf::open(&path).unwrap().tensors.iter().map(|t| t.size_bytes().unwrap()).sum();
+        let classes = report["classes"].as_array().unwrap();
+        assert_eq!(classes.iter().map(|class| class["bytes"].as_u64().unwrap()).sum::<u64>(), expected);
+        assert_eq!(report["total"]["bytes"], expected);
+        assert!(classes.iter().all(|class| class["class"] != "other"), "{name}: {classes:?}");
+        assert_eq!(report["check"]["damaged"].as_array().unwrap().len(), 0);
+        assert_eq!(report["metadata"]["general.architecture"], "deepseek4");
+    }
+}
+
+/// Multi-token-prediction weights, in the two forms that files have them, change nothing.
+#[test]
+fn drafting_weights_are_named_and_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("with-mtp.gguf");
+    let extra = [("mtp.0.e_proj.weight", vec![256, 256]), ("dspark.1.norm.weight", vec![256])];
+    common::rewrite_with(&tiny("tiny-q4"), &path, &[], |_, _| Change::Keep, &extra);
+    let table = String::from_utf8(run(&["inspect", as_str(&path)]).success()).unwrap();
+    for word in ["MTP and DSpark", "left alone", "mtp.0.e_proj.weight", "dspark.1.norm.weight", "can run"] {
+        assert!(table.contains(word), "{word:?} in {table}");
+    }
+    let text = |path: &Path| run(&["run", "-m", as_str(path), "--nothink", "-n", "10", "--seed", "1", "hi"]).success();
+    assert_eq!(text(&path), text(&tiny("tiny-q4")));
+    rewrite(&tiny("tiny-q4"), &path, &[], |_, _| Change::Keep);
+    assert!(!String::from_utf8(run(&["inspect", as_str(&path)]).success()).unwrap().contains("left alone"));
+}
