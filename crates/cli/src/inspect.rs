@@ -266,13 +266,17 @@ fn class_of(name: &str, layers: Option<usize>) -> Class {
 
 /// The class of a tensor of a layer, by what follows the layer's number. The first prefix that fits counts.
 fn class_in_block(part: &str) -> Class {
-    const PREFIXES: [(&str, Class); 23] = [
+    const PREFIXES: [(&str, Class); 27] = [
         ("attn_norm.", Class::NormsSinksBiases),
         ("attn_q_a_norm.", Class::NormsSinksBiases),
         ("attn_kv_a_norm.", Class::NormsSinksBiases),
         ("attn_sinks.", Class::NormsSinksBiases),
         ("ffn_norm.", Class::NormsSinksBiases),
         ("exp_probs_b.", Class::NormsSinksBiases),
+        ("attn_compressor_norm.", Class::NormsSinksBiases),
+        ("attn_compressor.norm.", Class::NormsSinksBiases),
+        ("indexer_compressor_norm.", Class::NormsSinksBiases),
+        ("indexer.compressor.norm.", Class::NormsSinksBiases),
         ("attn_compressor", Class::Compressors),
         ("indexer", Class::Indexers),
         ("attn_q_", Class::Attention),

@@ -93,6 +93,6 @@ pub fn progress(what: &'static str, total: u64, unit: Unit) -> ProgressBar {
     if total < worth_showing {
         return ProgressBar::hidden();
     }
-    let style = ProgressStyle::with_template(&format!("{{msg}} {{wide_bar}} {counters} {{eta}}"));
+    let style = ProgressStyle::with_template(&format!("{{msg}} {{wide_bar}} {counters}, {{eta}} left"));
     ProgressBar::new(total).with_style(style.expect("the template is fixed")).with_message(what)
 }

@@ -122,7 +122,7 @@ impl Printer {
         let Some(part) = self.last else { return Ok(()) };
         let line_end = if self.line_ended { "" } else { "\n" };
         let tag = if part == Part::Reasoning && !self.is_dimmed { "</think>\n" } else { "" };
-        let gap = if part == Part::Reasoning { "\n" } else { "" };
+        let gap = if part == Part::Reasoning && self.reasoning_stream == Stream::Out { "\n" } else { "" };
         self.line_ended = true;
         self.stream(part).write(&format!("{line_end}{tag}{gap}"))
     }

@@ -131,6 +131,19 @@ fn reasoning_stays_out_of_a_pipe() {
     assert!(answering.err.contains("generated 12 tokens") && answering.err.contains("weights +"), "{}", answering.err);
 }
 
+/// The answer that follows reasoning goes to standard output, without the tag between them.
+#[test]
+fn reasoning_and_answer_part_at_the_tag() {
+    let model = tiny("tiny-iq2");
+    let common = ["run", "-m", as_str(&model), "-n", "80", "--temp", "0"];
+    let raw = run(&[&common[..], &["--raw", "<｜begin▁of▁sentence｜><｜User｜>Hello<｜Assistant｜><think>"]].concat());
+    let raw = String::from_utf8(raw.success()).unwrap();
+    let (reasoning, answer) = raw.split_once("</think>").expect("this random model happens to end its reasoning");
+    let ran = run(&[&common[..], &["Hello"]].concat());
+    assert!(ran.err.starts_with(&format!("<think>\n{reasoning}\n</think>\n")), "{}", ran.err);
+    assert_eq!(String::from_utf8(ran.success()).unwrap(), format!("{}\n", answer.replace("</think>", "")));
+}
+
 #[test]
 fn the_built_in_model_says_what_it_is() {
     let ran = run(&["run", "-n", "3", "--nothink", "hi"]);
