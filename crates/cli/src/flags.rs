@@ -126,8 +126,8 @@ pub struct Logits {
 #[derive(Args)]
 pub struct Machine {
     /// Threads to compute with; changes speed, never a bit of the output [default: one a core]
-    #[arg(long, value_name = "N")]
-    pub threads: Option<NonZeroUsize>,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
 }
 
 /// Names of [`model::Arithmetic`].

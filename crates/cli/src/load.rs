@@ -55,7 +55,7 @@ impl ModelFile {
     pub fn load(&self, machine: &Machine, arithmetic: model::Arithmetic) -> anyhow::Result<CpuBackend> {
         let mut options = Options { arithmetic, ..Options::default() };
         if let Some(threads) = machine.threads {
-            options.threads = threads.get();
+            options.threads = threads.into();
         }
         let bar = terminal::progress("loading", self.weight_bytes(), Unit::Bytes);
         let backend = CpuBackend::load(&self.model, &self.source, options, &mut |bytes| bar.inc(bytes));
