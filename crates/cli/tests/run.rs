@@ -86,7 +86,7 @@ fn a_new_seed_is_told_and_can_be_given_again() {
     let model = tiny("tiny-q4");
     let args = ["run", "-m", as_str(&model), "--nothink", "-n", "25", "hi"];
     let first = run(&args);
-    let seed = first.err.split("seed ").nth(1).unwrap().split(' ').next().unwrap().to_owned();
+    let seed = first.err.split("seed ").nth(1).unwrap().split_whitespace().next().unwrap().to_owned();
     assert_eq!(run(&[&args[..], &["--seed", &seed]].concat()).out, first.out);
 }
 
