@@ -29,7 +29,7 @@ pub fn load(path: &Path, options: Options) -> Result<Loaded> {
     let start = Instant::now();
     let file = Gguf::open(path)?;
     let model = Model::from_gguf(&file)?;
-    let source = Source::open(file.files.iter().map(|part| &part.path))?;
+    let source = Source::open(file.files.iter().map(|part| (&part.path, part.bytes)))?;
     let backend = CpuBackend::load(&model, &source, options, &mut |_| {})?;
     Ok(Loaded { file, model, backend, load_seconds: start.elapsed().as_secs_f64() })
 }

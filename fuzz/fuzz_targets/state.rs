@@ -25,7 +25,7 @@ fn layout() -> Arc<KvLayout> {
         index: index.map(compressor),
     };
     let layers = vec![layer(None, None), layer(Some(4), Some(4)), layer(Some(128), None)];
-    Arc::new(KvLayout { arithmetic: Arithmetic::Plain, window: 4, layers })
+    Arc::new(KvLayout { identity: 7, arithmetic: Arithmetic::Plain, window: 4, layers })
 }
 
 fuzz_target!(|bytes: &[u8]| {

@@ -57,14 +57,14 @@ fn main() -> Result<()> {
     );
 
     println!("{:<28} {:>8} {:>10} {:>10}", "exact", "tokens", "s/token", "tokens/s");
-    let mut row = |what: &str, tokens: usize, seconds: f64| {
+    let row = |what: &str, tokens: usize, seconds: f64| {
         let each = seconds / tokens as f64;
         println!("{what:<28} {tokens:>8} {each:>10.4} {:>10.2}", 1.0 / each);
         each
     };
-    let mut warm = backend.new_state();
+    let mut warm = backend.new_state()?;
     pass(backend, &mut warm, 1, vocab)?;
-    let mut state = backend.new_state();
+    let mut state = backend.new_state()?;
     let chunk = pass(backend, &mut state, arguments.prefill, vocab)?;
     let chunk = row("prefill, one chunk", arguments.prefill, chunk);
     let mut seconds = 0.0;

@@ -301,7 +301,7 @@ fn class_in_block(part: &str) -> Class {
 
 /// Reads every tensor and looks for values that are not finite.
 fn check(header: &Gguf) -> anyhow::Result<Check> {
-    let source = Source::open(header.files.iter().map(|part| &part.path))?;
+    let source = Source::open(header.files.iter().map(|part| (&part.path, part.bytes)))?;
     let total = header.tensors.iter().map(|tensor| tensor.size_bytes().unwrap_or(0)).sum();
     let bar = terminal::progress("checking", total, Unit::Bytes);
     let mut check = Check::default();

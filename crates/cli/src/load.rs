@@ -4,11 +4,10 @@ use std::path::Path;
 
 use cpu::{CpuBackend, Options};
 use gguf::{Gguf, Metadata};
-use model::{Config, Model};
+use model::{Arithmetic, Config, Model};
 use store::Source;
 use text::{Tokenizer, TokenizerData};
 
-use crate::flags::Machine;
 use crate::terminal::{self, Unit};
 
 /// The model that is part of the program (models/nano).
@@ -28,11 +27,14 @@ pub struct ModelFile {
 
 impl ModelFile {
     /// The file at `path`, or the built-in nano, which says so.
+    ///
+    /// # Errors
+    /// The file cannot be read, or is not a model this program runs.
     pub fn open(path: Option<&Path>) -> anyhow::Result<ModelFile> {
         let (name, header, source) = match path {
             Some(path) => {
                 let header = Gguf::open(path)?;
-                let source = Source::open(header.files.iter().map(|part| &part.path))?;
+                let source = Source::open(header.files.iter().map(|part| (&part.path, part.bytes)))?;
                 (path.display().to_string(), header, source)
             }
             None => {
@@ -47,14 +49,21 @@ impl ModelFile {
     }
 
     /// The vocabulary.
+    ///
+    /// # Errors
+    /// The file has none, or it is not the model's.
     pub fn tokenizer(&self) -> anyhow::Result<Tokenizer> {
         tokenizer(&self.name, &self.header.metadata, &self.model.config)
     }
 
-    /// Reads all weights. On a terminal a bar shows how far that is.
-    pub fn load(&self, machine: &Machine, arithmetic: model::Arithmetic) -> anyhow::Result<CpuBackend> {
+    /// Reads all weights, to compute with `threads` threads or as many as the machine has. On a terminal a bar shows how
+    /// far that is.
+    ///
+    /// # Errors
+    /// A read failed, or a weight holds what no model can have.
+    pub fn load(&self, threads: Option<u16>, arithmetic: Arithmetic) -> anyhow::Result<CpuBackend> {
         let mut options = Options { arithmetic, ..Options::default() };
-        if let Some(threads) = machine.threads {
+        if let Some(threads) = threads {
             options.threads = threads.into();
         }
         let bar = terminal::progress("loading", self.weight_bytes(), Unit::Bytes);
@@ -71,15 +80,18 @@ impl ModelFile {
 }
 
 /// Names the file in an error that does not do so itself.
-pub fn in_file(name: &str, error: model::Error) -> anyhow::Error {
+pub(crate) fn in_file(name: &str, error: model::Error) -> anyhow::Error {
     match error {
         model::Error::Metadata(_) | model::Error::Store(_) | model::Error::Cancelled => error.into(),
+        model::Error::NotFinite { .. } => {
+            anyhow::anyhow!("{name}: {error} (`infall inspect --check {name}` names the tensor)")
+        }
         _ => anyhow::anyhow!("{name}: {error}"),
     }
 }
 
 /// The vocabulary in a file's metadata, which must be the one its model was made for.
-pub fn tokenizer(name: &str, metadata: &Metadata, config: &Config) -> anyhow::Result<Tokenizer> {
+pub(crate) fn tokenizer(name: &str, metadata: &Metadata, config: &Config) -> anyhow::Result<Tokenizer> {
     let strings = |key: &str| Ok::<_, gguf::Error>(metadata.str_array(key)?.iter().map(str::to_owned).collect());
     let data = TokenizerData {
         tokens: strings("tokenizer.ggml.tokens")?,

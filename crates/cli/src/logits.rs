@@ -24,7 +24,7 @@ pub fn logits(flags: &flags::Logits) -> anyhow::Result<Outcome> {
 }
 
 fn compute(flags: &flags::Logits, file: &ModelFile, tokens: &[u32], out: File) -> anyhow::Result<Outcome> {
-    let backend = file.load(&flags.machine, flags.arithmetic.into())?;
+    let backend = file.load(flags.machine.threads, flags.arithmetic.into())?;
     let cancel = interrupt::cancel_on_interrupt()?;
     match write_all(flags, &backend, tokens, &cancel, out) {
         Ok(()) => Ok(Outcome::Done),
@@ -47,7 +47,7 @@ fn write_all(
     let mut out = BufWriter::new(out);
     npy::write_header(&mut out, tokens.len(), backend.config().vocab_size).map_err(unwritable())?;
     let bar = terminal::progress("computing", tokens.len() as u64, Unit::Tokens);
-    let mut state = backend.new_state();
+    let mut state = backend.new_state()?;
     for chunk in tokens.chunks(flags.chunk.get()) {
         let rows = (state.position()..).zip(chunk);
         let rows = rows.map(|(position, &token)| Row { session: 0, position, token, logits: true }).collect();

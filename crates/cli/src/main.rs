@@ -1,48 +1,7 @@
-//! `infall`: flags, terminal, progress; wires the other crates together.
+//! The program `infall`; everything is in the library beside it.
 
-mod flags;
-mod inspect;
-mod interrupt;
-mod load;
-mod logits;
-mod npy;
-mod run;
-mod terminal;
-mod words;
-
-use std::io::ErrorKind;
 use std::process::ExitCode;
 
-use clap::Parser;
-
-use flags::{Command, Flags};
-use terminal::WriteError;
-
-/// How a command ended that did not fail.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Outcome {
-    Done,
-    Interrupted,
-}
-
 fn main() -> ExitCode {
-    let outcome = match Flags::parse().command {
-        Command::Run(flags) => run::run(&flags),
-        Command::Inspect(flags) => inspect::inspect(&flags),
-        Command::Logits(flags) => logits::logits(&flags),
-    };
-    match outcome {
-        Ok(Outcome::Done) => ExitCode::SUCCESS,
-        Ok(Outcome::Interrupted) => ExitCode::from(interrupt::EXIT_CODE),
-        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
-        Err(error) => {
-            terminal::note(&format!("error: {error}"));
-            ExitCode::FAILURE
-        }
-    }
-}
-
-/// Whether the reader of the output went away: then nobody is there to be told, and nothing is wrong.
-fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<WriteError>().is_some_and(|error| error.cause.kind() == ErrorKind::BrokenPipe)
+    infall::main()
 }

@@ -33,9 +33,9 @@ pub fn run(flags: &flags::Run) -> anyhow::Result<Outcome> {
     let sampling = sampling(flags);
     let sampler = Sampler::new(sampling, seed)?;
 
-    let backend = file.load(&flags.machine, Arithmetic::Official)?;
+    let backend = file.load(flags.machine.threads, Arithmetic::Official)?;
     let cancel = interrupt::cancel_on_interrupt()?;
-    let session = Session::new(&backend, context);
+    let session = Session::new(&backend, context)?;
     let mut turn = Turn { backend: &backend, tokenizer: &tokenizer, control, cancel: &cancel, session, sampler };
     let mut figures = Figures::default();
     let ended = turn.run(flags, &tokens, &mut figures);

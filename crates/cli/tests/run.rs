@@ -41,11 +41,11 @@ fn logits_are_those_of_the_library() {
     let model = Model::from_gguf(&Gguf::open(&path).unwrap()).unwrap();
     for (name, arithmetic) in [("official", Arithmetic::Official), ("plain", Arithmetic::Plain)] {
         let options = Options { arithmetic, ..Options::default() };
-        let source = Source::open([&path]).unwrap();
+        let source = Source::open([(&path, std::fs::metadata(&path).unwrap().len())]).unwrap();
         let backend = CpuBackend::load(&model, &source, options, &mut |_| ()).unwrap();
         let row = |(position, token)| Row { session: 0, position, token, logits: true };
         let rows = tokens().into_iter().enumerate().map(row).collect();
-        let mut state = model::Backend::new_state(&backend);
+        let mut state = model::Backend::new_state(&backend).unwrap();
         let expected = forward(&backend, rows, &mut [&mut state], &Cancel::default(), &mut NoObserver).unwrap();
 
         let file = logits(&["--arithmetic", name, "--exact"]);

@@ -13,6 +13,7 @@ use quant::{exact, math};
 use crate::backend::CpuBackend;
 use crate::hyper::rms_norm;
 use crate::pass::{Chosen, Pass};
+use crate::rows;
 use crate::weights::Weight;
 
 /// Heads that share one reading of the key rows.
@@ -51,7 +52,7 @@ impl CpuBackend {
                 let row = &mut kv[r * head_dim..][..head_dim];
                 rms_norm(level, row, Some(w.kv_norm.values()), config.rms_eps);
                 rotate(&mut row[tail..], &rotations[r]);
-                format.pack(row, packed);
+                rows::pack(level, format, row, packed);
             }
         }
         Ok(())
@@ -122,14 +123,14 @@ impl CpuBackend {
             rms_norm(self.workers.level, &mut row, Some(w.norm.values()), self.config.rms_eps);
             let tail = row.len() - self.config.rope_dim;
             rotate(&mut row[tail..], &self.ropes[1].at((first + i) * layout.ratio));
-            layout.row.pack(&row, packed);
+            rows::pack(self.workers.level, layout.row, &row, packed);
         });
         rows
     }
 
     pub(crate) fn stage_index(&self, layer: usize, states: &[&State], pass: &mut Pass) -> Result<(), Error> {
         let ratio = self.config.compress_ratios[layer];
-        let visible = |position: usize| if ratio == 0 { 0 } else { (position + 1) / ratio };
+        let visible = |position: usize| (position + 1).checked_div(ratio).unwrap_or(0);
         let rows = pass.batch.rows();
         pass.chosen = rows.iter().map(|row| Chosen::First(visible(row.position))).collect();
         if ratio != 4 {
@@ -183,8 +184,8 @@ impl CpuBackend {
             for head in heads.chunks_exact_mut(config.index_head_dim) {
                 rotate(&mut head[config.index_head_dim - config.rope_dim..], rotation);
                 if self.layout.arithmetic == Arithmetic::Official {
-                    format.pack(head, &mut packed);
-                    format.unpack(&packed, head);
+                    rows::pack(self.workers.level, format, head, &mut packed);
+                    rows::unpack(self.workers.level, format, &packed, head);
                 }
             }
         });
@@ -209,7 +210,7 @@ impl CpuBackend {
         for first in (0..visible).step_by(KEYS_TOGETHER) {
             let count = KEYS_TOGETHER.min(visible - first);
             for (i, key) in tile.chunks_exact_mut(dim).take(count).enumerate() {
-                format.unpack(keys.row(first + i), key);
+                rows::unpack(self.workers.level, format, keys.row(first + i), key);
             }
             let dots = &mut dots[..count * heads];
             exact::matmul_f32_at(self.workers.level, &tile[..count * dim], dim, queries, dots);
@@ -263,7 +264,10 @@ impl CpuBackend {
         let chosen =
             (0..chosen.len()).map(|i| compressed.expect("rows are chosen from a compressor").row(chosen.row(i)));
         let mut keys = vec![0.0; (position + 1 - first + chosen.len()) * dim];
-        window.chain(chosen).zip(keys.chunks_exact_mut(dim)).for_each(|(packed, key)| format.unpack(packed, key));
+        window
+            .chain(chosen)
+            .zip(keys.chunks_exact_mut(dim))
+            .for_each(|(packed, key)| rows::unpack(self.workers.level, format, packed, key));
         keys
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use gguf::TensorType;
 use model::rope::Rope;
 use model::tensors::{Model, Tensors};
-use model::{Activation, Arithmetic, Backend, Batch, Cancel, Config, Error, Half, KvLayout, State};
+use model::{Activation, Arithmetic, Backend, Batch, Cancel, Config, Error, KvLayout, State, SubLayer};
 use quant::simd::{self, Level};
 use store::{ExpertExtents, HostLeases, HostStore, Source};
 
@@ -18,7 +18,7 @@ use crate::weights::{self, Weight};
 /// How a backend is to run. None of it but `arithmetic` changes a bit of the output.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
-    /// Threads to compute with.
+    /// Threads to compute with; at 0, one for each that the machine has.
     pub threads: usize,
     /// With or without the model's own low-precision roundings.
     pub arithmetic: Arithmetic,
@@ -61,13 +61,18 @@ impl CpuBackend {
         let extents: Vec<ExpertExtents> = model.experts.iter().map(|layer| layer.extents).collect();
         Ok(CpuBackend {
             config: model.config.clone(),
-            layout: Arc::new(KvLayout::new(&model.config, options.arithmetic)),
+            layout: Arc::new(KvLayout::new(&model.config, source.identity()?, options.arithmetic)),
             ropes: [Rope::plain(&model.config), Rope::yarn(&model.config)],
             weights,
             expert_types: model.experts.iter().map(|layer| layer.types).collect(),
             experts: HostStore::resident(source, &extents, loaded)?,
-            workers: Workers::new(options.threads, options.level),
+            workers: Workers::new(options.threads, options.level)?,
         })
+    }
+
+    /// How often work was shared between threads since loading.
+    pub fn shared_regions(&self) -> u64 {
+        self.workers.shared()
     }
 
     /// Bytes of weights in memory: those every token uses, and the routed experts.
@@ -94,6 +99,7 @@ pub struct WeightBytes {
 impl Backend for CpuBackend {
     type State = State;
     type Pass = Pass;
+    type Logits = Vec<f32>;
     type Selection = Selection;
     type Leases<'s> = HostLeases<'s>;
 
@@ -101,8 +107,8 @@ impl Backend for CpuBackend {
         &self.config
     }
 
-    fn new_state(&self) -> State {
-        State::new(self.layout.clone())
+    fn new_state(&self) -> Result<State, Error> {
+        Ok(State::new(self.layout.clone()))
     }
 
     fn position(&self, state: &State) -> usize {
@@ -121,16 +127,19 @@ impl Backend for CpuBackend {
         Ok(State::import(self.layout.clone(), &mut from)?)
     }
 
-    fn begin(&self, batch: Batch, _states: &[&State]) -> Pass {
-        Pass::new(batch, &self.config, &self.layout, &self.ropes)
+    fn begin(&self, batch: Batch, states: &[&State]) -> Result<Pass, Error> {
+        for state in states {
+            assert!(state.layout() == &self.layout, "a session goes on with the backend it began with");
+        }
+        Ok(Pass::new(batch, &self.config, &self.layout, &self.ropes))
     }
 
     fn embed(&self, pass: &mut Pass) -> Result<(), Error> {
         self.stage_embed(pass)
     }
 
-    fn hc_pre(&self, layer: usize, half: Half, pass: &mut Pass) -> Result<(), Error> {
-        self.stage_hc_pre(layer, half, pass)
+    fn hc_pre(&self, layer: usize, sub_layer: SubLayer, pass: &mut Pass) -> Result<(), Error> {
+        self.stage_hc_pre(layer, sub_layer, pass)
     }
 
     fn project(&self, layer: usize, pass: &mut Pass) -> Result<(), Error> {
@@ -153,7 +162,7 @@ impl Backend for CpuBackend {
         self.stage_attention_out(layer, pass)
     }
 
-    fn hc_post(&self, _layer: usize, _half: Half, pass: &mut Pass) -> Result<(), Error> {
+    fn hc_post(&self, _layer: usize, _sub_layer: SubLayer, pass: &mut Pass) -> Result<(), Error> {
         self.stage_hc_post(pass)
     }
 
@@ -184,13 +193,21 @@ impl Backend for CpuBackend {
         self.stage_head(pass)
     }
 
+    fn read_logits(&self, logits: Vec<f32>) -> Result<Vec<f32>, Error> {
+        Ok(logits)
+    }
+
     fn commit(&self, pass: Pass, states: &mut [&mut State]) {
         for (run, delta) in pass.batch.runs().iter().zip(&pass.deltas) {
             states[run.session].commit(delta);
         }
     }
 
-    fn read(&self, pass: &Pass, activation: Activation) -> Option<Vec<f32>> {
-        Some(pass.read(activation))
+    fn read(&self, pass: &Pass, activation: Activation) -> Vec<f32> {
+        pass.read(activation)
+    }
+
+    fn write(&self, pass: &mut Pass, activation: Activation, values: &[f32]) {
+        pass.write(activation, values);
     }
 }

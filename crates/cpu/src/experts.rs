@@ -45,6 +45,9 @@ impl CpuBackend {
         let used = config.experts_used;
         let mut scores = Vec::new();
         self.workers.matmul(w.router.matrix(), &pass.input, &mut scores);
+        if let Some(i) = scores.iter().position(|score| !score.is_finite()) {
+            return Err(Error::NotFinite { position: pass.batch.rows()[i / config.experts].position });
+        }
         scores.iter_mut().for_each(|score| *score = math::softplus(*score).sqrt());
         let rows = scores.chunks_exact(config.experts).zip(pass.batch.rows());
         for ((scores, row), (experts, weights)) in

@@ -1,7 +1,7 @@
 //! Embedding, hyper-connections and the output head (docs/spec/model.md §2.0–2.2, §2.9).
 
 use model::tensors::HyperConnection;
-use model::{Error, Half};
+use model::{Error, SubLayer};
 use quant::exact;
 use quant::math::sigmoid;
 use quant::simd::Level;
@@ -92,6 +92,14 @@ pub(crate) fn spread(level: Level, post: &[f32], mix: &[f32], output: &[f32], st
     }
 }
 
+/// Refuses values of row `row` that are no numbers.
+fn check_finite(values: &[f32], row: usize, pass: &Pass) -> Result<(), Error> {
+    match values.iter().all(|value| value.is_finite()) {
+        true => Ok(()),
+        false => Err(Error::NotFinite { position: pass.batch.rows()[row].position }),
+    }
+}
+
 impl CpuBackend {
     /// `function · (streams / rms)` for every row, `[R, outputs]`.
     fn project_streams(&self, hc: &HyperConnection<Weight>, pass: &Pass) -> Vec<f32> {
@@ -117,9 +125,9 @@ impl CpuBackend {
         Ok(())
     }
 
-    pub(crate) fn stage_hc_pre(&self, layer: usize, half: Half, pass: &mut Pass) -> Result<(), Error> {
+    pub(crate) fn stage_hc_pre(&self, layer: usize, sub_layer: SubLayer, pass: &mut Pass) -> Result<(), Error> {
         let (level, config) = (self.workers.level, &self.config);
-        let (hc, norm) = self.half(layer, half);
+        let (hc, norm) = self.hyper_connection(layer, sub_layer);
         let projected = self.project_streams(hc, pass);
         let (scale, base) = (hc.scale.values(), hc.base.values());
         let split = |row: &[f32]| Weights::new(row, scale, base, config.sinkhorn_iterations, config.hc_eps);
@@ -137,11 +145,11 @@ impl CpuBackend {
         Ok(())
     }
 
-    fn half(&self, layer: usize, half: Half) -> (&HyperConnection<Weight>, &Weight) {
+    fn hyper_connection(&self, layer: usize, sub_layer: SubLayer) -> (&HyperConnection<Weight>, &Weight) {
         let layer = &self.weights.layers[layer];
-        match half {
-            Half::Attention => (&layer.attention.hc, &layer.attention.norm),
-            Half::Experts => (&layer.moe.hc, &layer.moe.norm),
+        match sub_layer {
+            SubLayer::Attention => (&layer.attention.hc, &layer.attention.norm),
+            SubLayer::Experts => (&layer.moe.hc, &layer.moe.norm),
         }
     }
 
@@ -157,6 +165,10 @@ impl CpuBackend {
     pub(crate) fn stage_head(&self, pass: &mut Pass) -> Result<Vec<f32>, Error> {
         let (level, config, hc) = (self.workers.level, &self.config, &self.weights.output_hc);
         let wanted: Vec<usize> = pass.batch.wanted().collect();
+        for run in pass.batch.runs() {
+            let last = run.rows.end - 1;
+            check_finite(&pass.streams[last * config.stream_width()..][..config.stream_width()], last, pass)?;
+        }
         if wanted.is_empty() {
             return Ok(Vec::new());
         }
@@ -172,6 +184,8 @@ impl CpuBackend {
         }
         let mut logits = Vec::new();
         self.workers.matmul(self.weights.output.matrix(), &hidden, &mut logits);
+        let rows = logits.chunks_exact(config.vocab_size).zip(&wanted);
+        rows.into_iter().try_for_each(|(row, &r)| check_finite(row, r, pass))?;
         Ok(logits)
     }
 }

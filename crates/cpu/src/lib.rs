@@ -10,6 +10,7 @@ mod experts;
 mod hyper;
 mod parallel;
 mod pass;
+pub mod rows;
 #[cfg(test)]
 mod vectors;
 mod weights;

@@ -1,7 +1,9 @@
 //! Work split over threads. What is computed never depends on the split.
 
 use std::cell::RefCell;
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use model::Error;
 use quant::exact;
 use quant::simd::Level;
 use rayon::prelude::*;
@@ -11,9 +13,6 @@ use crate::weights::Matrix;
 /// Below this many multiplications a thread costs more than it saves.
 const WORTH_SHARING: usize = 200_000;
 
-/// Weight rows in a share are a multiple of this, so that no tile of the kernel is cut in two.
-const TILE_ROWS: usize = 16;
-
 thread_local! {
     static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
@@ -22,20 +21,33 @@ thread_local! {
 pub(crate) struct Workers {
     pool: rayon::ThreadPool,
     pub(crate) level: Level,
+    /// How often work was shared, so that tests can tell that it was.
+    shared: AtomicU64,
 }
 
 impl Workers {
-    pub(crate) fn new(threads: usize, level: Level) -> Workers {
+    pub(crate) fn new(threads: usize, level: Level) -> Result<Workers, Error> {
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .thread_name(|i| format!("infall-cpu-{i}"))
             .build()
-            .expect("the system can start threads");
-        Workers { pool, level }
+            .map_err(|cause| Error::Threads { threads, cause: cause.to_string() })?;
+        Ok(Workers { pool, level, shared: AtomicU64::new(0) })
     }
 
     pub(crate) fn threads(&self) -> usize {
         self.pool.current_num_threads()
+    }
+
+    /// How often work was shared between threads so far.
+    pub(crate) fn shared(&self) -> u64 {
+        self.shared.load(Ordering::Relaxed)
+    }
+
+    /// Runs `f` where it can share its work.
+    fn share(&self, f: impl FnOnce() + Send) {
+        self.shared.fetch_add(1, Ordering::Relaxed);
+        self.pool.install(f);
     }
 
     /// Calls `f(row, chunk)` for every `width`-sized chunk of `out`; `work` is the cost of one, in multiplications.
@@ -50,7 +62,7 @@ impl Workers {
         if self.threads() == 1 || rows < 2 || rows * work < WORTH_SHARING {
             out.chunks_exact_mut(width).enumerate().for_each(|(row, chunk)| f(row, chunk));
         } else {
-            self.pool.install(|| out.par_chunks_exact_mut(width).enumerate().for_each(|(row, chunk)| f(row, chunk)));
+            self.share(|| out.par_chunks_exact_mut(width).enumerate().for_each(|(row, chunk)| f(row, chunk)));
         }
     }
 
@@ -65,7 +77,7 @@ impl Workers {
         if self.threads() == 1 || out.len() / len * work < WORTH_SHARING {
             out.chunks_mut(len).enumerate().for_each(f);
         } else {
-            self.pool.install(|| out.par_chunks_mut(len).enumerate().for_each(f));
+            self.share(|| out.par_chunks_mut(len).enumerate().for_each(f));
         }
     }
 
@@ -94,8 +106,8 @@ impl Workers {
         if self.threads() == 1 || w.rows * w.cols * batch < WORTH_SHARING {
             return share(0, columns);
         }
-        let rows_per_share = w.rows.div_ceil(self.threads() * 4).next_multiple_of(TILE_ROWS);
-        self.pool.install(|| {
+        let rows_per_share = w.rows.div_ceil(self.threads() * 4).next_multiple_of(exact::TILE_ROWS);
+        self.share(|| {
             let shares = columns.par_chunks_mut(rows_per_share * batch).enumerate();
             shares.for_each(|(i, out)| share(i * rows_per_share, out));
         });

@@ -40,10 +40,10 @@ pub struct Pass {
     pub(crate) rotations: [Vec<Rotation>; 2],
     /// `[R, S, D]`.
     pub(crate) streams: Vec<f32>,
-    /// Hyper-connection weights of the half in progress: `[R, S]` and `[R, S, S]` (source, destination).
+    /// Hyper-connection weights of the sub-layer in progress: `[R, S]` and `[R, S, S]` (source, destination).
     pub(crate) post: Vec<f32>,
     pub(crate) mix: Vec<f32>,
-    /// `[R, D]`: normalised input and output of the half in progress.
+    /// `[R, D]`: normalised input and output of the sub-layer in progress.
     pub(crate) input: Vec<f32>,
     pub(crate) output: Vec<f32>,
     /// `[R, q_rank]`, normalised: what both the queries and the indexer's are made from.
@@ -94,11 +94,29 @@ impl Pass {
         match activation {
             Activation::Streams => self.streams.clone(),
             Activation::Input => self.input.clone(),
+            Activation::LowQueries => self.q_low.clone(),
+            Activation::Queries => self.queries.clone(),
+            Activation::Heads => self.heads.clone(),
             Activation::Output => self.output.clone(),
             Activation::Experts => self.experts.iter().map(|&expert| expert as f32).collect(),
             Activation::ExpertWeights => self.expert_weights.clone(),
             Activation::IndexRows => self.index_rows(),
         }
+    }
+
+    pub(crate) fn write(&mut self, activation: Activation, values: &[f32]) {
+        let into = match activation {
+            Activation::Streams => &mut self.streams,
+            Activation::Input => &mut self.input,
+            Activation::LowQueries => &mut self.q_low,
+            Activation::Queries => &mut self.queries,
+            Activation::Heads => &mut self.heads,
+            Activation::Output => &mut self.output,
+            Activation::Experts | Activation::ExpertWeights | Activation::IndexRows => {
+                panic!("{activation:?} is chosen by its stage")
+            }
+        };
+        into.copy_from_slice(values);
     }
 
     fn index_rows(&self) -> Vec<f32> {

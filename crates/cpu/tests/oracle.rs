@@ -94,8 +94,8 @@ struct Choices {
 impl Observer<CpuBackend> for Choices {
     fn after(&mut self, _: Option<usize>, stage: Stage, backend: &CpuBackend, pass: &cpu::Pass) -> Result<(), Error> {
         match stage {
-            Stage::Route => self.experts.push(backend.read(pass, Activation::Experts).unwrap()),
-            Stage::Index => self.index_rows.push(backend.read(pass, Activation::IndexRows).unwrap()),
+            Stage::Route => self.experts.push(backend.read(pass, Activation::Experts)),
+            Stage::Index => self.index_rows.push(backend.read(pass, Activation::IndexRows)),
             _ => {}
         }
         Ok(())
@@ -126,7 +126,7 @@ fn experts_and_indexer_rows_are_the_references() {
     for name in ["tiny-iq2", "tiny-q4", "tiny-q8", "mixed3-mixed", "pro-iq2"] {
         let references = References::open(&format!("{name}.refs"));
         let backend = load(name, plain());
-        let (mut state, mut choices) = (backend.new_state(), Choices::default());
+        let (mut state, mut choices) = (backend.new_state().unwrap(), Choices::default());
         let tokens = references.tokens();
         forward(&backend, rows(0, 0, &tokens), &mut [&mut state], &Cancel::default(), &mut choices).unwrap();
         let (mut experts, mut index_rows) = (0, 0);

@@ -27,6 +27,10 @@ const MIN_KEY_VALUE_BYTES: u64 = 8 + 4 + 1;
 /// The fewest bytes a tensor info can take: name length, dimension count, one dimension, type, offset.
 const MIN_TENSOR_INFO_BYTES: u64 = 8 + 4 + 8 + 4 + 8;
 
+/// The most bytes a header may take. A DeepSeek V4 header takes 5 MB; without a limit one wrong length in a file of
+/// 80 GiB could ask for as much memory.
+pub(crate) const MAX_HEADER_BYTES: u64 = 256 << 20;
+
 impl Header {
     /// Reads the header of a file of `length_bytes` bytes from its start. `file` is its name, for errors.
     pub fn read<R: Read>(file: &str, reader: R, length_bytes: u64) -> Result<Header, Error> {
@@ -245,7 +249,8 @@ impl<R: Read> Cursor<'_, R> {
         if count <= most {
             return Ok(count);
         }
-        let expected = format!("at most {most}, for which the remaining {} bytes have room", self.remaining_bytes());
+        let room_bytes = self.remaining_bytes();
+        let expected = format!("at most {most}, for which the remaining {room_bytes} bytes of the header have room");
         Err(self.error(ErrorKind::Truncated, offset, format!("a count of {count} {things}"), expected))
     }
 
@@ -277,12 +282,16 @@ impl<R: Read> Cursor<'_, R> {
         }
     }
 
+    /// Bytes that the header can still have.
     fn remaining_bytes(&self) -> u64 {
-        self.length_bytes - self.offset
+        self.length_bytes.min(MAX_HEADER_BYTES) - self.offset
     }
 
     fn too_short(&self, bytes: u64, what: &str) -> Error {
-        let found = format!("the end of the file, which has {} bytes", self.length_bytes);
+        let found = match self.length_bytes {
+            length_bytes @ ..=MAX_HEADER_BYTES => format!("the end of the file, which has {length_bytes} bytes"),
+            _ => format!("the end of the {MAX_HEADER_BYTES} bytes that a header may have"),
+        };
         self.error(ErrorKind::Truncated, self.offset, found, format!("{what} of {bytes} bytes"))
     }
 

@@ -4,6 +4,7 @@ mod common;
 
 use std::collections::HashSet;
 use std::fs;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use common::{Raw, sample, to_bytes};
@@ -391,4 +392,20 @@ fn an_absurd_split_count_is_refused_at_once() {
     fs::write(&path, to_bytes(&writer)).expect("a file");
     let error = Gguf::open(&path).expect_err("an absurd count");
     assert_eq!(error.kind, ErrorKind::Split, "{error}");
+}
+
+/// In a file of many GiB a wrong length would fit; the header's own limit catches it before memory is asked for.
+#[test]
+fn a_wrong_length_in_a_huge_file_is_refused() {
+    let mut start = b"GGUF".to_vec();
+    start.extend(3u32.to_le_bytes());
+    start.extend([0u64, 1, 1].iter().flat_map(|number| number.to_le_bytes()));
+    start.extend(b"a");
+    // An array of 6,000,000,000 bytes.
+    start.extend([9u32, 0].iter().flat_map(|number| number.to_le_bytes()));
+    start.extend(6_000_000_000u64.to_le_bytes());
+    let file = start.as_slice().chain(std::io::repeat(0));
+    let error = Gguf::read("huge.gguf", file, 1 << 40).unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Truncated);
+    assert!(error.to_string().contains("6000000000"), "{error}");
 }

@@ -3,6 +3,9 @@
 //! A [`Backend`] implements *stages*, not tensor operations: each takes the activations of a pass one step further, and
 //! inside a stage a backend fuses as it likes. The order of the stages is [`crate::forward()`]'s business.
 //!
+//! A device may defer a stage or fuse it with the next, as long as [`Backend::read`], [`Backend::lease`] and
+//! [`Backend::head`] see its result.
+//!
 //! Stages read sessions and write the pass; only [`Backend::commit`] changes sessions, after every layer has succeeded.
 
 use std::io::{Read, Write};
@@ -27,9 +30,9 @@ impl Cancel {
     }
 }
 
-/// The two halves of a layer, each wrapped in hyper-connections.
+/// The two sub-layers of a layer, each wrapped in hyper-connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Half {
+pub enum SubLayer {
     /// Attention.
     Attention,
     /// Mixture of experts.
@@ -42,7 +45,7 @@ pub enum Stage {
     /// Token to residual streams.
     Embed,
     /// Streams to a sub-layer's normalised input.
-    HcPre(Half),
+    HcPre(SubLayer),
     /// Query and key/value projections, normalised, rotated and rounded.
     Project,
     /// Compressed rows of windows that end in this pass.
@@ -54,7 +57,7 @@ pub enum Stage {
     /// Grouped output projection.
     AttentionOut,
     /// Sub-layer output back into the streams.
-    HcPost(Half),
+    HcPost(SubLayer),
     /// Choice of experts.
     Route,
     /// The expert every row uses.
@@ -68,18 +71,18 @@ pub enum Stage {
 impl Stage {
     /// The stages of one layer, in order.
     pub const LAYER: [Stage; 12] = [
-        Stage::HcPre(Half::Attention),
+        Stage::HcPre(SubLayer::Attention),
         Stage::Project,
         Stage::Compress,
         Stage::Index,
         Stage::Attend,
         Stage::AttentionOut,
-        Stage::HcPost(Half::Attention),
-        Stage::HcPre(Half::Experts),
+        Stage::HcPost(SubLayer::Attention),
+        Stage::HcPre(SubLayer::Experts),
         Stage::Route,
         Stage::SharedExpert,
         Stage::RoutedExperts,
-        Stage::HcPost(Half::Experts),
+        Stage::HcPost(SubLayer::Experts),
     ];
 }
 
@@ -90,6 +93,12 @@ pub enum Activation {
     Streams,
     /// The sub-layer's normalised input, `[rows, D]`.
     Input,
+    /// Low-rank queries, normalised, `[rows, q_rank]`.
+    LowQueries,
+    /// Queries, normalised and rotated, `[rows, H, head_dim]`.
+    Queries,
+    /// Attention of each head, rotated back, `[rows, H, head_dim]`.
+    Heads,
     /// The sub-layer's output, `[rows, D]`.
     Output,
     /// Chosen experts in rank order, `[rows, K]`, numbers as f32.
@@ -109,6 +118,8 @@ pub trait Backend {
     type State;
     /// Activations of a pass, and what it will add to its sessions.
     type Pass;
+    /// Logits of a pass, wherever the backend made them.
+    type Logits;
     /// Experts chosen by the rows of a pass. Opaque: on a device with everything resident it is never read back.
     type Selection;
     /// Chosen experts on their way to the kernels.
@@ -120,12 +131,17 @@ pub trait Backend {
     fn config(&self) -> &Config;
 
     /// A session that has seen nothing.
-    fn new_state(&self) -> Self::State;
+    ///
+    /// # Errors
+    /// There is no memory for it.
+    fn new_state(&self) -> Result<Self::State, Error>;
 
     /// Tokens that a session has seen.
     fn position(&self, state: &Self::State) -> usize;
 
     /// Steps a session back to `target` or to the nearest earlier position still known; returns the position reached.
+    /// The last 64 tokens are always known, counted from the farthest the session has been since it last went farther
+    /// back.
     fn rewind(&self, state: &mut Self::State, target: usize) -> usize;
 
     /// Writes a session in the common format (docs/formats.md).
@@ -141,7 +157,10 @@ pub trait Backend {
     fn import(&self, from: &mut dyn Read) -> Result<Self::State, Error>;
 
     /// Room for a pass over `batch`.
-    fn begin(&self, batch: Batch, states: &[&Self::State]) -> Self::Pass;
+    ///
+    /// # Errors
+    /// There is no memory for it.
+    fn begin(&self, batch: Batch, states: &[&Self::State]) -> Result<Self::Pass, Error>;
 
     /// Embedding rows copied into all `S` streams. §2.0
     ///
@@ -151,7 +170,7 @@ pub trait Backend {
     fn embed(&self, pass: &mut Self::Pass) -> Result<(), Error>;
 
     /// Hyper-connection weights, the mix of the streams, and its norm: the sub-layer's input `[R, D]`. §2.1
-    fn hc_pre(&self, layer: usize, half: Half, pass: &mut Self::Pass) -> Result<(), Error>;
+    fn hc_pre(&self, layer: usize, sub_layer: SubLayer, pass: &mut Self::Pass) -> Result<(), Error>;
 
     /// Queries `[R, H, head_dim]` and this pass's raw rows. §2.3
     fn project(&self, layer: usize, pass: &mut Self::Pass) -> Result<(), Error>;
@@ -169,7 +188,7 @@ pub trait Backend {
     fn attention_out(&self, layer: usize, pass: &mut Self::Pass) -> Result<(), Error>;
 
     /// Streams after the sub-layer. §2.2
-    fn hc_post(&self, layer: usize, half: Half, pass: &mut Self::Pass) -> Result<(), Error>;
+    fn hc_post(&self, layer: usize, sub_layer: SubLayer, pass: &mut Self::Pass) -> Result<(), Error>;
 
     /// Experts and their weights for every row. §2.7
     fn route(&self, layer: usize, pass: &mut Self::Pass) -> Result<Self::Selection, Error>;
@@ -190,12 +209,28 @@ pub trait Backend {
         pass: &mut Self::Pass,
     ) -> Result<(), Error>;
 
-    /// Logits of the rows that want them, `[wanted, vocab]`. §2.9
-    fn head(&self, pass: &mut Self::Pass) -> Result<Vec<f32>, Error>;
+    /// Logits of the rows that want them. §2.9
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] if a logit, or a stream of the last row of any session, is not a finite number: a pass that
+    /// went wrong must not become part of a session.
+    fn head(&self, pass: &mut Self::Pass) -> Result<Self::Logits, Error>;
+
+    /// The logits in host memory, `[wanted, vocab]`.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn read_logits(&self, logits: Self::Logits) -> Result<Vec<f32>, Error>;
 
     /// Makes the pass part of its sessions. Called once, after everything has succeeded.
     fn commit(&self, pass: Self::Pass, states: &mut [&mut Self::State]);
 
-    /// An intermediate value as it is after the last stage that ran, or `None` if there is none.
-    fn read(&self, pass: &Self::Pass, activation: Activation) -> Option<Vec<f32>>;
+    /// An intermediate value as it is after the last stage that ran.
+    fn read(&self, pass: &Self::Pass, activation: Activation) -> Vec<f32>;
+
+    /// Replaces an intermediate value, so that one stage can be run on a reference's input.
+    ///
+    /// Panics if `values` does not have the activation's shape, or if a stage chooses that value ([`Activation::Experts`],
+    /// [`Activation::ExpertWeights`], [`Activation::IndexRows`]).
+    fn write(&self, pass: &mut Self::Pass, activation: Activation, values: &[f32]);
 }

@@ -27,6 +27,8 @@ pub struct Config {
     pub name: Option<String>,
     /// Layers of the trunk, multi-token-prediction layers not counted.
     pub layers: usize,
+    /// Multi-token-prediction layers that follow the trunk in the file; they are left alone.
+    pub prediction_layers: usize,
     /// Model width `D`.
     pub d_model: usize,
     /// Tokens in the vocabulary `V`.
@@ -96,7 +98,8 @@ impl Config {
         let keys = Keys { file };
         keys.require("general.architecture", file.metadata.str("general.architecture")?, &["deepseek4"])?;
         keys.refuse_v4_1()?;
-        let layers = keys.trunk_layers()?;
+        let (layers, prediction_layers) = keys.layers()?;
+        let compress_ratios = keys.compress_ratios(layers)?;
         let head_dim = keys.size("attention.key_length", &[])?;
         let expert_width = keys.size("expert_feed_forward_length", &[])?;
         let swiglu_limits = keys.per_layer("swiglu_clamp_exp", layers)?;
@@ -107,6 +110,7 @@ impl Config {
         let config = Config {
             name: file.metadata.str("general.name").ok().map(Into::into),
             layers,
+            prediction_layers,
             d_model: keys.size("embedding_length", &[])?,
             vocab_size: keys.vocab_size()?,
             context_length: keys.size("context_length", &[])?,
@@ -117,7 +121,7 @@ impl Config {
             o_groups: keys.size("attention.output_group_count", &[])?,
             o_rank: keys.size("attention.output_lora_rank", &["attention.o_lora_rank"])?,
             window: keys.size("attention.sliding_window", &[])?,
-            compress_ratios: keys.compress_ratios(layers)?,
+            compress_ratios,
             index_heads: keys.size("attention.indexer.head_count", &[])?,
             index_head_dim: keys.size("attention.indexer.key_length", &[])?,
             index_top_k: keys.size("attention.indexer.top_k", &[])?,
@@ -142,7 +146,7 @@ impl Config {
         Ok(config)
     }
 
-    /// Bytes of the widest thing a row of a pass needs, times 4 for f32; a rough size of a pass for one row.
+    /// Values in a row's residual streams, `S · D`.
     pub fn stream_width(&self) -> usize {
         self.streams * self.d_model
     }
@@ -216,13 +220,20 @@ impl Keys<'_> {
         })
     }
 
-    /// In one dialect `block_count` includes multi-token-prediction layers; then their tensors are in the file.
-    fn trunk_layers(&self) -> Result<usize, Error> {
+    /// Layers of the trunk and prediction layers after it. In one dialect `block_count` includes the latter; then their
+    /// tensors are in the file.
+    fn layers(&self) -> Result<(usize, usize), Error> {
         let blocks = self.size("block_count", &[])?;
         let extra = self.count("nextn_predict_layers")?;
-        let first_extra = blocks.saturating_sub(extra);
-        let present = self.file.tensors.get(&format!("blk.{first_extra}.nextn.eh_proj.weight")).is_some();
-        Ok(if extra > 0 && present { first_extra } else { blocks })
+        let trunk = blocks.saturating_sub(extra);
+        let present = self.file.tensors.get(&format!("blk.{trunk}.nextn.eh_proj.weight")).is_some();
+        match trunk {
+            0 if present => {
+                self.unsupported(&self.name("nextn_predict_layers", &[]), extra, format!("less than {blocks}"))
+            }
+            _ if extra > 0 && present => Ok((trunk, extra)),
+            _ => Ok((blocks, 0)),
+        }
     }
 
     fn vocab_size(&self) -> Result<usize, Error> {
@@ -248,9 +259,16 @@ impl Keys<'_> {
     fn per_layer(&self, key: &str, layers: usize) -> Result<Vec<f32>, Error> {
         let name = self.name(key, &[]);
         let values = self.file.metadata.f32_array_or_scalar(&name, layers)?;
-        match values.len() {
-            n if n >= layers => Ok(values[..layers].to_vec()),
-            n => self.unsupported(&name, format!("{n} entries"), format!("one number, or at least {layers}")),
+        if values.len() < layers {
+            return self.unsupported(
+                &name,
+                format!("{} entries", values.len()),
+                format!("one number, or at least {layers}"),
+            );
+        }
+        match values[..layers].iter().find(|value| !(value.is_finite() && **value > 0.0)) {
+            Some(value) => self.unsupported(&name, value, "positive numbers"),
+            None => Ok(values[..layers].to_vec()),
         }
     }
 
@@ -289,11 +307,11 @@ impl Keys<'_> {
             return self.unsupported(&name, false, "true");
         }
         let relations = [
-            ("rope.dimension_count", config.rope_dim, config.rope_dim % 2 == 0, "an even number".to_owned()),
+            ("rope.dimension_count", config.rope_dim, config.rope_dim.is_multiple_of(2), "an even number".to_owned()),
             (
                 "attention.key_length",
                 config.head_dim,
-                config.head_dim > config.rope_dim && (config.head_dim - config.rope_dim) % 64 == 0,
+                config.head_dim > config.rope_dim && (config.head_dim - config.rope_dim).is_multiple_of(64),
                 format!("rope.dimension_count ({}) plus a multiple of 64", config.rope_dim),
             ),
             (
@@ -305,7 +323,7 @@ impl Keys<'_> {
             (
                 "attention.output_group_count",
                 config.o_groups,
-                config.heads % config.o_groups == 0,
+                config.heads.is_multiple_of(config.o_groups),
                 format!("a divisor of attention.head_count ({})", config.heads),
             ),
             (
@@ -314,7 +332,15 @@ impl Keys<'_> {
                 config.experts_used <= config.experts,
                 format!("at most expert_count ({})", config.experts),
             ),
+            ("vocab_size", config.vocab_size, config.vocab_size > 1, "at least 2".into()),
+            ("attention.sliding_window", config.window, config.window <= 1 << 16, "at most 65536".into()),
             ("hyper_connection.count", config.streams, config.streams <= 16, "at most 16".into()),
+            (
+                "hyper_connection.sinkhorn_iterations",
+                config.sinkhorn_iterations,
+                config.sinkhorn_iterations <= 1000,
+                "at most 1000".into(),
+            ),
         ];
         for (key, found, holds, expected) in relations {
             if !holds {

@@ -29,6 +29,15 @@ pub enum Error {
         /// Why it is needed.
         why: String,
     },
+    /// A tensor that no part of the model is known to use.
+    #[error(
+        "tensor {name} is not one this program knows how to use, and leaving it out could change the results: the file \
+         is of another dialect or another model, which would have to be converted"
+    )]
+    UnknownTensor {
+        /// The tensor.
+        name: String,
+    },
     /// A tensor's shape does not follow from the metadata.
     #[error(
         "tensor {name} has shape {found:?}, expected {expected:?} ({why}). \
@@ -82,12 +91,20 @@ pub enum Error {
     },
     /// The computation gave NaN or infinity, in the logits or where the indexer chooses.
     #[error(
-        "the values computed at position {position} are not finite. Some weight is NaN or infinite, so the file \
-             is damaged: `infall inspect --check FILE` names the tensor"
+        "the values computed at position {position} are not finite numbers: some weight is NaN or infinite, so the \
+         model file is damaged; download or convert it again"
     )]
     NotFinite {
         /// Position of the token concerned.
         position: usize,
+    },
+    /// The system gave no threads to compute with.
+    #[error("cannot start {threads} threads to compute with: {cause}. Ask for fewer threads")]
+    Threads {
+        /// How many were asked for.
+        threads: usize,
+        /// What the system said.
+        cause: String,
     },
     /// The caller asked for the pass to stop.
     #[error("cancelled")]

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::backend::{Backend, Cancel, Half, Stage};
+use crate::backend::{Backend, Cancel, Stage, SubLayer};
 use crate::{Batch, Error, Row};
 
 /// Called after each stage: to look at activations, to trace, to inject faults. An error ends the pass.
@@ -23,13 +23,13 @@ impl<B: Backend + ?Sized> Observer<B> for NoObserver {
     }
 }
 
-/// Computes `rows`, which continue the sessions `states`, and returns the logits of the rows that want them,
-/// `[wanted, vocab]`, in the order of the rows.
+/// Computes `rows`, which continue the sessions `states`, and returns the logits of the rows that want them, in the
+/// order of the rows.
 ///
 /// Either every session has advanced over its rows, or an error is returned and none has changed.
 ///
 /// # Errors
-/// [`Error::Batch`] for rows that do not fit, [`Error::Cancelled`], [`Error::NotFinite`], and whatever the backend,
+/// [`Error::Batch`] for rows that do not fit, [`Error::Cancelled`], and whatever the backend,
 /// its expert store or the observer report.
 pub fn forward<B: Backend>(
     backend: &B,
@@ -37,24 +37,17 @@ pub fn forward<B: Backend>(
     states: &mut [&mut B::State],
     cancel: &Cancel,
     observer: &mut dyn Observer<B>,
-) -> Result<Vec<f32>, Error> {
+) -> Result<B::Logits, Error> {
     let positions: Vec<usize> = states.iter().map(|state| backend.position(state)).collect();
     let batch = Batch::new(rows, &positions, backend.config())?;
-    let wanted: Vec<usize> = batch.wanted().map(|row| batch.rows()[row].position).collect();
 
     let past: Vec<&B::State> = states.iter().map(|state| &**state).collect();
-    let mut pass = backend.begin(batch, &past);
+    let mut pass = backend.begin(batch, &past)?;
     let mut walk = Walk { backend, past: &past, cancel, observer };
     walk.embed(&mut pass)?;
     walk.layers(0..backend.config().layers, &mut pass)?;
     let logits = walk.head(&mut pass)?;
 
-    let vocab_size = backend.config().vocab_size;
-    for (row, &position) in logits.chunks_exact(vocab_size).zip(&wanted) {
-        if !row.iter().all(|logit| logit.is_finite()) {
-            return Err(Error::NotFinite { position });
-        }
-    }
     backend.commit(pass, states);
     Ok(logits)
 }
@@ -73,7 +66,7 @@ impl<B: Backend> Walk<'_, B> {
         self.observer.after(None, Stage::Embed, self.backend, pass)
     }
 
-    /// A range of layers, so that a model may one day be spread over several machines.
+    /// Layers one after the other. A range, because a model spread over several machines will run a part on each.
     fn layers(&mut self, layers: Range<usize>, pass: &mut B::Pass) -> Result<(), Error> {
         for layer in layers {
             self.cancel.check()?;
@@ -85,8 +78,8 @@ impl<B: Backend> Walk<'_, B> {
 
     fn attention(&mut self, layer: usize, pass: &mut B::Pass) -> Result<(), Error> {
         let (backend, past) = (self.backend, self.past);
-        backend.hc_pre(layer, Half::Attention, pass)?;
-        self.done(layer, Stage::HcPre(Half::Attention), pass)?;
+        backend.hc_pre(layer, SubLayer::Attention, pass)?;
+        self.done(layer, Stage::HcPre(SubLayer::Attention), pass)?;
         backend.project(layer, pass)?;
         self.done(layer, Stage::Project, pass)?;
         backend.compress(layer, past, pass)?;
@@ -97,14 +90,14 @@ impl<B: Backend> Walk<'_, B> {
         self.done(layer, Stage::Attend, pass)?;
         backend.attention_out(layer, pass)?;
         self.done(layer, Stage::AttentionOut, pass)?;
-        backend.hc_post(layer, Half::Attention, pass)?;
-        self.done(layer, Stage::HcPost(Half::Attention), pass)
+        backend.hc_post(layer, SubLayer::Attention, pass)?;
+        self.done(layer, Stage::HcPost(SubLayer::Attention), pass)
     }
 
     fn experts(&mut self, layer: usize, pass: &mut B::Pass) -> Result<(), Error> {
         let backend = self.backend;
-        backend.hc_pre(layer, Half::Experts, pass)?;
-        self.done(layer, Stage::HcPre(Half::Experts), pass)?;
+        backend.hc_pre(layer, SubLayer::Experts, pass)?;
+        self.done(layer, Stage::HcPre(SubLayer::Experts), pass)?;
         let selection = backend.route(layer, pass)?;
         self.done(layer, Stage::Route, pass)?;
         let leases = backend.lease(layer, &selection)?;
@@ -112,11 +105,11 @@ impl<B: Backend> Walk<'_, B> {
         self.done(layer, Stage::SharedExpert, pass)?;
         backend.routed_experts(layer, selection, leases, self.cancel, pass)?;
         self.done(layer, Stage::RoutedExperts, pass)?;
-        backend.hc_post(layer, Half::Experts, pass)?;
-        self.done(layer, Stage::HcPost(Half::Experts), pass)
+        backend.hc_post(layer, SubLayer::Experts, pass)?;
+        self.done(layer, Stage::HcPost(SubLayer::Experts), pass)
     }
 
-    fn head(&mut self, pass: &mut B::Pass) -> Result<Vec<f32>, Error> {
+    fn head(&mut self, pass: &mut B::Pass) -> Result<B::Logits, Error> {
         let logits = self.backend.head(pass)?;
         self.observer.after(None, Stage::Head, self.backend, pass)?;
         Ok(logits)

@@ -3,8 +3,6 @@
 //! Under [`Arithmetic::Official`] a row is stored as the rounded value it stands for, so packing loses nothing that the
 //! arithmetic had kept (docs/spec/model.md §2.8 and §7). Under [`Arithmetic::Plain`] a row is its f32 values.
 
-use quant::kv::{self, FP4_BLOCK, FP8_BLOCK, HADAMARD};
-
 use crate::Config;
 
 /// Whether the model's own low-precision roundings of stored rows are part of the computation.
@@ -52,55 +50,8 @@ impl RowFormat {
     pub fn row_bytes(self) -> usize {
         match self {
             RowFormat::F32 { width } => width * 4,
-            RowFormat::Fp8Bf16 { nope, rope } => nope + (nope / FP8_BLOCK).next_multiple_of(8) + rope * 2,
-            RowFormat::HadamardFp4 { width } => width / 2 + width / FP4_BLOCK,
-        }
-    }
-
-    /// Rounds `row` and stores it in `out` (`row_bytes` long). What [`RowFormat::unpack`] gives back is the value that
-    /// the computation goes on with, also inside the pass that made the row.
-    pub fn pack(self, row: &[f32], out: &mut [u8]) {
-        assert_eq!((row.len(), out.len()), (self.width(), self.row_bytes()));
-        match self {
-            RowFormat::F32 { .. } => out.copy_from_slice(bytemuck::cast_slice(row)),
-            RowFormat::Fp8Bf16 { nope, .. } => {
-                let (codes, rest) = out.split_at_mut(nope);
-                let (scales, tail) = rest.split_at_mut((nope / FP8_BLOCK).next_multiple_of(8));
-                scales.fill(0);
-                let blocks = row[..nope].as_chunks().0.iter().zip(codes.as_chunks_mut().0);
-                blocks.zip(scales).for_each(|((block, codes), scale)| (*scale, *codes) = kv::fp8_encode(block));
-                let pairs = row[nope..].iter().zip(tail.as_chunks_mut().0);
-                pairs.for_each(|(&value, code)| *code = kv::bf16_encode(value).to_le_bytes());
-            }
-            RowFormat::HadamardFp4 { width } => {
-                let mut rotated: [f32; HADAMARD] = row.try_into().expect("an indexer row has 128 values");
-                kv::hadamard(&mut rotated);
-                let (codes, scales) = out.split_at_mut(width / 2);
-                let blocks = rotated.as_chunks().0.iter().zip(codes.as_chunks_mut().0);
-                blocks.zip(scales).for_each(|((block, codes), scale)| (*scale, *codes) = kv::fp4_encode(block));
-            }
-        }
-    }
-
-    /// The values of a stored row. An indexer row stays rotated: its queries are rotated too.
-    pub fn unpack(self, bytes: &[u8], out: &mut [f32]) {
-        assert_eq!((bytes.len(), out.len()), (self.row_bytes(), self.width()));
-        match self {
-            RowFormat::F32 { .. } => bytemuck::cast_slice_mut(out).copy_from_slice(bytes),
-            RowFormat::Fp8Bf16 { nope, .. } => {
-                let (codes, rest) = bytes.split_at(nope);
-                let (scales, tail) = rest.split_at((nope / FP8_BLOCK).next_multiple_of(8));
-                let (values, rotated) = out.split_at_mut(nope);
-                let blocks = codes.as_chunks().0.iter().zip(values.as_chunks_mut().0);
-                blocks.zip(scales).for_each(|((codes, values), &scale)| kv::fp8_decode(scale, codes, values));
-                let pairs = tail.as_chunks().0.iter().zip(rotated);
-                pairs.for_each(|(&code, value)| *value = kv::bf16_decode(u16::from_le_bytes(code)));
-            }
-            RowFormat::HadamardFp4 { width } => {
-                let (codes, scales) = bytes.split_at(width / 2);
-                let blocks = codes.as_chunks().0.iter().zip(out.as_chunks_mut().0);
-                blocks.zip(scales).for_each(|((codes, values), &scale)| kv::fp4_decode(scale, codes, values));
-            }
+            RowFormat::Fp8Bf16 { nope, rope } => nope + (nope / 64).next_multiple_of(8) + rope * 2,
+            RowFormat::HadamardFp4 { width } => width / 2 + width / 32,
         }
     }
 }
@@ -145,6 +96,8 @@ pub struct LayerLayout {
 /// What a model keeps for a session, layer by layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KvLayout {
+    /// Which weights the rows come from (`store::Source::identity`).
+    pub identity: u128,
     /// With or without the low-precision roundings.
     pub arithmetic: Arithmetic,
     /// Tokens in the sliding window, the query's own included.
@@ -154,8 +107,8 @@ pub struct KvLayout {
 }
 
 impl KvLayout {
-    /// The layout for a model under one arithmetic.
-    pub fn new(config: &Config, arithmetic: Arithmetic) -> KvLayout {
+    /// The layout for a model, whose files have this identity, under one arithmetic.
+    pub fn new(config: &Config, identity: u128, arithmetic: Arithmetic) -> KvLayout {
         let (main, index) = match arithmetic {
             Arithmetic::Plain => {
                 (RowFormat::F32 { width: config.head_dim }, RowFormat::F32 { width: config.index_head_dim })
@@ -170,6 +123,7 @@ impl KvLayout {
             main: (ratio != 0).then(|| CompressorLayout::new(ratio, main)),
             index: (ratio == 4).then(|| CompressorLayout::new(ratio, index)),
         };
-        KvLayout { arithmetic, window: config.window, layers: config.compress_ratios.iter().map(layer).collect() }
+        let layers = config.compress_ratios.iter().map(layer).collect();
+        KvLayout { identity, arithmetic, window: config.window, layers }
     }
 }

@@ -17,7 +17,7 @@ mod snapshot;
 pub mod state;
 pub mod tensors;
 
-pub use backend::{Activation, Backend, Cancel, Half, Stage};
+pub use backend::{Activation, Backend, Cancel, Stage, SubLayer};
 pub use batch::{Batch, Row, Run};
 pub use config::{Config, Yarn};
 pub use error::Error;

@@ -38,11 +38,8 @@ pub enum SnapshotError {
         /// The version found.
         found: u32,
     },
-    /// The state belongs to another model or arithmetic.
-    #[error(
-        "the state was made for another model or arithmetic (its layout differs from that of the model in use): \
-             use the model file and the arithmetic it was made with, or compute it anew"
-    )]
+    /// The state belongs to another model file or arithmetic.
+    #[error("the state was made with another model file or arithmetic: use those it was made with, or compute it anew")]
     Layout,
     /// A position that no state can have.
     #[error("the state claims {what} {found}, which is impossible here: it is damaged and was not used")]
@@ -138,7 +135,8 @@ fn layout_bytes(layout: &KvLayout) -> Vec<u8> {
         words.extend(compressor(&layer.main));
         words.extend(compressor(&layer.index));
     }
-    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+    let identity = layout.identity.to_le_bytes();
+    identity.into_iter().chain(words.iter().flat_map(|word| word.to_le_bytes())).collect()
 }
 
 impl State {
@@ -185,7 +183,8 @@ impl State {
         (layout.needed_from(self.floor)..self.position).try_for_each(|p| out.floats(state.inputs.row(p)))
     }
 
-    /// Reads a state written by [`State::export`] for a model of the same layout. Memory is taken only as bytes arrive.
+    /// Reads a state written by [`State::export`] for a model of the same layout. Apart from what every
+    /// state holds, memory is taken only as bytes arrive.
     ///
     /// # Errors
     /// [`SnapshotError`] if the bytes are not a state, belong to another layout, or are damaged.
@@ -263,12 +262,13 @@ fn read_checkpoints<R: Read>(
     if count > MAX_CHECKPOINTS as u64 {
         return Err(SnapshotError::Damaged { what: "a number of checkpoints", found: count });
     }
-    let mut checkpoints = Vec::new();
+    let (mut checkpoints, mut before) = (Vec::new(), 0);
     for _ in 0..count {
         let found = input.u64()?;
-        if found > end as u64 || found % CHECKPOINT_TOKENS as u64 != 0 {
+        if found <= before || found > end as u64 || found % CHECKPOINT_TOKENS as u64 != 0 {
             return Err(SnapshotError::Damaged { what: "a checkpoint's position", found });
         }
+        before = found;
         let position = found as usize;
         let values = |layout: &Option<CompressorLayout>| {
             layout.map_or(0, |c| (position - c.needed_from(position)) * 2 * c.width)

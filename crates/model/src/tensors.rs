@@ -241,7 +241,7 @@ pub struct Model {
     pub tensors: Tensors<TensorRef>,
     /// Routed experts, layer by layer.
     pub experts: Vec<Experts>,
-    /// Names of tensors that the trunk does not use: multi-token prediction, drafting, or unknown.
+    /// Names of tensors that belong to multi-token prediction or drafting and are left alone.
     pub unused: Vec<String>,
 }
 
@@ -270,9 +270,21 @@ impl Model {
         };
         let used: std::collections::HashSet<String> = binder.used.into_iter().collect();
         let names = file.tensors.iter().map(|tensor| tensor.name.clone());
-        let unused = names.filter(|name| !used.contains(name)).collect();
-        Ok(Model { config, tensors, experts, unused })
+        let unused: Vec<String> = names.filter(|name| !used.contains(name)).collect();
+        match unused.iter().find(|name| !is_prediction(name, &config)) {
+            Some(name) => Err(Error::UnknownTensor { name: name.clone() }),
+            None => Ok(Model { config, tensors, experts, unused }),
+        }
     }
+}
+
+/// Whether a tensor belongs to multi-token prediction or drafting: by prefix, or a block after the trunk's in a file
+/// that has such blocks.
+fn is_prediction(name: &str, config: &Config) -> bool {
+    let block = name.strip_prefix("blk.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+    let after_trunk =
+        block.is_some_and(|block| (config.layers..config.layers + config.prediction_layers).contains(&block));
+    name.starts_with("mtp.") || name.starts_with("dspark.") || after_trunk
 }
 
 /// Looks tensors up under any of their names and checks their shapes and types.
@@ -426,7 +438,17 @@ impl Binder<'_> {
     fn experts(&mut self, layer: usize) -> Result<Experts, Error> {
         let Config { experts, expert_width, d_model, .. } = *self.config;
         let mut stacked = |part: &str, rows: usize, cols: usize| {
-            self.matrix(&[&format!("blk.{layer}.ffn_{part}_exps.weight")], experts * rows, cols)
+            let name = format!("blk.{layer}.ffn_{part}_exps.weight");
+            let expected = vec![cols as u64, rows as u64, experts as u64];
+            match self.file.tensors.get(&name) {
+                Some(info) if info.dims != expected => Err(Error::Shape {
+                    name,
+                    found: info.dims.clone(),
+                    expected,
+                    why: "one matrix for each expert".into(),
+                }),
+                _ => self.matrix(&[&name], experts * rows, cols),
+            }
         };
         let parts = [
             stacked("gate", expert_width, d_model)?,

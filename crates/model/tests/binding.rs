@@ -153,11 +153,24 @@ fn multi_token_prediction_is_recognised_and_left_alone() {
         .with_tensor("blk.5.attn_norm.weight", &[256])
         .bind()
         .unwrap();
-    assert_eq!(included.config, trunk.config);
+    assert_eq!(included.config, model::Config { prediction_layers: 1, ..trunk.config });
     assert_eq!(included.unused, ["blk.5.nextn.eh_proj.weight", "blk.5.attn_norm.weight"]);
     // ds4's own names.
     let ds4 = header.with_tensor("mtp.0.e_proj.weight", &[256, 256]).bind().unwrap();
     assert_eq!(ds4.unused, ["mtp.0.e_proj.weight"]);
+}
+
+#[test]
+fn arrays_with_entries_for_prediction_layers_are_cut_to_the_trunk() {
+    let clamps = vec![10.0f32, 9.0, 8.0, 7.0, 6.0, 5.0];
+    let header = Header::of("tiny-q4.gguf")
+        .set("attention.compress_ratios", vec![0u32, 0, 4, 128, 4, 0])
+        .set("swiglu_clamp_exp", clamps.clone())
+        .set("swiglu_clamp_shexp", vec![1.0f32, 2.0, 3.0, 4.0, 5.0]);
+    let config = header.bind().unwrap().config;
+    assert_eq!(config.compress_ratios, [0, 0, 4, 128, 4]);
+    assert_eq!(config.swiglu_limits, clamps[..5]);
+    assert_eq!(config.shared_swiglu_limits, [1.0, 2.0, 3.0, 4.0, 5.0]);
 }
 
 #[test]
@@ -197,6 +210,12 @@ fn what_has_no_code_behind_it_is_refused_by_name() {
         (header().tensor("output.weight", |t| t.2 = TensorType::Iq4Nl), &["output.weight", "IQ4_NL", "Q8_0"]),
         (header().tensor("blk.0.ffn_gate_tid2eid.weight", |t| t.2 = TensorType::F32), &["ffn_gate_tid2eid", "I32"]),
         (header().set("attention.sliding_window", Value::U32(0)), &["sliding_window", "0"]),
+        (header().with_tensor("blk.1.attn_q_a.bias", &[128]), &["blk.1.attn_q_a.bias", "not one this program knows"]),
+        (header().set("block_count", Value::U32(4)), &["blk.4."]),
+        (
+            header().tensor("blk.2.ffn_up_exps.weight", |t| t.1 = vec![256, 8, 256]),
+            &["blk.2.ffn_up_exps.weight", "[256, 256, 8]"],
+        ),
     ];
     for (header, words) in cases {
         let message = header.bind().expect_err(words[0]).to_string();

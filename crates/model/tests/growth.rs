@@ -31,7 +31,7 @@ fn delta(layout: &KvLayout, start: usize, tokens: usize) -> Delta {
 
 #[test]
 fn a_token_of_flash_costs_at_most_3600_bytes() {
-    let layout = Arc::new(KvLayout::new(&flash(), Arithmetic::Official));
+    let layout = Arc::new(KvLayout::new(&flash(), 0, Arithmetic::Official));
     let before_bytes = ALLOCATOR.current_usage();
     let mut state = State::new(layout.clone());
     let grow = |state: &mut State, to: usize| {
@@ -56,7 +56,7 @@ fn a_token_of_flash_costs_at_most_3600_bytes() {
 
 #[test]
 fn rows_are_packed_as_the_specification_says() {
-    let layout = KvLayout::new(&flash(), Arithmetic::Official);
+    let layout = KvLayout::new(&flash(), 0, Arithmetic::Official);
     let a_token: f64 = layout
         .layers
         .iter()

@@ -76,8 +76,8 @@ pub fn matmul_at(
     }
 }
 
-/// Weight rows that [`matmul`] dequantises at a time: enough to use a block of vectors while it is in the L1 cache.
-const TILE_ROWS: usize = 16;
+/// Weight rows that [`matmul`] dequantises at a time, so a good share for a thread is a multiple of them: enough to use a block of vectors while it is in the L1 cache.
+pub const TILE_ROWS: usize = 16;
 
 /// Elements that the fused dots decode at a time: one super-block.
 const CHUNK: usize = 256;

@@ -6,7 +6,7 @@
 //! - [`exact`]: the canonical f32 dot and everything built on it.
 //! - [`integer`]: dots of blocks with activations quantised to 8 bits.
 //! - [`math`]: deterministic `exp`, `sigmoid`, `silu`, `softplus`.
-//! - [`kv`]: FP8, FP4 and bfloat16 of stored state, and the rotation in front of FP4.
+//! - [`small_float`]: FP8, FP4 and bfloat16 of stored state, and the rotation in front of FP4.
 //! - [`simd`]: instruction sets. Every kernel has the same bits on each of them.
 
 pub mod blocks;
@@ -14,10 +14,10 @@ mod decode;
 pub mod exact;
 pub mod integer;
 mod iq2_grid;
-pub mod kv;
 pub mod math;
 mod quantize;
 pub mod simd;
+pub mod small_float;
 
 pub use decode::{dequantize, dequantize_at, is_supported, row_bytes};
 pub use quantize::{QuantizeError, quantize};

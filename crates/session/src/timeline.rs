@@ -52,8 +52,11 @@ pub struct Session<B: Backend> {
 
 impl<B: Backend> Session<B> {
     /// A session that has seen nothing.
-    pub fn new(backend: &B, context: Context) -> Session<B> {
-        Session { tokens: Vec::new(), state: backend.new_state(), context }
+    ///
+    /// # Errors
+    /// The backend has no memory for it.
+    pub fn new(backend: &B, context: Context) -> Result<Session<B>, Error> {
+        Ok(Session { tokens: Vec::new(), state: backend.new_state()?, context })
     }
 
     /// Every token seen, first to last.
@@ -126,6 +129,6 @@ impl<B: Backend> Session<B> {
         let rows = (start..end).zip(tokens).map(row).collect();
         let logits = forward(backend, rows, &mut [&mut self.state], cancel, &mut NoObserver)?;
         self.tokens.extend_from_slice(tokens);
-        Ok(logits)
+        backend.read_logits(logits)
     }
 }

@@ -12,12 +12,14 @@ use store::Source;
 fn backend() -> CpuBackend {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../target/test-data/oracle/tiny-q4.gguf");
     assert!(path.exists(), "{} is missing: run scripts/test-data first", path.display());
-    let model = Model::from_gguf(&Gguf::open(&path).unwrap()).unwrap();
-    CpuBackend::load(&model, &Source::open([path]).unwrap(), Options::default(), &mut |_| ()).unwrap()
+    let file = Gguf::open(&path).unwrap();
+    let source = Source::open(file.files.iter().map(|part| (&part.path, part.bytes))).unwrap();
+    let model = Model::from_gguf(&file).unwrap();
+    CpuBackend::load(&model, &source, Options::default(), &mut |_| ()).unwrap()
 }
 
 fn empty_session(backend: &CpuBackend, context_tokens: usize) -> Session<CpuBackend> {
-    Session::new(backend, Context::new(backend.config(), Some(context_tokens)).unwrap())
+    Session::new(backend, Context::new(backend.config(), Some(context_tokens)).unwrap()).unwrap()
 }
 
 fn prompt(count: u32) -> Vec<u32> {
@@ -26,7 +28,7 @@ fn prompt(count: u32) -> Vec<u32> {
 
 /// Tokens by argmax, straight from the forward pass.
 fn greedy_reference(backend: &CpuBackend, prompt: &[u32], count: usize) -> Vec<u32> {
-    let (mut state, mut all) = (backend.new_state(), prompt.to_vec());
+    let (mut state, mut all) = (backend.new_state().unwrap(), prompt.to_vec());
     while all.len() < prompt.len() + count {
         let start = state.position();
         let row = |(i, &token)| Row { session: 0, position: start + i, token, logits: true };

@@ -1,5 +1,7 @@
 //! The expert store in host memory.
 
+use std::collections::VecDeque;
+
 use crate::{AlignedBytes, ExpertBytes, ExpertExtents, Extent, Lease, Source, StoreError};
 
 struct Layer {
@@ -37,7 +39,8 @@ impl HostStore {
     /// Asks for `experts` (distinct numbers) of `layer`. Loading, where it is needed, begins now; the leases come one
     /// by one from the returned value, each expert exactly once, in no order that a caller may rely on.
     pub fn lease<'s>(&'s self, layer: usize, experts: &[u32]) -> HostLeases<'s> {
-        HostLeases { layer: &self.layers[layer], experts: experts.to_vec().into_iter() }
+        let experts = VecDeque::from(experts.to_vec());
+        HostLeases { layer: &self.layers[layer], experts }
     }
 
     /// Bytes of expert weights in memory.
@@ -49,17 +52,17 @@ impl HostStore {
 /// Experts asked for and not yet handed out.
 pub struct HostLeases<'s> {
     layer: &'s Layer,
-    experts: std::vec::IntoIter<u32>,
+    experts: VecDeque<u32>,
 }
 
-impl<'s> HostLeases<'s> {
-    /// The next expert that is ready, or `None` when all were handed out. A caller that drops each lease before it
-    /// asks for the next never needs more than one expert in memory.
+impl HostLeases<'_> {
+    /// The next expert that is ready, or `None` when all were handed out. It must be given back before the next is
+    /// asked for (the borrow says so), and so one slot is always enough.
     ///
     /// # Errors
     /// The read of an expert failed; its weights were not handed out.
-    pub fn next_ready(&mut self) -> Option<Result<Lease<'s, ExpertBytes<'s>>, StoreError>> {
-        let expert = self.experts.next()?;
+    pub fn next_ready(&mut self) -> Option<Result<Lease<'_, ExpertBytes<'_>>, StoreError>> {
+        let expert = self.experts.pop_front()?;
         let slice = |part: usize| {
             let bytes = self.layer.expert_bytes[part];
             &self.layer.parts[part][expert as usize * bytes..][..bytes]

@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use xxhash_rust::xxh3::Xxh3;
+
 use crate::AlignedBytes;
 
 /// What can go wrong when weights are fetched. Every message names the file, what was asked and what to do.
@@ -15,6 +17,17 @@ pub enum StoreError {
         path: PathBuf,
         /// What the system said.
         cause: std::io::Error,
+    },
+    /// The file is not the one whose directory was read.
+    #[error("{} has {found_bytes} bytes, but had {expected_bytes} when its header was read. \
+             It was replaced or is still being written: try again when it is complete", path.display())]
+    Replaced {
+        /// The file.
+        path: PathBuf,
+        /// Its length now.
+        found_bytes: u64,
+        /// Its length then.
+        expected_bytes: u64,
     },
     /// The system refused a read.
     #[error("reading {wanted_bytes} bytes at offset {offset} of {} failed: {cause}. \
@@ -55,9 +68,31 @@ pub struct Extent {
     pub bytes: u64,
 }
 
+/// Pieces of 4 KiB that [`Source::identity`] samples from each file.
+pub const SAMPLES: u64 = 64;
+
 enum Part {
     File { path: PathBuf, file: File, bytes: u64 },
     Image { name: PathBuf, image: &'static [u8] },
+}
+
+impl Part {
+    fn bytes(&self) -> u64 {
+        match self {
+            Part::File { bytes, .. } => *bytes,
+            Part::Image { image, .. } => image.len() as u64,
+        }
+    }
+}
+
+fn open_part(path: &Path, expected_bytes: u64) -> Result<Part, StoreError> {
+    let cannot = |cause| StoreError::Open { path: path.to_owned(), cause };
+    let file = File::open(path).map_err(cannot)?;
+    let bytes = file.metadata().map_err(cannot)?.len();
+    if bytes != expected_bytes {
+        return Err(StoreError::Replaced { path: path.to_owned(), found_bytes: bytes, expected_bytes });
+    }
+    Ok(Part::File { path: path.to_owned(), file, bytes })
 }
 
 /// The files a model is read from, in the order its directory numbers them.
@@ -66,20 +101,37 @@ pub struct Source {
 }
 
 impl Source {
-    /// Opens the files at `paths`.
+    /// Opens files, each given by its path and the length in bytes that it had when its directory was read.
     ///
     /// # Errors
-    /// [`StoreError::Open`] for the first file that cannot be opened or measured.
-    pub fn open<P: AsRef<Path>>(paths: impl IntoIterator<Item = P>) -> Result<Source, StoreError> {
-        let open = |path: &Path| -> Result<Part, std::io::Error> {
-            let file = File::open(path)?;
-            let bytes = file.metadata()?.len();
-            Ok(Part::File { path: path.to_owned(), file, bytes })
-        };
-        let parts = paths
-            .into_iter()
-            .map(|p| open(p.as_ref()).map_err(|cause| StoreError::Open { path: p.as_ref().to_owned(), cause }));
+    /// [`StoreError::Open`] for the first file that cannot be opened or measured, [`StoreError::Replaced`] for one of
+    /// another length.
+    pub fn open<P: AsRef<Path>>(files: impl IntoIterator<Item = (P, u64)>) -> Result<Source, StoreError> {
+        let parts = files.into_iter().map(|(path, bytes)| open_part(path.as_ref(), bytes));
         Ok(Source { parts: parts.collect::<Result<_, _>>()? })
+    }
+
+    /// What tells these files from others: their lengths and a hash of their first megabyte (which holds the header's
+    /// beginning) and of [`SAMPLES`] pieces spread over each.
+    ///
+    /// # Errors
+    /// As [`Source::read_exact_at`].
+    pub fn identity(&self) -> Result<u128, StoreError> {
+        let mut hash = Xxh3::new();
+        let mut piece = vec![0; 1 << 20];
+        for (i, part) in self.parts.iter().enumerate() {
+            let bytes = part.bytes();
+            hash.update(&bytes.to_le_bytes());
+            let mut sample = |offset: u64, len: u64| -> Result<(), StoreError> {
+                let piece = &mut piece[..len.min(bytes - offset) as usize];
+                self.read_exact_at(i, offset, piece)?;
+                hash.update(piece);
+                Ok(())
+            };
+            sample(0, 1 << 20)?;
+            (1..=SAMPLES).try_for_each(|k| sample((bytes as u128 * k as u128 / (SAMPLES as u128 + 1)) as u64, 4096))?;
+        }
+        Ok(hash.digest128())
     }
 
     /// A model that is part of the program itself; `name` is what errors call it.
@@ -158,7 +210,7 @@ mod tests {
         let path = dir.path().join("weights");
         let bytes = numbers(10_000);
         std::fs::write(&path, &bytes).unwrap();
-        let file = Source::open([&path]).unwrap();
+        let file = Source::open([(&path, 10_000)]).unwrap();
         let image = Source::from_image("built in", Vec::leak(bytes.clone()));
         for source in [&file, &image] {
             let got = source.read(Extent { file: 0, offset: 1234, bytes: 5000 }).unwrap();
@@ -172,7 +224,7 @@ mod tests {
         let path = dir.path().join("weights");
         std::fs::write(&path, numbers(100)).unwrap();
         let extent = Extent { file: 0, offset: 90, bytes: 20 };
-        for source in [Source::open([&path]).unwrap(), Source::from_image("built in", Vec::leak(numbers(100)))] {
+        for source in [Source::open([(&path, 100)]).unwrap(), Source::from_image("built in", Vec::leak(numbers(100)))] {
             match source.read(extent) {
                 Err(StoreError::Short { offset: 90, wanted_bytes: 20, found_bytes: 100, .. }) => {}
                 other => panic!("expected a short read, got {:?}", other.map(|m| m.len())),
@@ -181,8 +233,27 @@ mod tests {
     }
 
     #[test]
+    fn identity_follows_the_bytes_and_not_the_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("weights");
+        let bytes = numbers(3 << 20);
+        std::fs::write(&path, &bytes).unwrap();
+        let file = Source::open([(&path, 3 << 20)]).unwrap().identity().unwrap();
+        let image = |bytes: Vec<u8>| Source::from_image("image", Vec::leak(bytes)).identity().unwrap();
+        assert_eq!(file, image(bytes.clone()));
+        let sampled = (3 << 20) * 40 / (SAMPLES as usize + 1);
+        for at in [0, 1000, sampled, sampled + 4095] {
+            let mut changed = bytes.clone();
+            changed[at] ^= 1;
+            assert_ne!(file, image(changed), "byte {at} changed");
+        }
+        assert_ne!(file, image(bytes[1..].to_vec()));
+        assert!(matches!(Source::open([(&path, 5)]), Err(StoreError::Replaced { expected_bytes: 5, .. })));
+    }
+
+    #[test]
     fn a_missing_file_is_named() {
-        let error = Source::open(["/no/such/file"]).err().unwrap().to_string();
+        let error = Source::open([("/no/such/file", 1)]).err().unwrap().to_string();
         assert!(error.contains("/no/such/file"), "{error}");
     }
 }

@@ -340,13 +340,28 @@ impl Prompt<'_> {
         self.control(if reasons { self.tokens.think } else { self.tokens.end_think });
     }
 
+    /// Text that the model is said to have written, with the control tokens it can write inside a turn. Those that begin
+    /// or end a turn are not among them, so a history cannot forge turns.
+    fn replay(&mut self, text: &str) {
+        let ControlTokens { bos, eos, user, assistant, .. } = self.tokens;
+        for segment in self.tokenizer.split_control(text) {
+            match segment {
+                Segment::Control(id) if [bos, eos, user, assistant].contains(&id) => {
+                    let literal = String::from_utf8_lossy(self.tokenizer.token_bytes(id));
+                    self.segments.push(Segment::Text(literal.into_owned()));
+                }
+                other => self.segments.push(other),
+            }
+        }
+    }
+
     /// The rest of an assistant turn; `reasoning` is `None` if the turn was opened without.
     fn assistant(&mut self, reasoning: Option<&String>, content: &str, ended: bool) {
         if let Some(reasoning) = reasoning {
-            self.segments.extend(self.tokenizer.split_control(reasoning));
+            self.replay(reasoning);
             self.control(self.tokens.end_think);
         }
-        self.segments.extend(self.tokenizer.split_control(content));
+        self.replay(content);
         if ended {
             self.control(self.tokens.eos);
         }

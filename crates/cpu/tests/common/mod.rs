@@ -7,6 +7,7 @@ use cpu::{CpuBackend, Options};
 use gguf::Gguf;
 use model::{Arithmetic, Backend, Cancel, Model, NoObserver, Row, State, forward};
 use safetensors::SafeTensors;
+use serde_json::Value;
 use store::Source;
 
 /// A file that `scripts/test-data` makes.
@@ -20,7 +21,7 @@ pub fn test_data(name: &str) -> PathBuf {
 pub fn load(name: &str, options: Options) -> CpuBackend {
     let file = Gguf::open(&test_data(&format!("oracle/{name}.gguf"))).unwrap();
     let model = Model::from_gguf(&file).unwrap();
-    let source = Source::open(file.files.iter().map(|part| &part.path)).unwrap();
+    let source = Source::open(file.files.iter().map(|part| (&part.path, part.bytes))).unwrap();
     CpuBackend::load(&model, &source, options, &mut |_| {}).unwrap()
 }
 
@@ -45,7 +46,7 @@ pub fn advance(backend: &CpuBackend, state: &mut State, tokens: &[u32]) -> Vec<f
 
 /// All logits of `tokens` from an empty session, in passes of the given sizes (the last size repeats).
 pub fn logits(backend: &CpuBackend, tokens: &[u32], sizes: &[usize]) -> Vec<f32> {
-    let mut state = backend.new_state();
+    let mut state = backend.new_state().unwrap();
     let (mut logits, mut at, mut sizes) = (Vec::new(), 0, sizes.iter().copied());
     let mut size = sizes.next().unwrap();
     while at < tokens.len() {
@@ -88,6 +89,18 @@ impl References {
     pub fn has(&self, name: &str) -> bool {
         SafeTensors::deserialize(&self.bytes).unwrap().names().contains(&name)
     }
+}
+
+/// One entry of docs/spec/model-vectors.json.
+pub fn vectors(name: &str) -> Value {
+    let file = include_str!("../../../../docs/spec/model-vectors.json");
+    serde_json::from_str::<Value>(file).unwrap()[name].take()
+}
+
+/// An array of numbers as f32.
+pub fn floats(value: &Value) -> Vec<f32> {
+    let number = |value: &Value| value.as_f64().expect("a number") as f32;
+    value.as_array().expect("an array").iter().map(number).collect()
 }
 
 /// Index of the largest value; the first of equals.

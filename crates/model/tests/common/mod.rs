@@ -7,6 +7,7 @@ pub fn flash() -> Config {
     Config {
         name: None,
         layers: 43,
+        prediction_layers: 0,
         d_model: 4096,
         vocab_size: 129_280,
         context_length: 1 << 20,

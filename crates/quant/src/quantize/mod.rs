@@ -9,8 +9,8 @@ mod affine;
 mod iq2_xxs;
 
 use crate::blocks::*;
-use crate::kv::{e2m1_encode, scale_decode};
 use crate::simd::{Simd, kernel};
+use crate::small_float::{e2m1_encode, scale_decode};
 use bytemuck::Pod;
 use gguf::TensorType;
 
@@ -106,9 +106,9 @@ fn quantize_body<S: Simd>(_simd: S, ty: TensorType, x: &[f32], importance: Optio
     match ty {
         TensorType::F32 => each_block(x, importance, out, |x: &[f32; 1], _| F32 { value: x[0].to_le_bytes() }),
         TensorType::F16 => each_block(x, importance, out, |x: &[f32; 1], _| F16 { value: Half::from_f32(x[0]) }),
-        TensorType::Bf16 => {
-            each_block(x, importance, out, |x: &[f32; 1], _| Bf16 { value: crate::kv::bf16_encode(x[0]).to_le_bytes() })
-        }
+        TensorType::Bf16 => each_block(x, importance, out, |x: &[f32; 1], _| Bf16 {
+            value: crate::small_float::bf16_encode(x[0]).to_le_bytes(),
+        }),
         TensorType::Q8_0 => each_block(x, importance, out, |x, _| q8_0(x)),
         TensorType::Mxfp4 => each_block(x, importance, out, mxfp4),
         TensorType::Q2K => each_block(x, importance, out, affine::q2_k),

@@ -4,8 +4,8 @@ mod common;
 
 use common::{Random, assert_same_bits, fixture, model_vectors, numbers};
 use proptest::prelude::*;
-use quant::kv::*;
 use quant::simd::Level;
+use quant::small_float::*;
 
 /// The values of E4M3 from 0 to 448, by the format's definition.
 fn e4m3_grid() -> Vec<f64> {

@@ -1,0 +1,155 @@
+//! Scores of a nano model on its held-out sets (models/nano/heldout): answers that are exactly right, and perplexity.
+//!
+//! `cargo run --release -p infall-bench --bin nano_scores -- [-m FILE] [--take N] [--plain] models/nano/heldout`
+//!
+//! An answer counts if greedy decoding gives exactly the expected tokens, end of turn included. Because the backend is
+//! batch-invariant that is the same as: in one pass over prompt and answer, every token of the answer is the argmax
+//! after the tokens before it.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+use cpu::CpuBackend;
+use infall::load::ModelFile;
+use model::{Arithmetic, Backend, Cancel, NoObserver, Row, forward};
+use serde::Deserialize;
+use text::{Segment, Tokenizer};
+
+/// Scores of a nano model on its held-out sets.
+#[derive(Parser)]
+struct Arguments {
+    /// The held-out folder: `TASK.jsonl` files and `prose.txt`.
+    folder: PathBuf,
+    /// The model, GGUF; the built-in one by default.
+    #[arg(short, long)]
+    model: Option<PathBuf>,
+    /// Items of each task to run; all by default.
+    #[arg(long)]
+    take: Option<usize>,
+    /// Without the model's own low-precision roundings.
+    #[arg(long)]
+    plain: bool,
+    /// Fail if a task scores below its gate.
+    #[arg(long)]
+    gates: bool,
+}
+
+/// Least share of right answers, by task.
+const GATES: [(&str, f64); 6] =
+    [("tool", 0.9), ("paraphrase", 0.8), ("followup", 0.9), ("recall_2000", 0.9), ("sum", 0.9), ("thinking", 0.9)];
+
+/// Rows of a pass.
+const CHUNK_TOKENS: usize = 256;
+
+/// One held-out item: a prompt as segments (`"c"` control token, `"t"` text) and the exact answer.
+#[derive(Deserialize)]
+struct Item {
+    prompt: Vec<(String, String)>,
+    answer: String,
+}
+
+impl Item {
+    fn prompt(&self, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+        let segment = |(kind, text): &(String, String)| match kind.as_str() {
+            "t" => Ok(Segment::Text(text.clone())),
+            "c" => tokenizer.control(text).map(Segment::Control).with_context(|| format!("no control token {text}")),
+            other => bail!("segment kind {other}, expected c or t"),
+        };
+        let segments = self.prompt.iter().map(segment).collect::<Result<Vec<_>>>()?;
+        Ok(tokenizer.encode_segments(&segments))
+    }
+}
+
+/// Logits after each of the last `wanted` of `tokens`, `[wanted, vocab]`.
+fn last_logits(backend: &CpuBackend, tokens: &[u32], wanted: usize) -> Result<Vec<f32>> {
+    let (mut state, mut logits) = (backend.new_state()?, Vec::new());
+    let first = tokens.len() - wanted;
+    for (i, chunk) in tokens.chunks(CHUNK_TOKENS).enumerate() {
+        let start = i * CHUNK_TOKENS;
+        let row = |(i, &token)| Row { session: 0, position: start + i, token, logits: start + i >= first };
+        let rows = chunk.iter().enumerate().map(row).collect();
+        logits.extend(forward(backend, rows, &mut [&mut state], &Cancel::default(), &mut NoObserver)?);
+    }
+    Ok(logits)
+}
+
+/// Index of the largest value; the first of equals.
+fn argmax(row: &[f32]) -> usize {
+    row.iter().enumerate().fold(0, |best, (i, &value)| if value > row[best] { i } else { best })
+}
+
+/// Whether greedy decoding answers exactly so.
+fn answers(backend: &CpuBackend, tokenizer: &Tokenizer, item: &Item) -> Result<bool> {
+    let (mut tokens, answer) = (item.prompt(tokenizer)?, tokenizer.encode_with_control(&item.answer));
+    tokens.extend(&answer[..answer.len() - 1]);
+    let logits = last_logits(backend, &tokens, answer.len())?;
+    let rows = logits.chunks_exact(backend.config().vocab_size);
+    Ok(rows.zip(&answer).all(|(row, &token)| argmax(row) == token as usize))
+}
+
+/// Perplexity a token over the lines of `text`, each from an empty session.
+fn perplexity(backend: &CpuBackend, tokenizer: &Tokenizer, text: &str, take: usize) -> Result<(usize, f64)> {
+    let vocab = backend.config().vocab_size;
+    let (mut count, mut nats) = (0, 0.0);
+    for line in text.lines().filter(|line| !line.is_empty()).take(take) {
+        let mut tokens = vec![tokenizer.bos()];
+        tokens.extend(tokenizer.encode(line));
+        let logits = last_logits(backend, &tokens, tokens.len())?;
+        for (row, &next) in logits.chunks_exact(vocab).zip(&tokens[1..]) {
+            let max = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+            let sum: f64 = row.iter().map(|&logit| (f64::from(logit) - max).exp()).sum();
+            nats += max + sum.ln() - f64::from(row[next as usize]);
+            count += 1;
+        }
+    }
+    Ok((count, (nats / count as f64).exp()))
+}
+
+fn sets(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let mut sets = Vec::new();
+    for entry in std::fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "jsonl") {
+            let task = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            sets.push((task, path));
+        }
+    }
+    sets.sort();
+    Ok(sets)
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    let file = ModelFile::open(arguments.model.as_deref())?;
+    let tokenizer = file.tokenizer()?;
+    let arithmetic = if arguments.plain { Arithmetic::Plain } else { Arithmetic::Official };
+    let backend = file.load(None, arithmetic)?;
+    let take = arguments.take.unwrap_or(usize::MAX);
+    println!("{} ({arithmetic:?}, exact), {}", file.name, bench::machine());
+    println!("{:<16} {:>6} {:>9} {:>8} {:>9}", "task", "items", "right", "gate", "s");
+    let mut below = Vec::new();
+    for (task, path) in sets(&arguments.folder)? {
+        let (start, mut count, mut right) = (Instant::now(), 0, 0);
+        for line in std::fs::read_to_string(&path)?.lines().take(take) {
+            let item: Item = serde_json::from_str(line).with_context(|| format!("{}: bad item", path.display()))?;
+            right += usize::from(answers(&backend, &tokenizer, &item)?);
+            count += 1;
+        }
+        let share = right as f64 / count as f64;
+        let gate = GATES.iter().find(|(gated, _)| *gated == task).map(|&(_, gate)| gate);
+        let shown = gate.map_or(String::new(), |gate| format!("{:.0} %", gate * 100.0));
+        println!("{task:<16} {count:>6} {:>7.1} % {shown:>8} {:>9.1}", share * 100.0, start.elapsed().as_secs_f64());
+        if gate.is_some_and(|gate| share < gate) {
+            below.push(task);
+        }
+    }
+    let prose = std::fs::read_to_string(arguments.folder.join("prose.txt"))?;
+    let (count, perplexity) = perplexity(&backend, &tokenizer, &prose, take)?;
+    println!("prose: perplexity {perplexity:.4} over {count} tokens");
+    if arguments.gates && !below.is_empty() {
+        bail!("below the gate: {}", below.join(", "));
+    }
+    Ok(())
+}
