@@ -1,5 +1,7 @@
 //! What the measuring programs share.
 
+pub mod heldout;
+
 use std::path::Path;
 use std::time::Instant;
 

@@ -10,12 +10,12 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use bench::heldout::Item;
 use clap::Parser;
 use cpu::CpuBackend;
 use infall::load::ModelFile;
 use model::{Arithmetic, Backend, Cancel, NoObserver, Row, forward};
-use serde::Deserialize;
-use text::{Segment, Tokenizer};
+use text::Tokenizer;
 
 /// Scores of a nano model on its held-out sets.
 #[derive(Parser)]
@@ -43,25 +43,6 @@ const GATES: [(&str, f64); 6] =
 /// Rows of a pass.
 const CHUNK_TOKENS: usize = 256;
 
-/// One held-out item: a prompt as segments (`"c"` control token, `"t"` text) and the exact answer.
-#[derive(Deserialize)]
-struct Item {
-    prompt: Vec<(String, String)>,
-    answer: String,
-}
-
-impl Item {
-    fn prompt(&self, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
-        let segment = |(kind, text): &(String, String)| match kind.as_str() {
-            "t" => Ok(Segment::Text(text.clone())),
-            "c" => tokenizer.control(text).map(Segment::Control).with_context(|| format!("no control token {text}")),
-            other => bail!("segment kind {other}, expected c or t"),
-        };
-        let segments = self.prompt.iter().map(segment).collect::<Result<Vec<_>>>()?;
-        Ok(tokenizer.encode_segments(&segments))
-    }
-}
-
 /// Logits after each of the last `wanted` of `tokens`, `[wanted, vocab]`.
 fn last_logits(backend: &CpuBackend, tokens: &[u32], wanted: usize) -> Result<Vec<f32>> {
     let (mut state, mut logits) = (backend.new_state()?, Vec::new());
@@ -82,7 +63,7 @@ fn argmax(row: &[f32]) -> usize {
 
 /// Whether greedy decoding answers exactly so.
 fn answers(backend: &CpuBackend, tokenizer: &Tokenizer, item: &Item) -> Result<bool> {
-    let (mut tokens, answer) = (item.prompt(tokenizer)?, tokenizer.encode_with_control(&item.answer));
+    let (mut tokens, answer) = (item.prompt(tokenizer)?, item.answer(tokenizer));
     tokens.extend(&answer[..answer.len() - 1]);
     let logits = last_logits(backend, &tokens, answer.len())?;
     let rows = logits.chunks_exact(backend.config().vocab_size);
@@ -133,7 +114,7 @@ fn main() -> Result<()> {
     for (task, path) in sets(&arguments.folder)? {
         let (start, mut count, mut right) = (Instant::now(), 0, 0);
         for line in std::fs::read_to_string(&path)?.lines().take(take) {
-            let item: Item = serde_json::from_str(line).with_context(|| format!("{}: bad item", path.display()))?;
+            let item = Item::parse(line).with_context(|| format!("bad item in {}", path.display()))?;
             right += usize::from(answers(&backend, &tokenizer, &item)?);
             count += 1;
         }
