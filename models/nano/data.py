@@ -120,7 +120,9 @@ SYL = W.syllables()
 
 REQUEST_PREFIX = ["", "", "", "", "Please ", "please ", "Can you ", "Could you ", "I want you to ", "I need you to ", "Now ", "Next, ", "Hi. Please ",
                   "Would you ", "You should ", "Let us ", "I would like to ", "Help me: ", "Quick task: ", "Hello, ", "For me, ", "Kindly ", "Go and ",
-                  "It is time to ", "Try to ", "My request: ", "Ok, "]
+                  "It is time to ", "Try to ", "My request: ", "Ok, ", "Are you able to ", "I have to ", "We want to ", "Make sure to ", "The task is to ", "First ",
+                  "Today I have to ", "Do not forget to ", "All you have to do is to ", "I ask you to ", "You are to ", "There is one thing to do: ",
+                  "If you can, ", "Somehow I have to ", "One of us should ", "It would be nice to "]
 REQUEST_SUFFIX = ["", "", "", "", ".", ".", ".", ".", " please.", ", please.", " now.", " for me.", ", thanks.", ". Thank you.", "!", "?", " right away.",
                   ". Then tell me what came back.", ". Do it just once.", ", only one time, then say what you got.", ". Then give me the answer and finish.",
                   ". Report back when it is done.", " once.", " one time, then stop.", ". Make a single call and stop after reporting.",
@@ -129,7 +131,9 @@ REQUEST_SUFFIX = ["", "", "", "", ".", ".", ".", ".", " please.", ", please.", "
 BY_NAME = ["use {t}{a}", "call {t}{a}", "run {t}{a}", "invoke {t}{a}", "use the {t} tool{a}", "use the tool {t}{a}", "call the {t} function{a}",
            "run the {t} tool{a}", "make a call to {t}{a}", "execute {t}{a}", "apply {t}{a}", "use `{t}`{a}", "call `{t}`{a}", "with {t},{a} do it",
            "I want {t}{a}", "trigger {t}{a}", "{t}{a}", "use the provided tool {t}{a}", "use your {t} tool{a}", "start {t}{a}", "do a {t} call{a}",
-           "get the result of {t}{a}", "the tool {t} should run{a}", "send a request to {t}{a}"]
+           "get the result of {t}{a}", "let {t} run{a}", "{t} must be called{a}", "go ahead with {t}{a}", "have {t} do its work{a}", "pass this to {t}{a}",
+           "hand it over to {t}{a}", "get {t} going{a}", "I need {t}{a}", "the right tool is {t}{a}", "try {t}{a}", "ask {t}{a}", "give {t} a try{a}",
+           "we need {t}{a}", "do what {t} does{a}", "show me the output of {t}{a}", "this needs {t}{a}", "how about {t}{a}", "what comes out of {t}{a}", "the tool {t} should run{a}", "send a request to {t}{a}"]
 ARG_JOIN = [" with ", " with ", " where ", " using ", ", ", ": ", " given ", " taking ", " for ", " and set ", " with the parameters ", " on "]
 NAMED_ARG = ["{p} {v}", "{p} {v}", "{p} set to {v}", "{p} = {v}", "{p}={v}", "{p}: {v}", "{p} as {v}", "the {p} {v}", "{v} as {p}", "{v} as the {p}", "{v} for {p}",
              "{p} equal to {v}", "{p} being {v}", "a {p} of {v}", "{p} is {v}", "{p} to {v}", "its {p} {v}", "{p} of {v}"]
@@ -202,7 +206,12 @@ class Maker:
     def filename(self):
         base = self.word() if self.chance(0.7) else self.word() + self.pick("_-") + self.word()
         if self.chance(0.12):
-            return self.pick([base, base.upper(), base.capitalize() + "file"])
+            return self.pick([base, base.upper(), base.capitalize() + "file", base.capitalize(), self.pick(SYL).capitalize() + self.pick(SYL) + "file",
+                              self.pick(["Rake", "Docker", "Just", "Cargo", "Lice", "Gem", "Brew", "Proc"]) + self.pick(["file", "", "list", "lock"])])
+        if self.chance(0.1):
+            base = "".join(self.pick(string.ascii_lowercase) for _ in range(self.r.randint(1, 3))) + self.pick(string.digits)
+        if self.chance(0.1):
+            base = "".join(self.pick(string.ascii_uppercase) for _ in range(self.r.randint(3, 8)))
         if self.chance(0.15):
             base = base.upper() if self.chance(0.5) else base.capitalize()
         if self.chance(0.15):
@@ -284,13 +293,14 @@ class Maker:
         return p
 
     def tool(self, taken=()):
+        style = self.r.random()
         while True:
             verb, noun = self.pick(list(W.VERBS)), self.pick(W.NOUNS)
-            x = self.r.random()
             n = noun + ("s" if self.chance(0.4) else "")
-            name = (f"{verb}_{n}" if x < 0.5 else f"{verb}{n.capitalize()}" if x < 0.6 else f"{n}_{verb}" if x < 0.7 else f"{verb}-{n}" if x < 0.73
-                    else self.syl_word() if x < 0.83 else f"{self.syl_word()}_{self.syl_word()}" if x < 0.9
-                    else f"{verb}_{self.syl_word()}" if x < 0.95 else f"{n}_{self.syl_word()}")
+            made = lambda lo, hi: "".join(self.pick(SYL) for _ in range(self.r.randint(lo, hi)))
+            name = (f"{verb}_{n}" if style < 0.36 else f"{verb}{n.capitalize()}" if style < 0.44 else f"{n}_{verb}" if style < 0.52 else f"{verb}-{n}" if style < 0.55
+                    else made(2, 3) if style < 0.75 else f"{made(1, 2)}_{made(1, 2)}" if style < 0.87 else f"{verb}_{made(1, 2)}" if style < 0.94
+                    else f"{n}_{made(1, 2)}")
             if is_held_name(name) == bool(self.held) and name not in taken and name != "list_files":
                 break
         says = self.pick(W.VERBS[verb]) if self.chance(0.3) else verb
@@ -324,20 +334,18 @@ class Maker:
         while True:
             verb = self.pick(["list", "show", "read", "scan", "view", "get", "open", "walk", "ls", "find"])
             noun = self.pick(["dir", "folder", "directory", "entries", "items", "documents", "contents", "tree", "paths", "file", "files"])
-            name = f"{verb}_{noun}" if self.chance(0.75) else f"{noun}_{verb}"
+            if self.chance(0.4):
+                verb, noun = self.pick([(verb, self.pick(SYL) + self.pick(SYL)), (self.pick(SYL) + self.pick(SYL), noun), ("", self.pick(SYL) + self.pick(SYL))])
+            name = (f"{verb}_{noun}" if self.chance(0.75) else f"{noun}_{verb}").strip("_")
             if name not in ("list_files",) and name not in taken and is_held_name(name) == bool(self.held):
                 break
-            if self.held and self.chance(0.5):
-                name = self.fresh(lambda: f"{verb}_{self.pick(SYL)}{self.pick(SYL)}")
-                if name not in taken:
-                    break
         p = dict(name=self.pick(["path", "path", "dir", "folder", "directory", "root", "location"]), kind="path", enum=None, required=True,
                  schema={"type": "string"})
         if self.chance(0.5):
             p["schema"]["description"] = self.pick(["Directory path", "Path of the folder", "The folder to read", "Where to look", "Path"])
-        t = dict(name=name, verb="list", noun=self.pick(["file", "entries", "item", "document"]), params=[p], described=True, folder=True)
         desc = self.pick([None, "Show what is in a folder.", "List files in a folder", "List directory entries.", "Return the names in a directory",
                           "List the contents of a directory", "List files", "Read a folder."])
+        t = dict(name=name, verb="list", noun=self.pick(["file", "entries", "item", "document"]), params=[p], described=desc is not None, folder=True)
         t["schema"] = self.schema(t, desc, [p["name"]])
         return t
 
@@ -401,8 +409,26 @@ class Maker:
                 text = self.pick(REQUEST_PREFIX) + body + self.pick(REQUEST_SUFFIX)
                 if self.chance(0.6):
                     text = text[0].upper() + text[1:]
+                if self.chance(0.45):       # sentences that ask for nothing
+                    text += ("" if text[-1] in ".!?" else ".") + "".join(" " + self.aside() for _ in range(self.pick([1, 1, 2])))
+                if self.chance(0.15):
+                    text = self.aside() + " " + text
             if not (CHECK_NGRAMS & word_ngrams(text, 5)):
                 return calls, text
+
+    def aside(self):
+        """A remark beside the request: no call follows from it."""
+        if self.chance(0.2):
+            return self.sentence()
+        p = self.pick
+        return p(["{S} is {adj} today.", "It is for {N}.", "{N} asked for it.", "{N} {past} it {place}.", "This is all.", "Nothing else.", "Only that.", "We {past} the {n}.",
+                  "I {past} the {n} {place}.", "No more than this.", "That will do.", "Then we are done.", "The {n} is {adj}.", "I am {adj}.", "I need it {place}.",
+                  "Do not explain.", "Stop after that.", "Report what you get.", "When you have the result, report it.", "After the answer, stop.", "I would be glad.",
+                  "You know the {n}.", "Everything else can wait.", "It matters to {N}.", "My {n} wants it.", "I want nothing more.", "All I need is this.",
+                  "Be {adj}.", "Take your time.", "No hurry.", "Hurry.", "Thanks a lot.", "Many thanks.", "That was it.", "Once is enough.", "Tell me what came out and stop.",
+                  "When it comes back, tell me and finish.", "Give me what it returned.", "Do this before the {n}.", "I will be {adj}.", "The rest is {adj}."]).format(
+            S=p(["Everything", "The " + p(W.PLAIN_NOUNS), "My " + p(W.PLAIN_NOUNS)]), adj=p(W.ADJECTIVES), N=p(W.PEOPLE) if self.chance(0.5) else self.name(),
+            past=p(W.PAST), n=p(W.PLAIN_NOUNS), place=p(W.PLACES))
 
     # ---------------------------------------------------------------- tool results
     def result(self):
@@ -720,7 +746,7 @@ def mixture(m, codec, rows, phase):
         k = (m.tools_conv() if x < 0.60 else m.direct_conv(turns=m.r.randint(2, 10)) if x < 0.82 else
              m.recall(m.r.randint(150, rows - 150), elen) if x < 0.96 else m.prose_conv())
     else:
-        k = (m.tools_conv() if x < 0.55 else m.direct_conv(turns=m.r.randint(2, 10)) if x < 0.78 else
+        k = (m.tools_conv() if x < 0.60 else m.direct_conv(turns=m.r.randint(2, 10)) if x < 0.80 else
              m.recall(m.r.randint(500, rows - 100), elen, turns=m.r.randint(6, 20)) if x < 0.97 else m.prose_conv())
     return k
 

@@ -157,6 +157,7 @@ def main():
     ap.add_argument("--lr", type=float, default=5e-3)
     ap.add_argument("--adam-lr", type=float, default=3e-3)
     ap.add_argument("--workers", type=int, default=15)
+    ap.add_argument("--init", help="weights to go on from: only phase 3, in rows of 2,048; the rate falls from the beginning, compilation counts")
     ap.add_argument("--warm", help="comma list of phases: compile their shapes, time a few steps, exit")
     o = ap.parse_args()
     torch.set_float32_matmul_precision("high")
@@ -172,9 +173,11 @@ def main():
         print(line, flush=True)
         log_file.write(line + "\n")
 
-    phases = TOY if o.toy else PHASES
+    phases = TOY if o.toy else {3: (1.0, 2048, 32, False)} if o.init else PHASES
     config = M.Config(embd=64, head_dim=128, n_layer=5, n_head=2, o_groups=2, o_rank=32, q_rank=32, ff=64, index_heads=2) if o.toy else M.Config()
     m = M.Nano(config, o.seed).to(o.device)
+    if o.init:
+        m.load_state_dict(weights.load_pieces(o.init).state_dict())
     matrices, groups = split_parameters(m)
     rest = [p for g in groups for p in g["params"]]
     log(parameters=sum(p.numel() for p in m.parameters()), muon=sum(p.numel() for p in matrices))
@@ -218,7 +221,7 @@ def main():
         return
 
     scores = Scores(8 if o.toy else 64)
-    budget, n, tokens, phase, it, upcoming = 60 * o.minutes, 0, 0, 0, None, loader(1, phases, o.seed, o.workers)
+    budget, n, tokens, phase, it, upcoming = 60 * o.minutes, 0, 0, 0, None, loader(min(phases), phases, o.seed, o.workers)
     good, last_eval, fresh = None, time.time(), False
     ce_sum = kl_sum = torch.zeros((), device=o.device)
     since, since_t = 0, time.time()
@@ -234,7 +237,8 @@ def main():
         end, T, B, dense = phases[phase]
         if upcoming is None and phase + 1 in phases and p > end - 0.02:
             upcoming = loader(phase + 1, phases, o.seed, o.workers)
-        lr = min(1, (n + 1) / 300) * (1 if p < 0.5 else max(0.0, (1 - p) / 0.5) * 0.98 + 0.02)
+        flat = 0.0 if o.init else 0.5
+        lr = min(1, (n + 1) / (100 if o.init else 300)) * (1 if p < flat else (1 - p) / (1 - flat) * 0.98 + 0.02)
         ids, w = batch(it)
         ce, _, _, kl, loads = step(ids, w, dense, lr)
         ce_sum, kl_sum = ce_sum + ce, kl_sum + kl
@@ -242,7 +246,7 @@ def main():
         if fresh:
             sync()
             log(phase=phase, step=n, first_step_s=round(time.time() - since_t, 1))
-            if n == 1:          # the budget begins when the first shape is compiled
+            if n == 1 and not o.init:       # the budget begins when the first shape is compiled
                 start = last_eval = time.time()
             fresh, since_t, since, ce_sum, kl_sum = False, time.time(), 0, torch.zeros_like(ce_sum), torch.zeros_like(ce_sum)
         elif since >= (10 if o.toy else 100):
@@ -260,7 +264,7 @@ def main():
                 log(step=n, phase=phase, p=round(p, 3), lr=round(lr, 3), loss=round(c, 4), kl=round((kl_sum / since).item(), 3), tokens=tokens,
                     tokens_per_s=round(B * T / dt), load=[round(x.max().item(), 2) for x in loads])
             since_t, since, ce_sum, kl_sum = time.time(), 0, torch.zeros_like(ce_sum), torch.zeros_like(ce_sum)
-            if time.time() - last_eval > (10 if o.toy else 80):
+            if time.time() - last_eval > (10 if o.toy else 100):
                 log(step=n, eval=scores.run(runner, T, B, o.device))
                 last_eval = since_t = time.time()
                 weights.save_pieces(m, out / "half")
