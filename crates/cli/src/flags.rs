@@ -46,20 +46,20 @@ pub struct Run {
     pub prompt: String,
     #[command(flatten)]
     pub machine: Machine,
-    /// GGUF file of a DeepSeek V4 model; of a split model, any part [default: the built-in nano, a small test model]
+    /// GGUF file of a DeepSeek V4 model; of a split model, any part (default: the built-in nano, a small test model)
     #[arg(short, long, value_name = "FILE")]
     pub model: Option<PathBuf>,
-    /// Prompt format of the weights: v4-2604 (April 2026) or v4-0731 (31 July 2026) [default: v4-0731 if the file's name
-    /// contains 0731, else v4-2604]
+    /// Prompt format of the weights: v4-2604 (April 2026) or v4-0731 (31 July 2026) (default: v4-0731 if the file's name
+    /// contains 0731, else v4-2604)
     #[arg(long, value_name = "ENCODING")]
     pub encoding: Option<Encoding>,
-    /// Reason before answering [default]
+    /// Reason before answering (the default)
     #[arg(long, overrides_with = "nothink")]
     pub think: bool,
     /// Answer at once
     #[arg(long)]
     pub nothink: bool,
-    /// Sampling temperature; 0 always takes the likeliest token [default: 1; the built-in nano, being tiny: 0]
+    /// Sampling temperature; 0 always takes the likeliest token (default: 1; the built-in nano, being tiny: 0)
     #[arg(long = "temp", value_name = "T", value_parser = temperature)]
     pub temperature: Option<f32>,
     /// Sample among the likeliest tokens that together have this probability
@@ -68,13 +68,13 @@ pub struct Run {
     /// Sample among tokens at least this many times as likely as the likeliest
     #[arg(long, value_name = "P", default_value_t = 0.05, value_parser = share)]
     pub min_p: f32,
-    /// Seed of sampling; the same seed gives the same text [default: a new one, told in the last line]
+    /// Seed of sampling; the same seed gives the same text (default: a new one, told in the last line)
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
-    /// Most tokens to generate [default: until the model ends or the context is full]
+    /// Most tokens to generate (default: until the model ends or the context is full)
     #[arg(short = 'n', value_name = "N")]
     pub max_tokens: Option<usize>,
-    /// Tokens of context, prompt and answer together [default: what the model was made for]
+    /// Tokens of context, prompt and answer together (default: what the model was made for)
     #[arg(long = "ctx", value_name = "N")]
     pub context_tokens: Option<usize>,
     /// The prompt is the exact text the model reads, control tokens included; nothing is put around it, and what the
@@ -125,7 +125,7 @@ pub struct Logits {
 /// Flags of every command that computes.
 #[derive(Args)]
 pub struct Machine {
-    /// Threads to compute with; changes speed, never a bit of the output [default: one a core]
+    /// Threads to compute with; changes speed, never a bit of the output (default: one a core)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
 }

@@ -1,0 +1,46 @@
+//! The bits of Exact, pinned: a hash of the built-in nano's logits. Every instruction set, thread count and chunking must
+//! give it. It changes only with the weights of models/nano.gguf or, for a reason worth writing down, with the definition
+//! of Exact.
+
+mod common;
+
+use common::logits;
+use cpu::{CpuBackend, Level, Options};
+use gguf::Gguf;
+use model::{Arithmetic, Model};
+use store::Source;
+
+/// XXH3-64 of the little-endian logits of [`tokens`].
+const OFFICIAL: u64 = 0x2b55_9fc7_641d_bab1;
+const PLAIN: u64 = 0x5243_e9b2_d3b1_bd08;
+
+/// Tokens enough that the indexer chooses and a ratio-128 window closes twice.
+fn tokens() -> Vec<u32> {
+    (0..300).map(|i: u32| 3 + i * i * 31 % 2000).collect()
+}
+
+fn hash(options: Options, chunk: usize, tokens: &[u32]) -> u64 {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/nano.gguf");
+    let file = Gguf::open(path.as_ref()).unwrap();
+    let source = Source::open(file.files.iter().map(|part| (&part.path, part.bytes))).unwrap();
+    let backend = CpuBackend::load(&Model::from_gguf(&file).unwrap(), &source, options, &mut |_| {}).unwrap();
+    let bytes: Vec<u8> = logits(&backend, tokens, &[chunk]).iter().flat_map(|logit| logit.to_le_bytes()).collect();
+    xxhash_rust::xxh3::xxh3_64(&bytes)
+}
+
+#[test]
+fn nano_has_the_pinned_bits() {
+    for (arithmetic, expected) in [(Arithmetic::Official, OFFICIAL), (Arithmetic::Plain, PLAIN)] {
+        let options = Options { arithmetic, ..Options::default() };
+        for (chunk, threads) in [(64, 2), (300, 1)] {
+            let found = hash(Options { threads, ..options }, chunk, &tokens());
+            assert_eq!(found, expected, "{arithmetic:?}, chunks of {chunk}: {found:#018x}");
+        }
+    }
+}
+
+#[test]
+fn nano_has_the_pinned_bits_without_vector_instructions() {
+    let scalar = Options { level: Level::Scalar, ..Options::default() };
+    assert_eq!(hash(scalar, 300, &tokens()), OFFICIAL);
+}
