@@ -7,10 +7,11 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::Parser;
-use cpu::{CpuBackend, Options};
-use model::{Backend, Cancel, NoObserver, Row, State, forward};
+use cpu::CpuBackend;
+use infall::load::ModelFile;
+use model::{Arithmetic, Backend, Cancel, NoObserver, Row, State, forward};
 
 /// Tokens a second of a model file on the CPU.
 #[derive(Parser)]
@@ -23,9 +24,15 @@ struct Arguments {
     /// Tokens computed one by one.
     #[arg(long, default_value_t = 8)]
     decode: usize,
+    /// Fail if a token alone takes longer than this, in seconds.
+    #[arg(long)]
+    most_seconds: Option<f64>,
+    /// Fail if a token of the chunk is not this many times as fast as one alone.
+    #[arg(long)]
+    least_gain: Option<f64>,
     /// Threads; all of the machine's by default.
     #[arg(long)]
-    threads: Option<usize>,
+    threads: Option<u16>,
 }
 
 /// Computes `count` tokens in one pass and returns the seconds it took.
@@ -41,19 +48,20 @@ fn pass(backend: &CpuBackend, state: &mut State, count: usize, vocab: usize) -> 
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    let defaults = Options::default();
-    let options = Options { threads: arguments.threads.unwrap_or(defaults.threads), ..defaults };
-    let loaded = bench::load(&arguments.file, options)?;
-    let (backend, vocab) = (&loaded.backend, loaded.model.config.vocab_size);
+    let file = ModelFile::open(Some(&arguments.file))?;
+    let start = Instant::now();
+    let backend = &file.load(arguments.threads, Arithmetic::Official)?;
+    let load_seconds = start.elapsed().as_secs_f64();
+    let vocab = file.model.config.vocab_size;
     let weights = backend.weight_bytes();
-    println!("{}; {} used, {:?}", bench::machine(), options.threads, options.level);
-    println!("{}: {} layers", arguments.file.display(), loaded.model.config.layers);
+    println!("{}; {} used", bench::machine(), arguments.threads.map_or("all".into(), |threads| threads.to_string()));
+    println!("{}: {} layers", arguments.file.display(), file.model.config.layers);
     let bytes = weights.fixed + weights.experts;
     println!(
         "loaded {:.2} GB in {:.1} s ({:.2} GB/s)",
         bytes as f64 / 1e9,
-        loaded.load_seconds,
-        bytes as f64 / 1e9 / loaded.load_seconds
+        load_seconds,
+        bytes as f64 / 1e9 / load_seconds
     );
 
     println!("{:<28} {:>8} {:>10} {:>10}", "exact", "tokens", "s/token", "tokens/s");
@@ -72,6 +80,12 @@ fn main() -> Result<()> {
         seconds += pass(backend, &mut state, 1, vocab)?;
     }
     let ones = row("decode, one by one", arguments.decode, seconds);
-    println!("a token of the chunk takes {:.2} of the time of one alone", chunk / ones);
+    println!("a token of the chunk is {:.1} times as fast as one alone", ones / chunk);
+    if let Some(most) = arguments.most_seconds.filter(|most| ones > *most) {
+        bail!("a token takes {ones:.3} s, at most {most} s were wanted");
+    }
+    if let Some(least) = arguments.least_gain.filter(|least| ones / chunk < *least) {
+        bail!("the chunk gains a factor of {:.2}, at least {least} was wanted", ones / chunk);
+    }
     Ok(())
 }

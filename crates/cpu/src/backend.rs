@@ -50,13 +50,14 @@ impl CpuBackend {
     /// Reads all weights of `model` from `source`. `loaded` is told the bytes of each tensor as it arrives.
     ///
     /// # Errors
-    /// [`Error::Store`] if a read fails, [`Error::Value`] if a small tensor holds NaN, infinity or a wrong expert.
+    /// [`Error::Store`] if there is not enough memory or a read fails, [`Error::Value`] if a small tensor holds NaN, infinity or a wrong expert.
     pub fn load(
         model: &Model,
         source: &Source,
         options: Options,
         loaded: &mut dyn FnMut(u64),
     ) -> Result<CpuBackend, Error> {
+        store::check_available(model.weight_bytes())?;
         let weights = weights::load(model, source, options.level, loaded)?;
         let extents: Vec<ExpertExtents> = model.experts.iter().map(|layer| layer.extents).collect();
         Ok(CpuBackend {

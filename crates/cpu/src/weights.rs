@@ -30,7 +30,7 @@ impl Weight {
         if rows > 1 {
             return Ok(Weight { ty, rows, cols, bytes });
         }
-        let mut values = AlignedBytes::zeroed(cols * 4);
+        let mut values = AlignedBytes::zeroed(cols * 4)?;
         let floats: &mut [f32] = bytemuck::cast_slice_mut(values.as_mut_slice());
         quant::dequantize_at(level, ty, &bytes, floats);
         if let Some(element) = floats.iter().position(|value| !value.is_finite()) {

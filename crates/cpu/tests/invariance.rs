@@ -61,6 +61,8 @@ fn instruction_sets_change_no_bit() {
     let scalar = of(Level::Scalar);
     let levels: Vec<Level> = Level::available().collect();
     println!("instruction sets of this machine: {levels:?}");
+    #[cfg(target_arch = "x86_64")]
+    assert_eq!(levels.contains(&Level::Avx2), is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"));
     for level in levels {
         assert_same(&of(level), &scalar, 512, &format!("{level:?}"));
     }

@@ -278,6 +278,19 @@ impl Model {
     }
 }
 
+impl Model {
+    /// Bytes of all weights that are used, routed experts included.
+    pub fn weight_bytes(&self) -> u64 {
+        let mut bytes = 0;
+        let counted = self.tensors.try_map(&mut |tensor| {
+            bytes += tensor.extent.bytes;
+            Ok::<_, std::convert::Infallible>(())
+        });
+        counted.expect("counting cannot fail");
+        bytes + self.experts.iter().flat_map(|layer| layer.extents.parts).map(|part| part.bytes).sum::<u64>()
+    }
+}
+
 /// Whether a tensor belongs to multi-token prediction or drafting: by prefix, or a block after the trunk's in a file
 /// that has such blocks.
 fn is_prediction(name: &str, config: &Config) -> bool {

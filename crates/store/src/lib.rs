@@ -14,5 +14,5 @@ mod source;
 
 pub use host::{HostLeases, HostStore};
 pub use lease::{ExpertBytes, ExpertExtents, Lease};
-pub use memory::{ALIGNMENT_BYTES, AlignedBytes};
+pub use memory::{ALIGNMENT_BYTES, AlignedBytes, check_available};
 pub use source::{Extent, Source, StoreError};

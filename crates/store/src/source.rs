@@ -18,6 +18,16 @@ pub enum StoreError {
         /// What the system said.
         cause: std::io::Error,
     },
+    /// There is not enough memory for weights.
+    #[error("the weights need {wanted_bytes} bytes of memory, but {}. All weights are held in memory: \
+             use a smaller model or quantisation, a machine with more memory, or end other programs",
+            .available_bytes.map_or("the system refused them".to_owned(), |bytes| format!("{bytes} bytes are available")))]
+    Memory {
+        /// How many bytes were asked for.
+        wanted_bytes: u64,
+        /// How many the system says it can give.
+        available_bytes: Option<u64>,
+    },
     /// The file is not the one whose directory was read.
     #[error("{} has {found_bytes} bytes, but had {expected_bytes} when its header was read. \
              It was replaced or is still being written: try again when it is complete", path.display())]
@@ -170,7 +180,7 @@ impl Source {
     /// # Errors
     /// As [`Source::read_exact_at`].
     pub fn read(&self, extent: Extent) -> Result<AlignedBytes, StoreError> {
-        let mut memory = AlignedBytes::zeroed(extent.bytes as usize);
+        let mut memory = AlignedBytes::zeroed(extent.bytes as usize)?;
         self.read_exact_at(extent.file, extent.offset, memory.as_mut_slice())?;
         Ok(memory)
     }

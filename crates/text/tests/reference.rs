@@ -86,3 +86,24 @@ fn a_v3_tokenizer_is_refused() {
     );
     assert!(error.contains("use a GGUF file of a DeepSeek V4 model"), "{error}");
 }
+
+/// Bounds far below what an idle core does (docs/performance.md), so that a busy machine does not fail them.
+#[test]
+fn loading_and_encoding_are_fast() {
+    let data = common::vocabulary(&common::reference_data("vocabulary.json"));
+    let start = std::time::Instant::now();
+    let tokenizer = text::Tokenizer::new(data).unwrap();
+    let load_seconds = start.elapsed().as_secs_f64();
+    let cases = common::reference_data("cases.json");
+    let texts: Vec<&str> = cases.as_array().unwrap().iter().map(|case| case["text"].as_str().unwrap()).collect();
+    let bytes: usize = texts.iter().map(|text| text.len()).sum();
+    let rate = |()| {
+        let start = std::time::Instant::now();
+        let ids: usize = texts.iter().map(|text| tokenizer.encode(text).len()).sum();
+        assert!(ids > 100_000);
+        bytes as f64 / 1e6 / start.elapsed().as_secs_f64()
+    };
+    let best = [(); 3].map(rate).into_iter().fold(0.0, f64::max);
+    println!("loaded in {load_seconds:.2} s; {best:.1} MB/s over {bytes} bytes");
+    assert!(load_seconds < 1.0 && best >= 5.0 && bytes >= 1_000_000);
+}
