@@ -34,7 +34,8 @@ pub enum StopReason {
 /// Continues `session`, whose next token follows from `logits`, and hands each new token to `receive`.
 ///
 /// Stop tokens are not handed out. The session then holds every token handed out but the last, whose logits nobody
-/// asked for (all of them if a stop token came).
+/// asked for (all of them if a stop token came or the context is full: prompt and answer together are at most the
+/// context).
 ///
 /// # Errors
 /// [`Error::NoFiniteLogit`], or [`Error::Model`] if a pass failed; the session holds what was computed before.
@@ -52,14 +53,14 @@ pub fn generate<B: Backend>(
         if limits.stop.contains(&token) {
             return Ok(StopReason::EndOfTurn(token));
         }
+        if session.room_tokens() == 0 {
+            return Ok(StopReason::ContextFull);
+        }
         if receive(token).is_break() {
             return Ok(StopReason::Receiver);
         }
         if generated == limits.max_tokens {
             break;
-        }
-        if session.room_tokens() == 0 {
-            return Ok(StopReason::ContextFull);
         }
         logits = match session.step(backend, token, cancel) {
             Ok(logits) => logits,

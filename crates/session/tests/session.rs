@@ -90,7 +90,7 @@ fn each_way_to_stop_is_told() {
     let ended = count_until(Limits { stop: &stop, max_tokens: 100 }, 1000, usize::MAX);
     assert_eq!(ended, (StopReason::EndOfTurn(stop[0]), stop_at, 40 + stop_at));
     let none = Limits { stop: &[], max_tokens: 100 };
-    assert_eq!(count_until(none, 45, usize::MAX), (StopReason::ContextFull, 6, 45));
+    assert_eq!(count_until(none, 45, usize::MAX), (StopReason::ContextFull, 5, 45));
     assert_eq!(count_until(none, 1000, 4), (StopReason::Receiver, 4, 43));
     assert_eq!(count_until(Limits { stop: &[], max_tokens: 0 }, 1000, 4), (StopReason::TokenLimit, 0, 40));
 }
