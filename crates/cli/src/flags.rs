@@ -2,6 +2,7 @@
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use text::prompt::Encoding;
@@ -13,7 +14,7 @@ Exit codes:
   2    the command line was not understood
   130  interrupted with Ctrl-C";
 
-/// Run DeepSeek V4 on machines smaller than the model.
+/// Run DeepSeek V4 from a GGUF file.
 #[derive(Parser)]
 #[command(version, after_help = EXIT_CODES)]
 pub struct Flags {
@@ -60,22 +61,22 @@ pub struct Run {
     #[arg(long)]
     pub nothink: bool,
     /// Sampling temperature; 0 always takes the likeliest token (default: 1; the built-in nano, being tiny: 0)
-    #[arg(long = "temp", value_name = "T", value_parser = temperature)]
+    #[arg(long = "temp", value_name = "T", allow_negative_numbers = true, value_parser = temperature)]
     pub temperature: Option<f32>,
     /// Sample among the likeliest tokens that together have this probability
-    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = share)]
+    #[arg(long, value_name = "P", default_value_t = 1.0, allow_negative_numbers = true, value_parser = share)]
     pub top_p: f32,
     /// Sample among tokens at least this many times as likely as the likeliest
-    #[arg(long, value_name = "P", default_value_t = 0.05, value_parser = share)]
+    #[arg(long, value_name = "P", default_value_t = 0.05, allow_negative_numbers = true, value_parser = share)]
     pub min_p: f32,
     /// Seed of sampling; the same seed gives the same text (default: a new one, told in the last line)
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = whole::<u64>)]
     pub seed: Option<u64>,
     /// Most tokens to generate (default: until the model ends or the context is full)
-    #[arg(short = 'n', value_name = "N")]
+    #[arg(short = 'n', value_name = "N", allow_negative_numbers = true, value_parser = whole::<usize>)]
     pub max_tokens: Option<usize>,
     /// Tokens of context, prompt and answer together (default: what the model was made for)
-    #[arg(long = "ctx", value_name = "N")]
+    #[arg(long = "ctx", value_name = "N", allow_negative_numbers = true, value_parser = whole::<usize>)]
     pub context_tokens: Option<usize>,
     /// The prompt is the exact text the model reads, control tokens included; nothing is put around it, and what the
     /// model writes is printed exactly, control tokens included
@@ -109,7 +110,7 @@ pub struct Logits {
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
     /// Tokens of one pass; changes speed and memory, never a bit of the output
-    #[arg(long, value_name = "N", default_value = "256")]
+    #[arg(long, value_name = "N", default_value = "256", allow_negative_numbers = true, value_parser = positive)]
     pub chunk: NonZeroUsize,
     /// Compute with float32 activations and dequantised weights in one fixed order: today the only precision there is
     #[arg(long)]
@@ -126,7 +127,7 @@ pub struct Logits {
 #[derive(Args)]
 pub struct Machine {
     /// Threads to compute with; changes speed, never a bit of the output (default: one a core)
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
 }
 
@@ -150,7 +151,15 @@ impl From<Arithmetic> for model::Arithmetic {
 
 fn temperature(text: &str) -> Result<f32, String> {
     let number: f32 = text.parse().map_err(|_| "expected a number".to_owned())?;
-    if number.is_finite() && number >= 0.0 { Ok(number) } else { Err("expected a number of at least 0".into()) }
+    if number.is_finite() && number >= 0.0 { Ok(number) } else { Err("expected a finite number of at least 0".into()) }
+}
+
+fn whole<N: FromStr>(text: &str) -> Result<N, String> {
+    text.parse().map_err(|_| "expected a whole number from 0 to 2^64 - 1".into())
+}
+
+fn positive(text: &str) -> Result<NonZeroUsize, String> {
+    text.parse().map_err(|_| "expected a whole number from 1 to 2^64 - 1".into())
 }
 
 fn share(text: &str) -> Result<f32, String> {

@@ -139,6 +139,7 @@ impl Turn<'_> {
         let mut words = if flags.raw { Words::raw() } else { Words::new(self.control, prompt) };
         let ended = self.answer(flags, logits, figures, &mut words);
         figures.answer_time = start.elapsed();
+        figures.answer_passes = self.session.tokens().len() - figures.prompt_tokens;
         words.finish()?;
         ended
     }
@@ -183,6 +184,8 @@ struct Figures {
     prompt_tokens: usize,
     prompt_time: Duration,
     answer_tokens: usize,
+    /// Forward passes of the answer: its last token needs none unless the turn went on to end itself.
+    answer_passes: usize,
     answer_time: Duration,
 }
 
@@ -192,8 +195,12 @@ impl Figures {
         let state = turn.session.state().bytes();
         let session_bytes = state.rows + state.windows + state.inputs + state.checkpoints;
         let mut parts = vec![
-            format!("prompt {}", rate(self.prompt_tokens, self.prompt_time)),
-            format!("generated {}", rate(self.answer_tokens, self.answer_time)),
+            format!("prompt {}{}", tokens(self.prompt_tokens), speed(self.prompt_tokens, self.prompt_time)),
+            // One pass is no measure of a speed.
+            match self.answer_tokens {
+                0..2 => format!("generated {}", tokens(self.answer_tokens)),
+                count => format!("generated {}{}", tokens(count), speed(self.answer_passes, self.answer_time)),
+            },
             format!(
                 "memory {} weights + {} session",
                 terminal::bytes(weights.fixed + weights.experts),
@@ -206,12 +213,16 @@ impl Figures {
     }
 }
 
-/// `12 tokens at 34.5 t/s`, or without the speed where there is none.
-fn rate(tokens: usize, time: Duration) -> String {
-    let unit = if tokens == 1 { "token" } else { "tokens" };
-    match tokens {
-        0 => format!("0 {unit}"),
-        _ => format!("{tokens} {unit} at {:.1} t/s", tokens as f64 / time.as_secs_f64().max(1e-9)),
+/// `12 tokens`.
+fn tokens(count: usize) -> String {
+    format!("{count} {}", if count == 1 { "token" } else { "tokens" })
+}
+
+/// ` at 34.5 t/s`, of `passed` tokens that went through the model; nothing where none did.
+fn speed(passed: usize, time: Duration) -> String {
+    match passed {
+        0 => String::new(),
+        _ => format!(" at {:.1} t/s", passed as f64 / time.as_secs_f64().max(1e-9)),
     }
 }
 
