@@ -88,7 +88,7 @@ pub fn inspect(flags: &flags::Inspect) -> anyhow::Result<Outcome> {
         }));
         report.check = Some(check);
     }
-    let text = if flags.json { format!("{:#}\n", report.json()) } else { report.tables() };
+    let text = if flags.json { report.json_text() } else { report.tables() };
     Stream::Out.write(&text)?;
     match report.refusals.into_iter().next() {
         None => Ok(Outcome::Done),
@@ -149,6 +149,12 @@ impl<'a> Report<'a> {
         })
     }
 
+    /// JSON itself leaves DEL and the controls from U+0080 on as they are; its line breaks are layout.
+    fn json_text(&self) -> String {
+        format!("{:#}", self.json()).lines().map(|line| terminal::escape_controls(line) + "\n").collect()
+    }
+
+    /// Names out of the file are escaped, lest they drive the terminal.
     fn tables(&self) -> String {
         let mut text = String::new();
         for part in &self.header.files {
@@ -156,28 +162,30 @@ impl<'a> Report<'a> {
         }
         text += "\nmetadata\n";
         for (key, value) in self.header.metadata.iter() {
+            let key = key.escape_debug();
             let _ = match value {
-                Value::Array(_) => writeln!(text, "  {key} = {}", json_value(value)),
+                Value::Array(_) => {
+                    writeln!(text, "  {key} = {}", terminal::escape_controls(&json_value(value).to_string()))
+                }
                 _ => writeln!(text, "  {key} = {value}"),
             };
         }
         text += "\ntensors\n";
         text += &self.tensor_table();
         if !self.left_alone.is_empty() {
-            let _ = writeln!(
-                text,
-                "\nleft alone, because plain decoding does not use them\n  {}",
-                self.left_alone.join("\n  ")
-            );
+            text += "\nleft alone, because plain decoding does not use them\n";
+            text.extend(self.left_alone.iter().map(|name| format!("  {}\n", name.escape_debug())));
         }
         if let Some(check) = &self.check {
             let (sound, damaged) = (check.tensors - check.damaged.len(), check.damaged.len());
             let _ = writeln!(text, "\nchecked {} tensors: {sound} finite, {damaged} damaged", check.tensors);
-            let damage =
-                |damage: &Damage| format!("  {}: {} values are NaN or infinite\n", damage.tensor, damage.not_finite);
+            let damage = |damage: &Damage| {
+                format!("  {}: {} values are NaN or infinite\n", damage.tensor.escape_debug(), damage.not_finite)
+            };
             text.extend(check.damaged.iter().map(damage));
             if !check.unread.is_empty() {
-                let _ = writeln!(text, "no floats that could be checked in\n  {}", check.unread.join("\n  "));
+                text += "no floats that could be checked in\n";
+                text.extend(check.unread.iter().map(|name| format!("  {}\n", name.escape_debug())));
             }
         }
         text += if self.refusals.is_empty() {

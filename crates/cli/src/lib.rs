@@ -8,6 +8,7 @@ mod interrupt;
 pub mod load;
 mod logits;
 mod npy;
+mod output;
 mod run;
 mod terminal;
 mod words;
@@ -39,13 +40,15 @@ pub fn main() -> ExitCode {
         Ok(Outcome::Interrupted) => ExitCode::from(interrupt::EXIT_CODE),
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            terminal::note(&format!("error: {error}"));
+            terminal::note(&terminal::escape_controls(&format!("error: {error}")));
             ExitCode::FAILURE
         }
     }
 }
 
-/// Whether the reader of the output went away: then nobody is there to be told, and nothing is wrong.
+/// Whether the reader of standard output went away: then nobody is there to be told, and nothing is wrong.
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<WriteError>().is_some_and(|error| error.cause.kind() == ErrorKind::BrokenPipe)
+    error
+        .downcast_ref::<WriteError>()
+        .is_some_and(|error| error.path.is_none() && error.cause.kind() == ErrorKind::BrokenPipe)
 }

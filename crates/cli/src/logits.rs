@@ -1,32 +1,26 @@
 //! `infall logits`: all logits of a token sequence, to compare with other engines.
 
-use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::Path;
 
 use cpu::CpuBackend;
 use model::{Backend, Cancel, NoObserver, Row, forward};
 
 use crate::load::{self, ModelFile};
+use crate::output::Output;
 use crate::terminal::{self, Unit, WriteError};
 use crate::{Outcome, flags, interrupt, npy};
 
-/// Runs the command. An output that was not finished is removed.
+/// Runs the command. That the output can be written is checked before weights are loaded, but nothing is created
+/// before Ctrl-C is handled.
 pub fn logits(flags: &flags::Logits) -> anyhow::Result<Outcome> {
     let file = ModelFile::open(Some(&flags.model))?;
     let tokens = read_tokens(&flags.tokens, &file)?;
-    let out = File::create(&flags.out).map_err(WriteError::to(flags.out.display().to_string()))?;
-    let outcome = compute(flags, &file, &tokens, out);
-    if !matches!(outcome, Ok(Outcome::Done)) && flags.out.is_file() {
-        let _ = std::fs::remove_file(&flags.out);
-    }
-    outcome
-}
-
-fn compute(flags: &flags::Logits, file: &ModelFile, tokens: &[u32], out: File) -> anyhow::Result<Outcome> {
+    let parts = file.header.files.iter().map(|part| part.path.as_path());
+    let out = Output::new(&flags.out, parts.chain([flags.tokens.as_path()]))?;
     let backend = file.load(flags.machine.threads, flags.arithmetic.into())?;
     let cancel = interrupt::cancel_on_interrupt()?;
-    match write_all(flags, &backend, tokens, &cancel, out) {
+    match out.write(|out| write_all(flags, &backend, &tokens, &cancel, out)) {
         Ok(()) => Ok(Outcome::Done),
         Err(_) if cancel.check().is_err() => Ok(Outcome::Interrupted),
         Err(error) => Err(match error.downcast() {
@@ -41,21 +35,19 @@ fn write_all(
     backend: &CpuBackend,
     tokens: &[u32],
     cancel: &Cancel,
-    out: File,
+    out: &mut dyn Write,
 ) -> anyhow::Result<()> {
-    let unwritable = || WriteError::to(flags.out.display().to_string());
-    let mut out = BufWriter::new(out);
-    npy::write_header(&mut out, tokens.len(), backend.config().vocab_size).map_err(unwritable())?;
+    let unwritable = || WriteError::to(&flags.out);
+    npy::write_header(out, tokens.len(), backend.config().vocab_size).map_err(unwritable())?;
     let bar = terminal::progress("computing", tokens.len() as u64, Unit::Tokens);
     let mut state = backend.new_state()?;
     for chunk in tokens.chunks(flags.chunk.get()) {
         let rows = (state.position()..).zip(chunk);
         let rows = rows.map(|(position, &token)| Row { session: 0, position, token, logits: true }).collect();
         let logits = forward(backend, rows, &mut [&mut state], cancel, &mut NoObserver)?;
-        npy::write_values(&mut out, &logits).map_err(unwritable())?;
+        npy::write_values(out, &logits).map_err(unwritable())?;
         bar.inc(chunk.len() as u64);
     }
-    out.flush().map_err(unwritable())?;
     bar.finish_and_clear();
     Ok(())
 }

@@ -1,23 +1,24 @@
 //! Standard output and standard error: colour, progress, and what happens when they cannot be written to.
 
 use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// Output that could not be written.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot write to {place}: {cause}. Check the path, the free space and the permissions")]
+#[error("cannot write to {}: {cause}. Check the path, the free space and the permissions", .path.as_ref().map_or("standard output".into(), |path| path.display().to_string()))]
 pub struct WriteError {
-    /// Where to.
-    pub place: String,
+    /// Where to; `None` is standard output.
+    pub path: Option<PathBuf>,
     /// What the system said.
     pub cause: io::Error,
 }
 
 impl WriteError {
-    /// The error of writing to `place`.
-    pub fn to(place: impl Into<String>) -> impl FnOnce(io::Error) -> WriteError {
-        move |cause| WriteError { place: place.into(), cause }
+    /// The error of writing to `path`.
+    pub fn to(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> WriteError {
+        move |cause| WriteError { path: Some(path.into()), cause }
     }
 }
 
@@ -44,12 +45,16 @@ impl Stream {
         self.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
     }
 
-    /// Writes `text`, which arrives before this returns.
+    /// Writes `text`, which arrives before this returns. That standard error cannot be written to, or that nobody is
+    /// there to read it, is no error: the answer must not suffer from it.
     pub fn write(self, text: &str) -> Result<(), WriteError> {
         let put = |stream: &mut dyn Write| stream.write_all(text.as_bytes()).and_then(|()| stream.flush());
         match self {
-            Stream::Out => put(&mut io::stdout().lock()).map_err(WriteError::to("standard output")),
-            Stream::Err => put(&mut io::stderr().lock()).map_err(WriteError::to("standard error")),
+            Stream::Out => put(&mut io::stdout().lock()).map_err(|cause| WriteError { path: None, cause }),
+            Stream::Err => {
+                let _ = put(&mut io::stderr().lock());
+                Ok(())
+            }
         }
     }
 }
@@ -59,7 +64,14 @@ pub fn dim(text: &str) -> String {
     format!("\x1b[2m{text}\x1b[22m")
 }
 
-/// A line on standard error, for people. That nobody may be there to read it is no error.
+/// `text` with control characters as JSON escapes them (`\u001b`), so that text out of a file cannot drive the terminal
+/// or forge a line.
+pub fn escape_controls(text: &str) -> String {
+    let escaped = |c: char| if c.is_control() { format!("\\u{:04x}", u32::from(c)) } else { c.into() };
+    text.chars().map(escaped).collect()
+}
+
+/// A line on standard error, for people.
 pub fn note(text: &str) {
     let _ = Stream::Err.write(&format!("{text}\n"));
 }

@@ -122,8 +122,9 @@ fn vocabularies_that_do_not_fit_are_refused() {
     let tokens = header.metadata.str_array("tokenizer.ggml.tokens").unwrap();
     let renamed: Strings = tokens.iter().map(|token| if token == "<think>" { "<thunk>" } else { token }).collect();
     let fewer: Strings = tokens.iter().take(500).collect();
-    let cases: [(&str, &str, Value, &[&str]); 3] = [
+    let cases: [(&str, &str, Value, &[&str]); 4] = [
         ("foreign pre-tokenizer", "tokenizer.ggml.pre", "llama-bpe".into(), &["`llama-bpe`", "`joyai-llm`"]),
+        ("control characters", "tokenizer.ggml.pre", "a\n\x1b[2J".into(), &["`a\\u000a\\u001b[2J`", "`joyai-llm`"]),
         ("no <think>", "tokenizer.ggml.tokens", renamed.into(), &["no control token `<think>`", "GGUF file"]),
         ("fewer tokens than types", "tokenizer.ggml.tokens", fewer.into(), &["500 tokens but 512 token types"]),
     ];
@@ -243,6 +244,76 @@ fn bad_tokens_and_outputs_are_refused() {
     ]);
 }
 
+/// Names in `dir`, in order.
+fn names(dir: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(dir).unwrap();
+    let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn logits_never_replace_what_they_read_nor_an_older_file_by_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    std::fs::copy(tiny("tiny-q4"), path("model.gguf")).unwrap();
+    std::fs::write(path("tokens.json"), "[0, 5, 7]").unwrap();
+    std::fs::write(path("old.npy"), "old").unwrap();
+    std::os::unix::fs::symlink(path("model.gguf"), path("link.gguf")).unwrap();
+    // Fails after the header has been written: the logits are not finite.
+    rewrite(&tiny("tiny-q4"), &path("nan.gguf"), &[], |tensor, bytes| match tensor.name.as_str() {
+        "output.weight" => Change::Data(vec![0xff; bytes.len()]),
+        _ => Change::Keep,
+    });
+    let before = names(dir.path());
+    let logits = |model: &str, out: &str| {
+        let [model, tokens, out] = [path(model), path("tokens.json"), path(out)];
+        run(&["logits", "-m", as_str(&model), "--tokens", as_str(&tokens), "--out", as_str(&out)])
+    };
+    let refused = [
+        ("the model", "model.gguf", "model.gguf", "itself, which is read"),
+        ("the model behind a link", "link.gguf", "model.gguf", "itself, which is read"),
+        ("a link to the model", "model.gguf", "link.gguf", "itself, which is read"),
+        ("the tokens", "model.gguf", "tokens.json", "itself, which is read"),
+        ("an older file", "nan.gguf", "old.npy", "damaged"),
+        ("a new file", "nan.gguf", "new.npy", "damaged"),
+    ]
+    .map(|(case, model, out, word)| refused(case, &logits(model, out), &[word]));
+    all(refused);
+    assert_eq!(names(dir.path()), before, "nothing is left behind");
+    assert!(std::fs::read(path("model.gguf")).unwrap() == std::fs::read(tiny("tiny-q4")).unwrap());
+    assert_eq!(std::fs::read(path("tokens.json")).unwrap(), b"[0, 5, 7]");
+    assert_eq!(std::fs::read(path("old.npy")).unwrap(), b"old");
+
+    logits("model.gguf", "old.npy").success();
+    assert!(std::fs::read(path("old.npy")).unwrap().starts_with(b"\x93NUMPY"), "a success replaces the older file");
+    assert_eq!(names(dir.path()), before);
+}
+
+/// Whole numbers and shares below zero are told what is expected, like any other value out of range.
+#[test]
+fn values_out_of_range_are_told_what_is_expected() {
+    let cases = [
+        ("run", "--temp", "-1", "expected a finite number of at least 0"),
+        ("run", "--temp", "NaN", "expected a finite number of at least 0"),
+        ("run", "--temp", "1e39", "expected a finite number of at least 0"),
+        ("run", "--top-p", "-0.5", "expected a number from 0 to 1"),
+        ("run", "--min-p", "-1", "expected a number from 0 to 1"),
+        ("run", "-n", "-1", "expected a whole number from 0"),
+        ("run", "--seed", "-1", "expected a whole number from 0"),
+        ("run", "--seed", "18446744073709551616", "expected a whole number from 0"),
+        ("run", "--ctx", "-1", "expected a whole number from 0"),
+        ("run", "--threads", "-1", "-1 is not in 1..=1024"),
+        ("logits", "--chunk", "-1", "expected a whole number from 1"),
+        ("logits", "--chunk", "0", "expected a whole number from 1"),
+    ];
+    all(cases.map(|(command, flag, value, expected)| {
+        let ran = run(&[command, flag, value]);
+        let is_told = ran.code == Some(2) && ran.err.contains(expected) && !ran.err.contains("'-- ");
+        if is_told { Ok(()) } else { Err(format!("{flag} {value}: {:?} {}", ran.code, ran.err)) }
+    }));
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn a_full_disk_is_told() {
@@ -258,4 +329,5 @@ fn a_full_disk_is_told() {
         refused("standard output", &common::finish(child), &["standard output", "No space left", "free space"]),
     ]);
     assert!(Path::new("/dev/full").exists(), "only files are removed");
+    assert_eq!(names(dir.path()), ["tokens"]);
 }

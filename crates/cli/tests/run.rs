@@ -188,15 +188,56 @@ fn a_reader_that_goes_away_ends_it_quietly() {
     assert_eq!((ran.code, ran.err.as_str()), (Some(0), ""));
 }
 
+/// Reasoning and figures that nobody reads, or that find the disk full, take nothing from the answer.
+#[cfg(target_os = "linux")]
 #[test]
-fn interrupted_logits_leave_no_file() {
+fn standard_error_that_cannot_be_written_loses_no_answer() {
+    let model = tiny("tiny-iq2");
+    let args = ["run", "-m", as_str(&model), "-n", "80", "--temp", "0", "Hello"];
+    let expected = run(&args).success();
+    assert!(expected.len() > 1, "this random model happens to end its reasoning");
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    assert!(finish(infall(&args).stderr(full).spawn().unwrap()).success() == expected);
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    assert!(finish(infall(&args).stderr(writer).spawn().unwrap()).success() == expected);
+}
+
+#[test]
+fn logits_can_go_into_a_pipe() {
+    let dir = tempfile::tempdir().unwrap();
+    let (input, out) = (dir.path().join("tokens.json"), dir.path().join("logits.npy"));
+    std::fs::write(&input, "[0, 5, 7]").unwrap();
+    let model = tiny("tiny-q4");
+    let to = |out: &str| run(&["logits", "-m", as_str(&model), "--tokens", as_str(&input), "--out", out]).success();
+    assert!(to(as_str(&out)).is_empty());
+    assert!(to("/dev/stdout") == std::fs::read(&out).unwrap());
+}
+
+#[test]
+fn prompt_and_answer_together_fit_the_context() {
+    let model = tiny("tiny-iq2");
+    let common = ["run", "-m", as_str(&model), "--nothink", "--temp", "0", "Hello"];
+    let prompt = run(&[&common[..], &["-n", "0"]].concat()).err;
+    let prompt: usize = prompt.split_whitespace().nth(1).unwrap().parse().unwrap();
+    for (answer, said) in [(0, "0 tokens |"), (1, "1 token |"), (2, "2 tokens at ")] {
+        let context = (prompt + answer).to_string();
+        let err = run(&[&common[..], &["--ctx", &context]].concat()).err;
+        assert!(err.contains(&format!("generated {said}")) && err.contains("the context is full"), "{err}");
+    }
+}
+
+#[test]
+fn interrupted_logits_leave_the_folder_as_it_was() {
     let dir = tempfile::tempdir().unwrap();
     let (input, out) = (dir.path().join("tokens.json"), dir.path().join("logits.npy"));
     std::fs::write(&input, format!("{:?}", vec![5; 4096])).unwrap();
+    std::fs::write(&out, "older").unwrap();
     let model = tiny("tiny-q4");
     let args = ["logits", "-m", as_str(&model), "--tokens", as_str(&input), "--out", as_str(&out), "--chunk", "1"];
     let child = infall(&args).spawn().unwrap();
-    let has_begun = || out.metadata().is_ok_and(|file| file.len() > 0);
+    let entries = || std::fs::read_dir(&dir).unwrap().count();
+    let has_begun = || entries() == 3;
     let start = Instant::now();
     while !has_begun() {
         assert!(start.elapsed() < Duration::from_secs(30), "nothing is written");
@@ -205,7 +246,7 @@ fn interrupted_logits_leave_no_file() {
     signal(child.id(), "INT");
     let ran = finish(child);
     assert_eq!((ran.code, ran.err.as_str()), (Some(130), ""));
-    assert!(!out.exists());
+    assert_eq!((entries(), std::fs::read(&out).unwrap().as_slice()), (2, b"older".as_slice()));
 }
 
 #[test]
@@ -239,4 +280,24 @@ fn drafting_weights_are_named_and_left_alone() {
     assert_eq!(text(&path), text(&tiny("tiny-q4")));
     rewrite(&tiny("tiny-q4"), &path, &[], |_, _| Change::Keep);
     assert!(!String::from_utf8(run(&["inspect", as_str(&path)]).success()).unwrap().contains("left alone"));
+}
+
+/// Names in a file are text of a stranger: they can neither forge a line nor reach the terminal as control characters.
+#[test]
+fn names_from_a_file_are_escaped() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("forged.gguf");
+    let name = "mtp.a\nthis program\x1b[2J\u{9b}31m";
+    let key = [(name, gguf::Value::from("a\n\x1b\u{9b}"))];
+    common::rewrite_with(&tiny("tiny-q4"), &path, &key, |_, _| Change::Keep, &[(name, vec![256])]);
+    let text = |flags: &[&str]| {
+        let text = String::from_utf8(run(&[&["inspect", as_str(&path)], flags].concat()).success()).unwrap();
+        assert!(!text.chars().any(|c| c.is_control() && c != '\n'), "{text:?}");
+        text
+    };
+    let table = text(&["--check"]);
+    assert_eq!(table.matches(r"mtp.a\nthis program\u{1b}[2J\u{9b}31m").count(), 2, "{table}");
+    assert!(!table.lines().any(|line| line.starts_with("this program\x1b")), "{table}");
+    let report: serde_json::Value = serde_json::from_str(&text(&["--json"])).unwrap();
+    assert_eq!((&report["left_alone"][0], &report["metadata"][name]), (&name.into(), &"a\n\x1b\u{9b}".into()));
 }
