@@ -212,6 +212,12 @@ fn logits_can_go_into_a_pipe() {
     let to = |out: &str| run(&["logits", "-m", as_str(&model), "--tokens", as_str(&input), "--out", out]).success();
     assert!(to(as_str(&out)).is_empty());
     assert!(to("/dev/stdout") == std::fs::read(&out).unwrap());
+
+    let args = ["logits", "-m", as_str(&model), "--tokens", as_str(&input), "--out", "/dev/stdout"];
+    let mut child = infall(&args).spawn().unwrap();
+    drop(child.stdout.take());
+    let ran = finish(child);
+    assert!(ran.code == Some(1) && ran.err.contains("cannot write to /dev/stdout"), "{:?} {}", ran.code, ran.err);
 }
 
 #[test]
