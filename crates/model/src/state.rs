@@ -5,7 +5,7 @@
 //! make into a [`Delta`]; a pass that fails drops its delta, and the state never knew of it.
 //!
 //! Stepping back is free for the last [`FREE_REWIND_TOKENS`] tokens, because rings keep that much more than a step
-//! forward needs. Farther back there are [`Checkpoint`]s, at most [`MAX_CHECKPOINTS`], at multiples of
+//! forward needs. Farther back there are checkpoints, at most [`MAX_CHECKPOINTS`], at multiples of
 //! [`CHECKPOINT_TOKENS`].
 
 use std::sync::Arc;

@@ -2,7 +2,7 @@
 //! of the model's state. Knows nothing of files or models.
 //!
 //! - [`blocks`]: what the bytes of each format are.
-//! - [`dequantize`], [`quantize`]: blocks to f32 and back.
+//! - [`dequantize`], [`quantize()`]: blocks to f32 and back.
 //! - [`exact`]: the canonical f32 dot and everything built on it.
 //! - [`integer`]: dots of blocks with activations quantised to 8 bits.
 //! - [`math`]: deterministic `exp`, `sigmoid`, `silu`, `softplus`.

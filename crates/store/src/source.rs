@@ -79,7 +79,7 @@ pub struct Extent {
 }
 
 /// Pieces of 4 KiB that [`Source::identity`] samples from each file.
-pub const SAMPLES: u64 = 64;
+const SAMPLES: u64 = 64;
 
 enum Part {
     File { path: PathBuf, file: File, bytes: u64 },
@@ -122,7 +122,7 @@ impl Source {
     }
 
     /// What tells these files from others: their lengths and a hash of their first megabyte (which holds the header's
-    /// beginning) and of [`SAMPLES`] pieces spread over each.
+    /// beginning) and of 64 pieces spread over each.
     ///
     /// # Errors
     /// As [`Source::read_exact_at`].

@@ -160,7 +160,7 @@ fn near(group: &Group, target: f32, unit: f32) -> (u32, Choice) {
     (s, choice)
 }
 
-/// Bit j set where x[j] is negative.
+/// Bit j set where `x[j]` is negative.
 #[inline(always)]
 fn minus_signs(x: &[f32; 8]) -> u8 {
     x.iter().enumerate().fold(0, |bits, (j, x)| bits | u8::from(x.is_sign_negative()) << j)
