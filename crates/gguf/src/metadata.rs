@@ -102,14 +102,6 @@ impl Metadata {
         }
     }
 
-    /// An array of integers as it is, or one integer repeated `len` times.
-    pub fn u64_array_or_scalar(&self, key: &str, len: usize) -> Result<Vec<u64>, Error> {
-        match self.get(key) {
-            Some(Value::Array(_)) => self.u64_array(key),
-            _ => Ok(vec![self.u64(key)?; len]),
-        }
-    }
-
     /// An array of floats as it is, or one float repeated `len` times.
     pub fn f32_array_or_scalar(&self, key: &str, len: usize) -> Result<Vec<f32>, Error> {
         match self.get(key) {
