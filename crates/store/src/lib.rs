@@ -10,9 +10,11 @@
 mod host;
 mod lease;
 mod memory;
+pub mod policy;
 mod source;
 
 pub use host::{HostLeases, HostStore};
 pub use lease::{ExpertBytes, ExpertExtents, Lease};
 pub use memory::{ALIGNMENT_BYTES, AlignedBytes, check_available};
+pub use policy::{ExpertId, Policy};
 pub use source::{Extent, Source, StoreError};

@@ -1,0 +1,277 @@
+//! Which cached expert is worth least: decayed frequency, then recency.
+//!
+//! Pure: events in, a victim out; no clock, no memory, no I/O. An expert's score is the number of times it was chosen,
+//! each choice counting half as much after every [`Policy::HALF_LIFE_TOKENS`] tokens. Instead of halving every score as
+//! tokens pass, a new choice counts twice as much (LRFU's combined recency and frequency, Lee et al. 2001, in the form
+//! that SAT solvers keep their activities): the order of the rest never changes by itself, so a sorted set holds it and
+//! each event costs O(log n). Why these constants: docs/performance.md, "Which expert to evict".
+
+use std::collections::BTreeSet;
+
+/// One routed expert of one layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ExpertId {
+    /// Its layer.
+    pub layer: u32,
+    /// Its number within the layer.
+    pub expert: u32,
+}
+
+/// How much an expert is worth: by score, and of equal scores the one chosen longest ago is worth least.
+///
+/// The first field holds the bits of a score, which order as the scores themselves do: none is negative.
+type Worth = (u64, u64);
+
+#[derive(Clone, Copy, Default)]
+struct Entry {
+    score: f64,
+    /// Number of the last choice, counted over all experts.
+    last_choice: u64,
+    is_candidate: bool,
+}
+
+impl Entry {
+    fn worth(&self) -> Worth {
+        (self.score.to_bits(), self.last_choice)
+    }
+}
+
+/// `2^exponent`, up to 2^1023.
+const fn power_of_two(exponent: u64) -> f64 {
+    f64::from_bits((1023 + exponent) << 52)
+}
+
+/// The order in which cached experts are given up.
+///
+/// Experts compete within their size class only: a slot of one class cannot hold an expert of another. Those that may
+/// be given up are *candidates*; an expert that is leased, or being read, or in no slot, is none, and so is never chosen.
+pub struct Policy {
+    class_of_layer: Vec<usize>,
+    experts: usize,
+    half_life_tokens: usize,
+    /// What one choice counts now: a power of two.
+    weight: f64,
+    /// Tokens since the weight last doubled.
+    tokens: usize,
+    choices: u64,
+    entries: Vec<Entry>,
+    /// For each class its candidates, least worth first; the number is the entry's.
+    candidates: Vec<BTreeSet<(Worth, u32)>>,
+}
+
+impl Policy {
+    /// After so many tokens a choice counts half.
+    pub const HALF_LIFE_TOKENS: usize = 16;
+
+    /// Before the weight passes this, all scores are scaled down: far from what an f64 can hold.
+    const WEIGHT_LIMIT: f64 = power_of_two(256);
+
+    /// For layers of `experts` experts each; `class_of_layer` gives each layer's size class, numbered from 0.
+    pub fn new(class_of_layer: Vec<usize>, experts: usize) -> Policy {
+        Policy::with_half_life(class_of_layer, experts, Policy::HALF_LIFE_TOKENS)
+    }
+
+    /// The same with another half-life, which replay compares. Panics if it is 0.
+    pub(crate) fn with_half_life(class_of_layer: Vec<usize>, experts: usize, half_life_tokens: usize) -> Policy {
+        assert!(half_life_tokens > 0, "a half-life of 0 tokens");
+        let classes = class_of_layer.iter().max().map_or(0, |class| class + 1);
+        Policy {
+            entries: vec![Entry::default(); class_of_layer.len() * experts],
+            candidates: vec![BTreeSet::new(); classes],
+            class_of_layer,
+            experts,
+            half_life_tokens,
+            weight: 1.0,
+            tokens: 0,
+            choices: 0,
+        }
+    }
+
+    /// A row chose the expert, whether it was cached or not. `ahead_tokens` is the row's place in its session's rows of
+    /// the pass, from 0, so that a prompt read in one pass leaves the scores that its tokens would have left one by one.
+    pub fn chosen(&mut self, id: ExpertId, ahead_tokens: usize) {
+        self.choices += 1;
+        let halvings = ((self.tokens + ahead_tokens) / self.half_life_tokens).min(512);
+        let (weight, last_choice) = (self.weight * power_of_two(halvings as u64), self.choices);
+        self.change(id, |entry| {
+            entry.score += weight;
+            entry.last_choice = last_choice;
+        });
+    }
+
+    /// The pass has ended; `tokens` is the largest number of rows that one session had in it (1 in decode).
+    pub fn tokens_ended(&mut self, tokens: usize) {
+        self.tokens += tokens;
+        while self.tokens >= self.half_life_tokens {
+            self.tokens -= self.half_life_tokens;
+            self.weight *= 2.0;
+            if self.weight >= Policy::WEIGHT_LIMIT {
+                self.scale_down();
+            }
+        }
+    }
+
+    /// From now on the expert may be given up: its bytes are in a slot and nobody holds them.
+    pub fn may_evict(&mut self, id: ExpertId) {
+        self.change(id, |entry| entry.is_candidate = true);
+    }
+
+    /// From now on it may not: it is leased, or no longer in a slot.
+    pub fn must_keep(&mut self, id: ExpertId) {
+        self.change(id, |entry| entry.is_candidate = false);
+    }
+
+    /// The candidate of a size class that is worth least, if there is one. It stays a candidate until
+    /// [`Policy::must_keep`].
+    pub fn victim(&self, class: usize) -> Option<ExpertId> {
+        let (_, index) = self.candidates[class].first()?;
+        let index = *index as usize;
+        Some(ExpertId { layer: (index / self.experts) as u32, expert: (index % self.experts) as u32 })
+    }
+
+    /// Changes an entry, and its place among the candidates.
+    fn change(&mut self, id: ExpertId, change: impl FnOnce(&mut Entry)) {
+        assert!((id.expert as usize) < self.experts, "expert {} of {}", id.expert, self.experts);
+        let index = id.layer as usize * self.experts + id.expert as usize;
+        let entry = &mut self.entries[index];
+        let candidates = &mut self.candidates[self.class_of_layer[id.layer as usize]];
+        if entry.is_candidate {
+            candidates.remove(&(entry.worth(), index as u32));
+        }
+        change(entry);
+        if entry.is_candidate {
+            candidates.insert((entry.worth(), index as u32));
+        }
+    }
+
+    /// Scales all scores down. They are multiplied by a power of two: those large enough to matter stay exact, the rest
+    /// come near 0, and the sets are made anew for those.
+    fn scale_down(&mut self) {
+        self.weight /= Policy::WEIGHT_LIMIT;
+        self.candidates.iter_mut().for_each(BTreeSet::clear);
+        for (index, entry) in self.entries.iter_mut().enumerate() {
+            entry.score /= Policy::WEIGHT_LIMIT;
+            if entry.is_candidate {
+                let class = self.class_of_layer[index / self.experts];
+                self.candidates[class].insert((entry.worth(), index as u32));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Clone, Debug)]
+    enum Event {
+        Chosen(u32, u32, usize),
+        Ended(usize),
+        MayEvict(u32, u32),
+        MustKeep(u32, u32),
+    }
+
+    const LAYERS: usize = 3;
+    const EXPERTS: usize = 5;
+    const CLASSES: [usize; LAYERS] = [0, 1, 0];
+
+    fn events() -> impl Strategy<Value = Vec<Event>> {
+        let id = || (0..LAYERS as u32, 0..EXPERTS as u32);
+        let event = prop_oneof![
+            4 => (id(), 0..40usize).prop_map(|((l, e), ahead)| Event::Chosen(l, e, ahead)),
+            // Choices less than 53 half-lives apart, so that an f64 holds their sum exactly.
+            2 => (0..20usize).prop_map(Event::Ended),
+            3 => id().prop_map(|(l, e)| Event::MayEvict(l, e)),
+            1 => id().prop_map(|(l, e)| Event::MustKeep(l, e)),
+        ];
+        prop::collection::vec(event, 0..200)
+    }
+
+    /// The definition itself: every choice is remembered with its token, scores are summed when asked for.
+    #[derive(Default)]
+    struct Remembering {
+        now: usize,
+        choices: Vec<(ExpertId, usize)>,
+        candidates: Vec<ExpertId>,
+    }
+
+    impl Remembering {
+        /// Choices in each stretch of a half-life, the latest first: compared as digits, carried into base two.
+        fn score(&self, id: ExpertId) -> Vec<u64> {
+            let last = self.choices.iter().map(|&(_, token)| token / 16).max().unwrap_or(0);
+            let mut digits = vec![0u64; last + 64];
+            for &(_, token) in self.choices.iter().filter(|(chosen, _)| *chosen == id) {
+                digits[token / 16] += 1;
+            }
+            for i in 0..digits.len() - 1 {
+                digits[i + 1] += digits[i] / 2;
+                digits[i] %= 2;
+            }
+            digits.reverse();
+            digits
+        }
+
+        fn victim(&self, class: usize) -> Option<ExpertId> {
+            let last = |id: ExpertId| self.choices.iter().rposition(|(chosen, _)| *chosen == id);
+            let of_class = self.candidates.iter().filter(|id| CLASSES[id.layer as usize] == class);
+            of_class.copied().min_by_key(|&id| (self.score(id), last(id), id))
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn victims_are_those_of_the_definition(events in events()) {
+            let mut policy = Policy::new(CLASSES.to_vec(), EXPERTS);
+            let mut model = Remembering::default();
+            for event in events {
+                match event {
+                    Event::Chosen(layer, expert, ahead) => {
+                        let id = ExpertId { layer, expert };
+                        policy.chosen(id, ahead);
+                        model.choices.push((id, model.now + ahead));
+                    }
+                    Event::Ended(tokens) => {
+                        policy.tokens_ended(tokens);
+                        model.now += tokens;
+                    }
+                    Event::MayEvict(layer, expert) => {
+                        let id = ExpertId { layer, expert };
+                        policy.may_evict(id);
+                        model.candidates.retain(|&other| other != id);
+                        model.candidates.push(id);
+                    }
+                    Event::MustKeep(layer, expert) => {
+                        let id = ExpertId { layer, expert };
+                        policy.must_keep(id);
+                        model.candidates.retain(|&other| other != id);
+                    }
+                }
+                for class in 0..2 {
+                    prop_assert_eq!(policy.victim(class), model.victim(class));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn scores_survive_any_number_of_tokens() {
+        let id = |expert| ExpertId { layer: 0, expert };
+        let mut policy = Policy::new(vec![0], 3);
+        for expert in 0..3 {
+            policy.may_evict(id(expert));
+        }
+        for _ in 0..100 {
+            [0, 0, 1, 1, 1, 2].into_iter().for_each(|expert| policy.chosen(id(expert), 0));
+            policy.tokens_ended(1000);
+            assert_eq!(policy.victim(0), Some(id(2)));
+        }
+        policy.chosen(id(2), 1_000_000);
+        policy.must_keep(id(2));
+        assert_eq!(policy.victim(0), Some(id(0)));
+        policy.tokens_ended(1_000_000);
+        policy.may_evict(id(2));
+        assert_eq!(policy.victim(0), Some(id(0)));
+    }
+}
