@@ -106,7 +106,7 @@ fn sampling(flags: &flags::Run) -> Sampling {
         temperature: flags.temperature.unwrap_or(default_temperature),
         top_p: flags.top_p,
         min_p: flags.min_p,
-        top_k: 0,
+        ..Sampling::default()
     }
 }
 

@@ -1,5 +1,9 @@
 //! What can go wrong between a prompt and its continuation.
 
+use std::io;
+
+use crate::SavedError;
+
 /// An error of a session.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -41,11 +45,23 @@ pub enum Error {
         /// Its range.
         expected: &'static str,
     },
+    /// A bias for a token that the model does not have.
+    #[error("logit_bias names token {token}, expected less than {vocab_size}, the model's vocabulary")]
+    BiasToken {
+        /// The token.
+        token: u32,
+        /// The model's vocabulary.
+        vocab_size: usize,
+    },
     /// Nothing can be sampled.
-    #[error(
-        "none of the {0} logits is a finite number, so no token can be chosen. The computation or its input is broken"
-    )]
+    #[error("none of the {0} logits that may be chosen is a finite number. The computation or its input is broken")]
     NoFiniteLogit(usize),
+    /// The session could not be written.
+    #[error("writing the session failed: {0}")]
+    Save(io::Error),
+    /// A saved session could not be used.
+    #[error(transparent)]
+    Saved(#[from] SavedError),
     /// The pass failed or was cancelled; the session is as it was before it.
     #[error(transparent)]
     Model(#[from] model::Error),

@@ -8,9 +8,11 @@
 mod error;
 mod generate;
 mod sampler;
+mod saved;
 mod timeline;
 
 pub use error::Error;
 pub use generate::{Limits, StopReason, generate};
-pub use sampler::{Sampler, Sampling, TOP_K_CAP};
+pub use sampler::{Choice, Logprobs, Sampler, Sampling, TOP_K_CAP};
+pub use saved::SavedError;
 pub use timeline::{Context, Session};

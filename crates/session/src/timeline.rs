@@ -27,6 +27,11 @@ impl Context {
         Ok(Context { tokens, model_tokens })
     }
 
+    /// How many tokens a session may hold.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
     /// Whether a prompt of `prompt` tokens can follow `held` tokens.
     ///
     /// # Errors
@@ -57,6 +62,11 @@ impl<B: Backend> Session<B> {
     /// The backend has no memory for it.
     pub fn new(backend: &B, context: Context) -> Result<Session<B>, Error> {
         Ok(Session { tokens: Vec::new(), state: backend.new_state()?, context })
+    }
+
+    /// A session whose `state` has seen exactly `tokens`.
+    pub(crate) fn from_parts(tokens: Vec<u32>, state: B::State, context: Context) -> Session<B> {
+        Session { tokens, state, context }
     }
 
     /// Every token seen, first to last.
@@ -114,6 +124,14 @@ impl<B: Backend> Session<B> {
         let reached = backend.rewind(&mut self.state, target);
         self.tokens.truncate(reached);
         reached
+    }
+
+    /// Steps back to where the session's tokens and `tokens` part, or to the nearest earlier place the state still knows,
+    /// so that `tokens` can be read from there. Returns how many of them are kept: always less than all (none if there
+    /// are none), because logits come from reading a token.
+    pub fn reuse(&mut self, backend: &B, tokens: &[u32]) -> usize {
+        let shared = self.tokens.iter().zip(tokens).take_while(|(held, wanted)| held == wanted).count();
+        self.rewind(backend, shared.min(tokens.len().saturating_sub(1)))
     }
 
     /// One forward pass over `tokens`; logits after the last of them, or none.

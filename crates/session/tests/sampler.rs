@@ -1,9 +1,10 @@
 //! The sampler against a distribution computed in another, plainer way.
 
 use proptest::prelude::*;
-use session::{Error, Sampler, Sampling};
+use session::{Choice, Error, Logprobs, Sampler, Sampling};
 
-const PLAIN: Sampling = Sampling { temperature: 1.0, top_p: 1.0, min_p: 0.0, top_k: 0 };
+const PLAIN: Sampling =
+    Sampling { temperature: 1.0, top_p: 1.0, min_p: 0.0, top_k: 0, presence_penalty: 0.0, frequency_penalty: 0.0 };
 
 /// The probability of every token, from the rules' words: softmax at the temperature over the `top_k` likeliest; of
 /// these, those at least `min_p` times as likely as the first; of these, the shortest head that has the mass `top_p`.
@@ -40,11 +41,15 @@ fn logits(count: usize) -> Vec<f32> {
 
 /// Pearson's chi-square of `draws` draws, and its degrees of freedom. Tokens of less than 5 expected draws count as one.
 fn chi_square(logits: &[f32], sampling: Sampling, draws: usize) -> (f64, f64) {
-    let expected = distribution(logits, sampling);
-    let mut counts = vec![0_usize; logits.len()];
     let mut sampler = Sampler::new(sampling, 7).unwrap();
+    statistic(&distribution(logits, sampling), draws, || sampler.sample(logits).unwrap())
+}
+
+/// The same for any source of draws.
+fn statistic(expected: &[f64], draws: usize, mut draw: impl FnMut() -> u32) -> (f64, f64) {
+    let mut counts = vec![0_usize; expected.len()];
     for _ in 0..draws {
-        counts[sampler.sample(logits).unwrap() as usize] += 1;
+        counts[draw() as usize] += 1;
     }
     let (mut statistic, mut cells, mut rare) = (0.0, 0.0, (0.0, 0.0));
     let mut add = |seen: f64, expected: f64| {
@@ -72,7 +77,7 @@ fn draws_follow_the_distribution() {
         Sampling { min_p: 0.05, ..PLAIN },
         Sampling { top_p: 0.9, ..PLAIN },
         Sampling { top_k: 10, ..PLAIN },
-        Sampling { temperature: 1.3, top_p: 0.8, min_p: 0.1, top_k: 50 },
+        Sampling { temperature: 1.3, top_p: 0.8, min_p: 0.1, top_k: 50, ..PLAIN },
     ] {
         let (statistic, freedom) = chi_square(&logits, sampling, 30_000);
         // Mean `freedom`, variance twice that: five standard deviations.
@@ -112,10 +117,150 @@ fn settings_outside_their_range_are_refused() {
         (Sampling { top_p: f32::NAN, ..PLAIN }, "top_p"),
         (Sampling { min_p: -0.1, ..PLAIN }, "min_p"),
         (Sampling { temperature: f32::INFINITY, ..PLAIN }, "temperature"),
+        (Sampling { presence_penalty: 2.1, ..PLAIN }, "presence_penalty"),
+        (Sampling { frequency_penalty: f32::NAN, ..PLAIN }, "frequency_penalty"),
     ] {
         let error = Sampler::new(sampling, 1).unwrap_err().to_string();
         assert!(error.starts_with(name) && error.contains("expected"), "{error}");
     }
+    let biased = |bias| Sampler::new(PLAIN, 1).unwrap().with_bias(vec![bias]);
+    let error = biased((3, 101.0)).unwrap_err().to_string();
+    assert!(error.starts_with("logit_bias is 101"), "{error}");
+    let error = biased((3, 1.0)).unwrap().sample(&[0.0; 3]).unwrap_err().to_string();
+    assert!(error.contains("names token 3, expected less than 3"), "{error}");
+}
+
+/// The mask that allows `tokens`.
+fn mask(vocab: usize, tokens: &[u32]) -> Vec<u32> {
+    let mut mask = vec![0; vocab.div_ceil(32)];
+    tokens.iter().for_each(|&token| mask[token as usize / 32] |= 1 << (token % 32));
+    mask
+}
+
+/// A token outside the mask counts for nothing: not for the largest logit, nor for top-k, nor for the mass of top-p.
+#[test]
+fn a_mask_comes_before_everything() {
+    let logits = logits(200);
+    let allowed: Vec<u32> = (0..200).filter(|token| token % 3 == 1).collect();
+    let words = mask(200, &allowed);
+    let choice = Choice { allowed: Some(&words), greedy: false };
+    let barred = |(token, &logit)| if allowed.contains(&token) { logit } else { f32::NAN };
+    let only_allowed: Vec<f32> = (0..).zip(&logits).map(barred).collect();
+    for sampling in [PLAIN, Sampling { top_p: 0.7, ..PLAIN }, Sampling { top_k: 10, min_p: 0.01, ..PLAIN }] {
+        let mut sampler = Sampler::new(sampling, 11).unwrap();
+        let expected = distribution(&only_allowed, sampling);
+        let (statistic, freedom) = statistic(&expected, 20_000, || sampler.choose(&logits, choice).unwrap());
+        println!("{sampling:?}: chi-square {statistic:.1} of {freedom} degrees of freedom");
+        assert!(statistic < freedom + 5.0 * (2.0 * freedom).sqrt() && freedom > 3.0);
+    }
+    let one = mask(200, &[77]);
+    let mut sampler = Sampler::new(PLAIN, 1).unwrap();
+    assert_eq!(sampler.choose(&logits, Choice { allowed: Some(&one), greedy: false }).unwrap(), 77);
+    assert_eq!(sampler.choose(&logits, Choice { allowed: Some(&one), greedy: true }).unwrap(), 77);
+    let none = mask(200, &[]);
+    let error = sampler.choose(&logits, Choice { allowed: Some(&none), greedy: true }).unwrap_err();
+    assert!(matches!(error, Error::NoFiniteLogit(200)), "{error}");
+}
+
+#[test]
+fn a_bias_is_added_to_the_logits() {
+    let logits = logits(200);
+    let bias = vec![(3, 4.0), (17, -100.0), (50, 2.5), (3, 1.0)];
+    let mut biased = logits.clone();
+    bias.iter().for_each(|&(token, bias): &(u32, f32)| biased[token as usize] += bias);
+    let sampling = Sampling { top_p: 0.95, ..PLAIN };
+    let mut sampler = Sampler::new(sampling, 5).unwrap().with_bias(bias).unwrap();
+    let draw = || sampler.sample(&logits).unwrap();
+    let (statistic, freedom) = statistic(&distribution(&biased, sampling), 20_000, draw);
+    assert!(statistic < freedom + 5.0 * (2.0 * freedom).sqrt() && freedom > 3.0, "{statistic} of {freedom}");
+    let forced = Sampler::new(PLAIN, 5).unwrap().with_bias(vec![(9, 100.0)]);
+    assert_eq!(forced.unwrap().sample(&logits).unwrap(), 9);
+}
+
+/// OpenAI: `mu[j] -> mu[j] - c[j] * alpha_frequency - float(c[j] > 0) * alpha_presence`, step by step at temperature 0, where
+/// the choice follows from the logits alone.
+#[test]
+fn penalties_are_those_of_openai() {
+    let logits: Vec<f32> = (0..40).map(|i| (i * 13 % 40) as f32 / 8.0).collect();
+    for (presence_penalty, frequency_penalty) in [(0.0, 0.3), (1.1, 0.0), (0.7, 0.4), (-0.5, 0.2), (2.0, -0.1)] {
+        let sampling = Sampling { temperature: 0.0, presence_penalty, frequency_penalty, ..PLAIN };
+        let mut sampler = Sampler::new(sampling, 0).unwrap();
+        let mut counts = [0_u32; 40];
+        for step in 0..120 {
+            let penalized = |token: usize| {
+                let seen = if counts[token] > 0 { 1.0 } else { 0.0 };
+                f64::from(logits[token])
+                    - f64::from(counts[token]) * f64::from(frequency_penalty)
+                    - seen * f64::from(presence_penalty)
+            };
+            let expected = (0..40).map(penalized).fold(f64::NEG_INFINITY, f64::max);
+            let token = sampler.sample(&logits).unwrap() as usize;
+            assert!((penalized(token) - expected).abs() < 1e-5, "step {step}, token {token}");
+            counts[token] += 1;
+        }
+    }
+}
+
+#[test]
+fn a_greedy_choice_knows_no_penalties_and_uses_no_randomness() {
+    let logits = logits(200);
+    let penalized = Sampling { presence_penalty: 2.0, frequency_penalty: 2.0, ..PLAIN };
+    let mut sampler = Sampler::new(penalized, 3).unwrap();
+    let greedy = Choice { allowed: None, greedy: true };
+    let first = sampler.choose(&logits, greedy).unwrap();
+    assert!((0..5).all(|_| sampler.choose(&logits, greedy).unwrap() == first));
+    let draws = |with_greedy: bool| {
+        let mut sampler = Sampler::new(PLAIN, 3).unwrap();
+        let draw = |_| {
+            if with_greedy {
+                sampler.choose(&logits, greedy).unwrap();
+            }
+            sampler.sample(&logits).unwrap()
+        };
+        (0..10).map(draw).collect::<Vec<_>>()
+    };
+    assert_eq!(draws(true), draws(false));
+}
+
+/// Of a vocabulary of V4's size, where the sampler sorts only what it must.
+#[test]
+fn a_large_vocabulary_is_cut_in_the_same_places() {
+    let logits: Vec<f32> = (0..129_280_u64)
+        .map(|i| {
+            let noise = (i.wrapping_mul(6_364_136_223_846_793_005) >> 40) as f32 / (1 << 24) as f32;
+            noise * 6.0 + if i % 1000 == 0 { 5.0 } else { 0.0 }
+        })
+        .collect();
+    for sampling in [
+        Sampling { top_p: 0.02, ..PLAIN },
+        Sampling { top_p: 0.3, ..PLAIN },
+        Sampling { top_k: 1000, ..PLAIN },
+        Sampling { min_p: 0.2, temperature: 0.5, ..PLAIN },
+    ] {
+        let expected = distribution(&logits, sampling);
+        let kept = expected.iter().filter(|&&p| p > 0.0).count();
+        let mut sampler = Sampler::new(sampling, 2).unwrap();
+        let inside = (0..50).all(|_| expected[sampler.sample(&logits).unwrap() as usize] > 0.0);
+        println!("{sampling:?}: {kept} tokens kept");
+        assert!(inside, "{sampling:?}");
+    }
+}
+
+#[test]
+fn logprobs_are_the_log_softmax_of_the_raw_logits() {
+    let mut logits = logits(200);
+    logits[8] = f32::NAN;
+    let probabilities = distribution(&logits, PLAIN);
+    let found = Logprobs::new(&logits, 42, Logprobs::MAX_TOP);
+    assert!((found.chosen - probabilities[42].ln()).abs() < 1e-12);
+    assert_eq!(found.top.len(), 20);
+    for &(token, logprob) in &found.top {
+        assert!((logprob - probabilities[token as usize].ln()).abs() < 1e-12);
+    }
+    let mut order: Vec<u32> = (0..200).filter(|&token| token != 8).collect();
+    order.sort_by(|&a, &b| logits[b as usize].partial_cmp(&logits[a as usize]).unwrap());
+    assert_eq!(found.top.iter().map(|&(token, _)| token).collect::<Vec<_>>(), order[..20]);
+    assert_eq!(Logprobs::new(&logits, 42, 0).top, []);
 }
 
 /// The stream of ChaCha8 is specified and `exp` is our own: these tokens are the same everywhere, for ever.
@@ -143,7 +288,7 @@ proptest! {
         seed: u64,
     ) {
         prop_assume!(logits.iter().any(|logit| logit.is_finite()));
-        let sampling = Sampling { temperature, top_p, min_p, top_k };
+        let sampling = Sampling { temperature, top_p, min_p, top_k, ..PLAIN };
         let expected = distribution(&logits, sampling);
         let mut sampler = Sampler::new(sampling, seed).unwrap();
         for _ in 0..20 {

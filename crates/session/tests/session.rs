@@ -42,7 +42,7 @@ fn greedy_reference(backend: &CpuBackend, prompt: &[u32], count: usize) -> Vec<u
 }
 
 fn greedy() -> Sampler {
-    Sampler::new(Sampling { temperature: 0.0, top_p: 1.0, min_p: 0.0, top_k: 0 }, 0).unwrap()
+    Sampler::new(Sampling { temperature: 0.0, ..Sampling::default() }, 0).unwrap()
 }
 
 /// Prompt, then generation; what was received, why it ended, what the session holds.
@@ -147,6 +147,115 @@ fn rewind_keeps_tokens_and_state_in_step() {
     assert!(reached <= 100);
     assert_eq!((session.tokens(), session.state().position()), (&prompt(200)[..reached], reached));
     assert_eq!(session.prefill(&backend, &prompt(200)[reached..], 64, &cancel, &mut |_| ()).unwrap(), first);
+}
+
+#[test]
+fn reuse_keeps_the_longest_known_prefix_and_leaves_something_to_read() {
+    let backend = backend();
+    let cancel = Cancel::default();
+    let mut session = empty_session(&backend, 1000);
+    let whole = session.prefill(&backend, &prompt(200), 64, &cancel, &mut |_| ()).unwrap();
+    assert_eq!(session.reuse(&backend, &prompt(200)), 199, "the last token is read again, for its logits");
+    assert_eq!(session.step(&backend, prompt(200)[199], &cancel).unwrap(), whole);
+    assert_eq!(session.reuse(&backend, &prompt(230)), 200);
+
+    let other = [&prompt(170)[..], &[1, 2, 3]].concat();
+    assert_eq!(session.reuse(&backend, &other), 170);
+    assert_eq!(session.tokens(), &prompt(170));
+    let reused = session.prefill(&backend, &other[170..], 64, &cancel, &mut |_| ()).unwrap();
+    let fresh = empty_session(&backend, 1000).prefill(&backend, &other, 256, &cancel, &mut |_| ()).unwrap();
+    assert_eq!(reused, fresh, "to the bit");
+
+    assert!(session.reuse(&backend, &prompt(20)) < 20, "farther back than the state remembers");
+    assert_eq!(session.tokens(), &prompt(200)[..session.state().position()]);
+    assert_eq!(session.reuse(&backend, &[]), 0);
+    assert_eq!((session.tokens().len(), session.state().position()), (0, 0));
+}
+
+fn saved(backend: &CpuBackend, session: &Session<CpuBackend>) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    session.save(backend, &mut bytes).unwrap();
+    bytes
+}
+
+fn load(backend: &CpuBackend, mut bytes: &[u8]) -> Result<Session<CpuBackend>, Error> {
+    Session::load(backend, Context::new(backend.config(), Some(300)).unwrap(), &mut bytes)
+}
+
+#[test]
+fn a_loaded_session_goes_on_with_the_same_bits() {
+    let backend = backend();
+    let cancel = Cancel::default();
+    for held in [0, 1, 128, 140] {
+        let mut session = empty_session(&backend, 1000);
+        if held > 0 {
+            session.prefill(&backend, &prompt(held), 64, &cancel, &mut |_| ()).unwrap();
+        }
+        let mut bytes = saved(&backend, &session);
+        bytes.extend(b"more");
+        let mut rest = &bytes[..];
+        let mut loaded =
+            Session::load(&backend, Context::new(backend.config(), Some(300)).unwrap(), &mut rest).unwrap();
+        assert_eq!(
+            (rest, loaded.tokens(), loaded.room_tokens()),
+            (&b"more"[..], session.tokens(), 300 - held as usize)
+        );
+        for back in [0, 10, 150] {
+            let target = (held as usize).saturating_sub(back);
+            assert_eq!(loaded.rewind(&backend, target), session.rewind(&backend, target));
+            let next = &prompt(150)[loaded.tokens().len()..];
+            let [expected, found] =
+                [&mut session, &mut loaded].map(|s| s.prefill(&backend, next, 50, &cancel, &mut |_| ()).unwrap());
+            assert_eq!(found, expected, "{held} tokens held, {back} back");
+        }
+    }
+}
+
+#[test]
+fn damaged_and_foreign_sessions_are_refused() {
+    let backend = backend();
+    let mut session = empty_session(&backend, 1000);
+    session.prefill(&backend, &prompt(40), 64, &Cancel::default(), &mut |_| ()).unwrap();
+    let good = saved(&backend, &session);
+    let refused = |bytes: &[u8]| load(&backend, bytes).err().expect("refused").to_string();
+    let changed = |at: usize, with: &[u8]| {
+        let mut bytes = good.clone();
+        bytes[at..at + with.len()].copy_from_slice(with);
+        bytes
+    };
+    assert!(refused(b"GGUF....").contains("not a saved session"));
+    assert!(refused(b"").contains("could not be read"));
+    assert!(refused(&changed(8, &[9])).contains("format version 9"));
+    assert!(refused(&changed(12, &[0xff; 8])).contains("expected at most 300"));
+    assert!(refused(&changed(12, &[39])).contains("damaged"));
+    assert!(refused(&changed(20, &[7])).contains("checksum"));
+
+    let mut foreign = changed(20, &u32::MAX.to_le_bytes());
+    let head = 20 + 4 * 40;
+    let crc = crc32fast::hash(&foreign[..head]);
+    foreign[head..head + 4].copy_from_slice(&crc.to_le_bytes());
+    assert!(refused(&foreign).contains("made with another model"));
+
+    session.rewind(&backend, 30);
+    let shorter = saved(&backend, &session);
+    let mixed = [&good[..head + 4], &shorter[20 + 4 * 30 + 4..]].concat();
+    assert!(refused(&mixed).contains("40 tokens but a state after 30"));
+}
+
+/// Every cut and a change of every byte of head and tail, and of some between: an error each time, never a panic.
+#[test]
+fn no_change_of_a_saved_session_goes_unnoticed() {
+    let backend = backend();
+    let mut session = empty_session(&backend, 1000);
+    session.prefill(&backend, &prompt(40), 64, &Cancel::default(), &mut |_| ()).unwrap();
+    let good = saved(&backend, &session);
+    let places = (0..good.len()).filter(|at| *at < 300 || at + 20 > good.len() || at % 997 == 0);
+    for at in places {
+        assert!(load(&backend, &good[..at]).is_err(), "cut at {at}");
+        let mut bytes = good.clone();
+        bytes[at] ^= 0x41;
+        assert!(load(&backend, &bytes).is_err(), "byte {at} changed");
+    }
 }
 
 #[test]
