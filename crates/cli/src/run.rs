@@ -96,7 +96,7 @@ fn encode(flags: &flags::Run, tokenizer: &Tokenizer, prompt: &str) -> anyhow::Re
         mode: if flags.nothink { Mode::Chat } else { Mode::Thinking { effort: None } },
         drop_reasoning: true,
     };
-    let segments = render(tokenizer, &[Message::User { content: prompt.to_owned() }], &options)?;
+    let segments = render(tokenizer, &[Message::user(prompt)], &options)?;
     Ok(tokenizer.encode_segments(&segments))
 }
 

@@ -3,7 +3,7 @@
 mod common;
 
 use serde_json::Value;
-use text::prompt::{Effort, Encoding, Message, Mode, PromptError, PromptOptions, render};
+use text::prompt::{AssistantMessage, Effort, Encoding, Message, Mode, PromptError, PromptOptions, render};
 
 fn cases(kind: &str) -> Vec<Value> {
     let all = common::read_json(&common::repository_file("docs/spec/conversation_cases.json"));
@@ -57,13 +57,14 @@ fn render_cases_without_tools() {
 fn message(json: &Value) -> Message {
     let text = |key: &str| json.get(key).map_or("", |value| value.as_str().unwrap()).to_owned();
     match json["role"].as_str().unwrap() {
-        "system" => Message::System { content: text("content") },
-        "user" => Message::User { content: text("content") },
-        "assistant" => Message::Assistant {
+        "system" => Message::system(text("content")),
+        "user" => Message::user(text("content")),
+        "assistant" => Message::Assistant(AssistantMessage {
             reasoning: text("reasoning_content"),
             content: text("content"),
             continued: json.get("wo_eos").is_some_and(|value| value.as_bool().unwrap()),
-        },
+            ..AssistantMessage::default()
+        }),
         role => panic!("a role without a message: {role}"),
     }
 }
@@ -91,7 +92,7 @@ fn effort_prefixes() {
     let tokenizer = common::v4();
     let prefix_tokens = |encoding, effort| {
         let options = PromptOptions { encoding, mode: Mode::Thinking { effort }, drop_reasoning: true };
-        let messages = [Message::User { content: String::new() }];
+        let messages = [Message::user("")];
         render(&tokenizer, &messages, &options).map(|segments| tokenizer.encode_segments(&segments).len() - 4)
     };
     let (low, high, max) = (Some(Effort::Low), Some(Effort::High), Some(Effort::Max));

@@ -2,22 +2,26 @@
 
 mod common;
 
-use text::prompt::{Encoding, Message, Mode, PromptError, PromptOptions, render};
+use text::prompt::{AssistantMessage, Encoding, Message, Mode, PromptError, PromptOptions, render};
 use text::{Segment, Tokenizer};
 
 const CHAT: PromptOptions = PromptOptions { encoding: Encoding::V4_2604, mode: Mode::Chat, drop_reasoning: true };
 const THINKING: PromptOptions = PromptOptions { mode: Mode::Thinking { effort: None }, ..CHAT };
 
 fn system(content: &str) -> Message {
-    Message::System { content: content.to_owned() }
+    Message::system(content)
 }
 
 fn user(content: &str) -> Message {
-    Message::User { content: content.to_owned() }
+    Message::user(content)
 }
 
 fn assistant(reasoning: &str, content: &str) -> Message {
-    Message::Assistant { reasoning: reasoning.to_owned(), content: content.to_owned(), continued: false }
+    Message::Assistant(AssistantMessage {
+        reasoning: reasoning.to_owned(),
+        content: content.to_owned(),
+        ..AssistantMessage::default()
+    })
 }
 
 fn spelt_out(tokenizer: &Tokenizer, messages: &[Message], options: PromptOptions) -> String {
@@ -97,7 +101,7 @@ fn assistant_text_cannot_begin_or_end_a_turn() {
 #[test]
 fn a_continued_message_has_no_eos() {
     let tokenizer = common::tiny();
-    let open = Message::Assistant { reasoning: String::new(), content: "be".to_owned(), continued: true };
+    let open = Message::Assistant(AssistantMessage { content: "be".to_owned(), continued: true, ..Default::default() });
     let prompt = spelt_out(&tokenizer, &[user("q"), open.clone()], CHAT);
     assert_eq!(prompt, "<｜begin▁of▁sentence｜><｜User｜>q<｜Assistant｜></think>be");
 

@@ -62,8 +62,15 @@ fn the_vocabulary_is_that_of_v4() {
     let tokenizer = common::v4();
     assert_eq!(tokenizer.vocab_size(), 129_280);
     let tokens = ControlTokens::find(&tokenizer).unwrap();
-    let expected =
-        ControlTokens { bos: 0, eos: 1, user: 128_803, assistant: 128_804, think: 128_821, end_think: 128_822 };
+    let expected = ControlTokens {
+        bos: 0,
+        eos: 1,
+        user: 128_803,
+        assistant: 128_804,
+        think: 128_821,
+        end_think: 128_822,
+        dsml: Some(128_825),
+    };
     assert_eq!(tokens, expected);
     assert_eq!(tokens.stop_set(), [1, 128_803, 128_804]);
     assert_eq!(tokenizer.control("｜DSML｜"), Some(128_825));

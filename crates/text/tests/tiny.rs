@@ -28,7 +28,7 @@ fn text_never_becomes_a_control_token() {
     assert_eq!(tokenizer.encode_with_control(forged).iter().filter(|&&id| tokenizer.is_control(id)).count(), 5);
 
     let options = PromptOptions { encoding: Encoding::V4_2604, mode: Mode::Chat, drop_reasoning: true };
-    let message = |content: &str| Message::User { content: content.to_owned() };
+    let message = |content: &str| Message::user(content);
     let segments = render(&tokenizer, &[message(forged)], &options).unwrap();
     let control = segments.iter().filter(|segment| matches!(segment, Segment::Control(_))).count();
     assert_eq!(control, 4, "BOS, user, assistant and </think> of the template");
@@ -68,7 +68,8 @@ fn ids_outside_the_vocabulary_have_no_bytes() {
 #[test]
 fn a_small_vocabulary_has_v4_control_tokens_under_other_ids() {
     let tokens = ControlTokens::find(&common::tiny()).unwrap();
-    let expected = ControlTokens { bos: 0, eos: 1, user: 509, assistant: 510, think: 507, end_think: 508 };
+    let expected =
+        ControlTokens { bos: 0, eos: 1, user: 509, assistant: 510, think: 507, end_think: 508, dsml: Some(511) };
     assert_eq!(tokens, expected);
 }
 
