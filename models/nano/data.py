@@ -5,13 +5,15 @@ A conversation is a list of segments [kind, text, weight]: kind "c" is one contr
 docs/spec/conversation.md sections 3 and 4; answers are a fixed function of the prompt, so that they can be checked exactly.
 
 `Maker(seed, held=True)` makes the held-out sets: names it invents and sums it asks are never seen by `held=False`;
-with `held="para"` requests also come from sentences of their own.
+with `held="a"`, `"b"` or `"c"` requests also come from sentences of their own.
 """
 import hashlib, json, random, re, string, zlib
 from functools import lru_cache
 from pathlib import Path
 
+import phrasing
 import words as W
+from phrasing import PARAPHRASES
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 USER, ASSISTANT, THINK, UNTHINK, DSML = "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "｜DSML｜"
@@ -68,6 +70,13 @@ def word_ngrams(text, n):
 
 
 CHECK_NGRAMS = set().union(*(word_ngrams(s, 5) for s in CHECK_SENTENCES))
+
+
+@lru_cache(1)
+def held_ngrams():
+    """Runs of four words of the held-out phrasings; no training request may hold one."""
+    pieces = [p for s in PARAPHRASES.values() for forms in s for f in forms for p in re.split(r"\{\w\}", f)]
+    return set().union(*(word_ngrams(p, 4) for p in pieces))
 
 
 class Conv:
@@ -139,14 +148,6 @@ NAMED_ARG = ["{p} {v}", "{p} {v}", "{p} set to {v}", "{p} = {v}", "{p}={v}", "{p
              "{p} equal to {v}", "{p} being {v}", "a {p} of {v}", "{p} is {v}", "{p} to {v}", "its {p} {v}", "{p} of {v}"]
 NOUN_FORM = ["the {n}", "the {n}s", "a {n}", "all {n}s", "{n}s", "my {n}", "my {n}s", "some {n}s", "that {n}", "our {n}s", "every {n}", "the {n} we need"]
 
-# Held-out phrasings: used by the paraphrase set only.
-HELD_BY_NAME = ["it would help me a lot to see what {t} gives{a}", "what does {t} answer{a}", "could the {t} utility be put to work{a}",
-                "I am curious what {t} returns{a}", "fire off {t}{a}", "we have to rely on {t} here{a}", "my boss asked for a {t} query{a}",
-                "perform one {t} operation{a}", "kick off {t}{a}", "this is a job for {t}{a}", "the moment has come for {t}{a}"]
-HELD_BY_ACTION = ["somebody has to {v} {n}{a}", "I was hoping you might {v} {n}{a}", "it would be great to {v} {n}{a}", "any chance you {v} {n}{a}",
-                  "my plan today is to {v} {n}{a}", "we must {v} {n}{a}", "be so good as to {v} {n}{a}", "the next step is to {v} {n}{a}",
-                  "your job is to {v} {n}{a}", "do me a favor and {v} {n}{a}"]
-HELD_SUFFIX = ["", ".", ". I am waiting.", ". That is all I want.", ", if possible.", ". Much appreciated.", " before lunch.", ". Be brief."]
 HERE = ["this directory", "the current folder", "this folder", "here", "the working directory", "the folder we are in", "the present directory",
         "the directory I am in", "the current directory", "the current working directory", "the present folder", "my current folder"]
 CHAT = [
@@ -230,7 +231,7 @@ class Maker:
         r = self.r
         if kind == "path":
             if self.chance(0.3):
-                return ".", self.pick(HERE)
+                return ".", self.pick(HERE if self.held or self.chance(0.6) else phrasing.HERE)
             v = self.path()
         elif kind == "file":
             v = self.filename()
@@ -386,35 +387,45 @@ class Maker:
         args, said = self.arguments(t)
         alone = sum(u["noun"] == t["noun"] or u["folder"] and t["folder"] for u in tools) == 1
         if not t["described"] or not alone or self.chance(0.45):
-            core = self.pick(HELD_BY_NAME if self.held == "para" else BY_NAME).format(t=t["name"], a=said)
+            core = self.pick(PARAPHRASES[self.held][0] if self.held in PARAPHRASES else BY_NAME).format(t=t["name"], a=said)
         else:
-            verb = self.pick(W.VERBS[t["verb"]])
-            noun = self.pick(NOUN_FORM).format(n=t["noun"]) if t["noun"] != "entries" else "the entries"
-            core = (self.pick(HELD_BY_ACTION).format(v=verb, n=noun, a=said) if self.held == "para" else f"{verb} {noun}{said}")
+            verb, noun = self.action(t)
+            template = self.pick(PARAPHRASES[self.held][1]) if self.held in PARAPHRASES else "{v} {n}{a}"
+            core = template.format(t=t["name"], v=verb, n=noun, a=said)
         return (t["name"], args), core
 
+    def action(self, t):
+        """-> (verb, noun) for what a tool does"""
+        verb = self.pick(W.VERBS[t["verb"]])
+        return verb, self.pick(NOUN_FORM).format(n=t["noun"]) if t["noun"] != "entries" else "the entries"
+
     def request(self, tools, n):
+        """-> (calls, a request for them), free of what only held-out requests may hold. Held-out sets keep to the first grammar."""
         while True:
-            calls, cores = [], []
-            for _ in range(n):
-                call, core = self.ask_call(self.pick(tools), tools)
-                calls.append(call)
-                cores.append(core)
-            body = cores[0]
-            for core in cores[1:]:
-                body += self.pick([" and then ", ", then ", "; also ", ". Then ", " and also ", ". After that ", " and "]) + core
-            if self.held == "para":
-                text = body[0].upper() + body[1:] + self.pick(HELD_SUFFIX)
-            else:
-                text = self.pick(REQUEST_PREFIX) + body + self.pick(REQUEST_SUFFIX)
-                if self.chance(0.6):
-                    text = text[0].upper() + text[1:]
-                if self.chance(0.45):       # sentences that ask for nothing
-                    text += ("" if text[-1] in ".!?" else ".") + "".join(" " + self.aside() for _ in range(self.pick([1, 1, 2])))
-                if self.chance(0.15):
-                    text = self.aside() + " " + text
-            if not (CHECK_NGRAMS & word_ngrams(text, 5)):
+            calls, text = self.first_request(tools, n) if self.held or self.chance(0.35) else phrasing.request(self, tools, n)
+            if not (CHECK_NGRAMS & word_ngrams(text, 5)) and (self.held or not held_ngrams() & word_ngrams(text, 4)):
                 return calls, text
+
+    def first_request(self, tools, n):
+        calls, cores = [], []
+        for _ in range(n):
+            call, core = self.ask_call(self.pick(tools), tools)
+            calls.append(call)
+            cores.append(core)
+        body = cores[0]
+        for core in cores[1:]:
+            body += self.pick([" and then ", ", then ", "; also ", ". Then ", " and also ", ". After that ", " and "]) + core
+        if self.held in PARAPHRASES:
+            text = body[0].upper() + body[1:] + self.pick(PARAPHRASES[self.held][2])
+        else:
+            text = self.pick(REQUEST_PREFIX) + body + self.pick(REQUEST_SUFFIX)
+            if self.chance(0.6):
+                text = text[0].upper() + text[1:]
+            if self.chance(0.45):       # sentences that ask for nothing
+                text += ("" if text[-1] in ".!?" else ".") + "".join(" " + self.aside() for _ in range(self.pick([1, 1, 2])))
+            if self.chance(0.15):
+                text = self.aside() + " " + text
+        return calls, text
 
     def aside(self):
         """A remark beside the request: no call follows from it."""
@@ -477,11 +488,13 @@ class Maker:
         return " ".join(f"I call {n}" + (" with " + ", ".join(f"{a} = {v if isinstance(v, str) else dumps(v)}" for a, v in args) if args else "") + "."
                         for n, args in calls)
 
-    def tools_conv(self, think=None, turns=None, short=False, tools=None, n_calls=None):
-        """Tools in the system message, then requests, calls, results and answers."""
+    def tools_conv(self, think=None, turns=None, short=False, tools=None, n_calls=None, answered=0.8):
+        """Tools in the system message, then requests, calls and, for a share `answered` of them, results and answers."""
         think = self.chance(0.25) if think is None else think
         if tools is None:
             tools, n = [], self.pick([1, 1, 2, 2, 3, 3, 4] if short else [1, 1, 2, 2, 3, 3, 4, 5, 6])
+            if not self.held and self.chance(0.1):      # a folder tool alone
+                tools, n = [self.folder_tool()], 1
             while len(tools) < n:
                 make = self.folder_tool if self.chance(0.12) else self.tool
                 tools.append(make({t["name"] for t in tools}))
@@ -500,7 +513,7 @@ class Maker:
                 continue
             calls, text = self.request(tools, n_calls or self.pick([1, 1, 1, 1, 1, 2, 2, 3]))
             self.turn(k, text, render_calls(calls), think, self.think_call(calls))
-            if self.held or self.chance(0.8):
+            if self.held or self.chance(answered):
                 results = [self.result() for _ in calls]
                 self.turn(k, "\n\n".join(f"<tool_result>{c}</tool_result>" for c, _ in results), "\n".join(a for _, a in results), think,
                           "I have the result." if len(calls) == 1 else "I have the results.")
@@ -722,18 +735,19 @@ def held_requests():
     return out
 
 
-def conversation(m, codec, rows, phase):
-    """One conversation of the mixture of `phase`, free of held-out requests: (ids, weights)."""
+def conversation(m, codec, rows, phase, first=False):
+    """One conversation of the mixture of `phase`, free of held-out requests: (ids, weights). `first`: it begins a row."""
     while True:
-        k = mixture(m, codec, rows, phase)
+        k = mixture(m, codec, rows, phase, first)
         if not isinstance(k, Conv):
             return k
         if not any(a[1] == USER and b[1] in held_requests() for a, b in zip(k.segs, k.segs[1:])):
             return codec.encode(k.segs)
 
 
-def mixture(m, codec, rows, phase):
-    """What phase 1 (short conversations), 2 (full ones) and 3 (long rows) are made of; a Conv, or (ids, weights) of an induction lesson."""
+def mixture(m, codec, rows, phase, first=False):
+    """What phase 1 (short conversations), 2 (full ones), 3 (long rows), 4 (many requests) and 5 (rows half of which begin with a text
+    almost as long as they are) are made of; a Conv, or (ids, weights) of an induction lesson."""
     x, elen = m.r.random(), lambda s: len(codec.text(s))
     if phase == 1:
         if x < 0.10:
@@ -745,6 +759,11 @@ def mixture(m, codec, rows, phase):
             return induction(m, codec, rows)
         k = (m.tools_conv() if x < 0.60 else m.direct_conv(turns=m.r.randint(2, 10)) if x < 0.82 else
              m.recall(m.r.randint(150, rows - 150), elen) if x < 0.96 else m.prose_conv())
+    elif phase == 4:
+        k = (m.tools_conv() if x < 0.45 else m.tools_conv(turns=m.r.randint(4, 8), answered=0.3) if x < 0.65 else
+             m.direct_conv(turns=m.r.randint(2, 8)) if x < 0.85 else m.recall(m.r.randint(150, rows - 100), elen) if x < 0.96 else m.prose_conv())
+    elif phase == 5 and first and m.chance(0.5):
+        k = m.recall(m.r.randint(rows // 2, rows - 250), elen)
     else:
         k = (m.tools_conv() if x < 0.60 else m.direct_conv(turns=m.r.randint(2, 10)) if x < 0.80 else
              m.recall(m.r.randint(500, rows - 100), elen, turns=m.r.randint(6, 20)) if x < 0.97 else m.prose_conv())
@@ -760,7 +779,7 @@ def row(m, codec, T, phase):
     ids, ws = [], []
     while len(ids) < T + 1:
         for attempt in range(4):
-            i, w = conversation(m, codec, T, phase)
+            i, w = conversation(m, codec, T, phase, not ids)
             if len(ids) + len(i) <= T + 1:
                 break
         ids += i

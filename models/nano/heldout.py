@@ -64,7 +64,9 @@ def sets(codec, seed=77_000_000, n=200):
     return {
         "tool": many("tool", n, tool(think=False, n_calls=1), 0),
         "tools": many("tools", n // 4, tool(think=False, n_calls=2), 0, offset=10_000),
-        "paraphrase": many("paraphrase", n, tool(think=False, n_calls=1), 0, "para", 20_000),
+        "paraphrase": many("paraphrase", n, tool(think=False, n_calls=1), 0, "a", 20_000),
+        "paraphrase_b": many("paraphrase_b", n // 2, tool(think=False, n_calls=1), 0, "b", 25_000),
+        "paraphrase_c": many("paraphrase_c", n, tool(think=False, n_calls=1), 0, "c", 27_000),
         "followup": many("followup", n, tool(think=False, n_calls=1), 1, offset=30_000),
         "sum": many("sum", n, direct("sum", False), 0, offset=40_000),
         "facts": many("facts", n, direct("facts", False), 0, offset=50_000),
@@ -98,16 +100,18 @@ def text_of(it):
 
 
 def check_overlap(n_conv=20_000, n=8):
-    """No held-out request and no sentence of the tool-call-quality check occurs in training data; prints how many share a long run of words."""
-    grams = {t: set().union(*(data.word_ngrams(it["prompt"][-3][1], n) for it in load()[t])) for t in ("tool", "paraphrase")}
+    """No held-out request, no sentence of the tool-call-quality check and no four words in a row of a held-out phrasing occur in training
+    data; prints how many requests share a long run of words with held-out ones."""
+    grams = {t: set().union(*(data.word_ngrams(it["prompt"][-3][1], n) for it in load()[t])) for t in ("tool", "paraphrase", "paraphrase_b", "paraphrase_c")}
     held, hits, m, codec = data.held_requests(), dict.fromkeys(grams, 0), Maker(123), data.Codec()
     for i in range(n_conv):
-        ids, _ = data.conversation(m, codec, 1024, 1 + i % 2)
+        ids, _ = data.conversation(m, codec, 1024, (1, 2, 4)[i % 3])
         text = codec.decode(ids)
         assert "list_files" not in text
         for user in text.split(data.USER)[1:]:
             user = user.split(data.ASSISTANT)[0]
             assert user not in held
+            assert not data.held_ngrams() & data.word_ngrams(user, 4), user
             g = data.word_ngrams(user, n)
             for t in grams:
                 hits[t] += bool(g & grams[t])

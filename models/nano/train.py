@@ -1,13 +1,15 @@
 """Trains nano on one GPU within a budget of minutes (see docs/nano.md).
 
     python train.py --out DIR --minutes 20
-    python train.py --out DIR --minutes 1 --device cpu --toy       # rehearsal
+    python train.py --warm && python train.py --out DIR --init PIECES --minutes 7 --lr 2e-3 --adam-lr 1e-3
+    python train.py --out DIR --minutes 1 --device cpu --toy       # rehearsal, also with --init
 
 Phases follow the clock: short conversations rich in copying, full conversations, both in rows of 1,024, then rows of 4,096 for the indexer.
+`--init` goes on from saved weights: rows of 2,048 with many requests, every sixth step rows of 4,096, the rate falling to zero from the beginning.
 FP8, BF16 and FP4 roundings of KV and indexer rows are on from the start.
-Weights come out as bf16 pieces in DIR/half and DIR/final, the log as DIR/log.jsonl.
+Weights come out as bf16 pieces in DIR/half (until the end) and DIR/final, the log as DIR/log.jsonl.
 """
-import argparse, json, math, time
+import argparse, json, math, os, shutil, time
 from pathlib import Path
 
 import torch
@@ -16,7 +18,10 @@ import data, heldout, model as M, weights
 
 # phase -> (share of the time at which it ends, tokens in a row, rows in a step, every compressed row visible)
 PHASES = {1: (0.15, 1024, 96, True), 2: (0.68, 1024, 96, False), 3: (1.0, 4096, 24, False)}
+CONTINUED = {4: (1.0, 2048, 32, False), 5: (1.0, 4096, 16, False)}      # 5 is mixed in: every LONG_EVERY-th step
+LONG_EVERY = 6
 TOY = {1: (0.3, 512, 2, True), 2: (0.7, 512, 2, False), 3: (1.0, 1024, 1, False)}
+TOY_CONTINUED = {4: (1.0, 512, 2, False), 5: (1.0, 1024, 1, False)}
 
 
 # ---------------------------------------------------------------- data
@@ -123,43 +128,78 @@ class Scores:
         prose = [[0] + list(codec.text(line)) + [1] for line in (heldout.FOLDER / "prose.txt").open().read().splitlines()]
         self.sets["prose"] = [(p, 1) for p in prose[:limit]]
 
-    def run(self, runner, T, B, device):
+    def run(self, runner, shapes, device):
+        """-> {set: [share right, nats a token]}, prose: nats a token, check sets also the wrong items. An item is run in the first of the
+        `shapes` (tokens in a row, rows) that holds it, and left out if none does."""
         out = {}
         for task, items in self.sets.items():
-            items = [x for x in items if len(x[0]) <= T + 1]
-            if not items:
-                continue
-            right = nll = count = 0
-            for at in range(0, len(items), B):
-                part = items[at:at + B]
-                ids = torch.full((B, T + 1), 1, dtype=torch.long)
-                w = torch.zeros(B, T + 1)
-                for r, (seq, a) in enumerate(part):
-                    ids[r, :len(seq)] = torch.tensor(seq)
-                    w[r, a:len(seq)] = 1
-                ids, w = ids.to(device), w.to(device)
-                _, _, each, hit, _, _ = runner.loss(ids, w, torch.zeros((), device=device))
-                bad = ((w[:, 1:] > 0) & ~hit).sum(1)[:len(part)]
-                right += (bad == 0).sum().item()
-                nll += (each * w[:, 1:]).sum().item()
-                count += w[:, 1:].sum().item()
-            out[task] = round(nll / count, 4) if task == "prose" else [round(right / len(items), 3), round(nll / count, 4)]
+            wrong, nll, count, ran, shorter = [], 0, 0, 0, 0
+            for T, B in shapes:
+                fit = [(i, *x) for i, x in enumerate(items) if shorter < len(x[0]) <= T + 1]
+                shorter, ran = T + 1, ran + len(fit)
+                for at in range(0, len(fit), B):
+                    part = fit[at:at + B]
+                    ids = torch.full((B, T + 1), 1, dtype=torch.long)
+                    w = torch.zeros(B, T + 1)
+                    for r, (_, seq, a) in enumerate(part):
+                        ids[r, :len(seq)] = torch.tensor(seq)
+                        w[r, a:len(seq)] = 1
+                    ids, w = ids.to(device), w.to(device)
+                    _, _, each, hit, _, _ = runner.loss(ids, w, torch.zeros((), device=device))
+                    bad = ((w[:, 1:] > 0) & ~hit).any(1).tolist()
+                    wrong += [i for (i, _, _), b in zip(part, bad) if b]
+                    nll += (each * w[:, 1:]).sum().item()
+                    count += w[:, 1:].sum().item()
+            if ran:
+                out[task] = round(nll / count, 4) if task == "prose" else [round(1 - len(wrong) / ran, 3), round(nll / count, 4)]
+                if task.startswith("check"):
+                    out[task].append(sorted(wrong))
         return out
+
+
+# ---------------------------------------------------------------- compilation beforehand
+def warm_one(layer, T, B):
+    """Compiles one layer, or the head (None), for rows of T tokens, there and back: the code goes to Inductor's cache on disk."""
+    torch.set_float32_matmul_precision("high")
+    m = M.Nano(M.Config()).cuda()
+    runner, c = Runner(m, True, torch.bfloat16), m.c
+    ids, weights_ = torch.randint(0, c.vocab, (B, T), device="cuda"), torch.ones(B, T, device="cuda")
+    X = torch.randn(B, T, c.hc, c.embd, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    if layer is None:
+        return runner.head_loss(X, ids, weights_)[0].backward()
+    blk, nm = m.blk[layer], "yarn" if m.blk[layer].ratio else "plain"
+    cos, sin = getattr(m, nm + "_cos")[:T], getattr(m, nm + "_sin")[:T]
+    Y, kl, _ = runner.block(blk, X, m.tid2eid[layer][ids] if blk.hashed else None, cos, sin, m.had, True, torch.zeros((), device="cuda"))
+    ((Y * torch.randn_like(Y)).float().sum() + (0 if kl is None else kl)).backward()
+
+
+def warm():
+    """Every kind of layer in every shape of CONTINUED, each in a process of its own."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
+    context = torch.multiprocessing.get_context("spawn")
+    jobs = [context.Process(target=warm_one, args=(layer, T, B)) for _, T, B, _ in CONTINUED.values() for layer in (0, 2, 3, None)]
+    for j in jobs:
+        j.start()
+    for j in jobs:
+        j.join()
+    print("compiled", [j.exitcode for j in jobs], flush=True)
 
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__)
-    ap.add_argument("--out", required=True)
-    ap.add_argument("--minutes", type=float, required=True)
+    ap.add_argument("--out", default="run")
+    ap.add_argument("--minutes", type=float, default=20)
     ap.add_argument("--device", default="cuda")
     ap.add_argument("--toy", action="store_true")
     ap.add_argument("--seed", type=int, default=1)
     ap.add_argument("--lr", type=float, default=5e-3)
     ap.add_argument("--adam-lr", type=float, default=3e-3)
     ap.add_argument("--workers", type=int, default=15)
-    ap.add_argument("--init", help="weights to go on from: only phase 3, in rows of 2,048; the rate falls from the beginning, compilation counts")
-    ap.add_argument("--warm", help="comma list of phases: compile their shapes, time a few steps, exit")
+    ap.add_argument("--init", help="pieces of weights to go on from; the rate falls from the beginning, compilation counts")
+    ap.add_argument("--warm", action="store_true", help="compile what --init needs, in parallel, and exit")
     o = ap.parse_args()
+    if o.warm:
+        return warm()
     torch.set_float32_matmul_precision("high")
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.accumulated_recompile_limit = 512
@@ -173,8 +213,8 @@ def main():
         print(line, flush=True)
         log_file.write(line + "\n")
 
-    phases = TOY if o.toy else {3: (1.0, 2048, 32, False)} if o.init else PHASES
-    config = M.Config(embd=64, head_dim=128, n_layer=5, n_head=2, o_groups=2, o_rank=32, q_rank=32, ff=64, index_heads=2) if o.toy else M.Config()
+    phases = (TOY_CONTINUED if o.toy else CONTINUED) if o.init else TOY if o.toy else PHASES
+    config = M.Config(embd=64, head_dim=128, n_layer=5, n_head=2, o_groups=2, o_rank=32, q_rank=32, ff=64, index_heads=2) if o.toy and not o.init else M.Config()
     m = M.Nano(config, o.seed).to(o.device)
     if o.init:
         m.load_state_dict(weights.load_pieces(o.init).state_dict())
@@ -199,30 +239,19 @@ def main():
                     b.exp_probs_b += 0.002 * lr * (load.mean() - load).sign()
         return ce, each, hit, kl, loads
 
+    def shapes():
+        """(tokens in a row, rows) that are compiled by now, without the rest of the phases"""
+        return [(T, B) for k, (_, T, B, _) in phases.items() if o.init or k == phase]
+
     def batch(it):
         ids, w = next(it)
         return ids.to(o.device, non_blocking=True).long(), w.to(o.device, non_blocking=True).float() / 100
 
     sync = torch.cuda.synchronize if o.device == "cuda" else (lambda: None)
-    if o.warm:
-        for ph in map(int, o.warm.split(",")):
-            _, T, B, dense = phases[ph]
-            ids = torch.randint(0, config.vocab, (B, T + 1), device=o.device)
-            t = time.time()
-            step(ids, torch.ones(B, T + 1, device=o.device), dense, 0.0)
-            sync()
-            log(phase=ph, first_step=round(time.time() - t, 1))
-            t = time.time()
-            for _ in range(10):
-                step(ids, torch.ones(B, T + 1, device=o.device), dense, 0.0)
-            sync()
-            dt = (time.time() - t) / 10
-            log(phase=ph, ms=round(1000 * dt, 1), tokens_per_s=round(B * T / dt), gib=round(torch.cuda.max_memory_allocated() / 2 ** 30, 1) if o.device == "cuda" else 0)
-        return
-
     scores = Scores(8 if o.toy else 64)
     budget, n, tokens, phase, it, upcoming = 60 * o.minutes, 0, 0, 0, None, loader(min(phases), phases, o.seed, o.workers)
-    good, last_eval, fresh = None, time.time(), False
+    good, last_eval, fresh = {k: v.clone() for k, v in m.state_dict().items()}, time.time(), False
+    long = loader(5, phases, o.seed, max(1, o.workers // 4) if o.workers else 0) if o.init else None
     ce_sum = kl_sum = torch.zeros((), device=o.device)
     since, since_t = 0, time.time()
     start = time.time()
@@ -235,11 +264,11 @@ def main():
             it, phase, fresh = loader(want, phases, o.seed, o.workers) if upcoming is None else upcoming, want, True
             upcoming = None
         end, T, B, dense = phases[phase]
-        if upcoming is None and phase + 1 in phases and p > end - 0.02:
+        if upcoming is None and not o.init and phase + 1 in phases and p > end - 0.02:
             upcoming = loader(phase + 1, phases, o.seed, o.workers)
         flat = 0.0 if o.init else 0.5
         lr = min(1, (n + 1) / (100 if o.init else 300)) * (1 if p < flat else (1 - p) / (1 - flat) * 0.98 + 0.02)
-        ids, w = batch(it)
+        ids, w = batch(long if o.init and n % LONG_EVERY == 0 else it)
         ce, _, _, kl, loads = step(ids, w, dense, lr)
         ce_sum, kl_sum = ce_sum + ce, kl_sum + kl
         n, since, tokens = n + 1, since + 1, tokens + B * T
@@ -265,15 +294,14 @@ def main():
                     tokens_per_s=round(B * T / dt), load=[round(x.max().item(), 2) for x in loads])
             since_t, since, ce_sum, kl_sum = time.time(), 0, torch.zeros_like(ce_sum), torch.zeros_like(ce_sum)
             if time.time() - last_eval > (10 if o.toy else 100):
-                log(step=n, eval=scores.run(runner, T, B, o.device))
+                log(step=n, eval=scores.run(runner, shapes(), o.device))
                 last_eval = since_t = time.time()
                 weights.save_pieces(m, out / "half")
     sync()
     log(steps=n, tokens=tokens, done=True)
     weights.save_pieces(m, out / "final")
-    final = Scores(8 if o.toy else 200)
-    _, T, B, _ = phases[3]
-    log(final=final.run(runner, T, B, o.device))
+    shutil.rmtree(out / "half", ignore_errors=True)
+    log(final=Scores(8 if o.toy else 200).run(runner, shapes(), o.device))
     (out / "finished").touch()
 
 
