@@ -7,14 +7,17 @@
 //!
 //! The store knows bytes: files, offsets, lengths. What the bytes mean is the business of the crates above.
 
+pub mod budget;
 mod host;
 mod lease;
 mod memory;
+pub mod plan;
 pub mod policy;
 mod source;
 
 pub use host::{HostLeases, HostStore};
 pub use lease::{ExpertBytes, ExpertExtents, Lease};
 pub use memory::{ALIGNMENT_BYTES, AlignedBytes, check_available};
+pub use plan::{Needs, Plan, Request, Residency};
 pub use policy::{ExpertId, Policy};
 pub use source::{Extent, Source, StoreError};
