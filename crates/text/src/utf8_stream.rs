@@ -13,11 +13,23 @@ pub struct Utf8Stream {
 impl Utf8Stream {
     /// Takes the next bytes and returns the text that is now complete.
     pub fn push(&mut self, bytes: &[u8]) -> String {
+        let mut text = String::new();
+        self.push_to(bytes, &mut text);
+        text
+    }
+
+    /// Takes the next bytes and appends the text that is now complete.
+    pub fn push_to(&mut self, bytes: &[u8], text: &mut String) {
+        if self.pending.is_empty()
+            && let Ok(whole) = std::str::from_utf8(bytes)
+        {
+            text.push_str(whole);
+            return;
+        }
         self.pending.extend_from_slice(bytes);
         let complete_bytes = self.pending.len() - partial_character_bytes(&self.pending);
-        let text = String::from_utf8_lossy(&self.pending[..complete_bytes]).into_owned();
+        text.push_str(&String::from_utf8_lossy(&self.pending[..complete_bytes]));
         self.pending.drain(..complete_bytes);
-        text
     }
 
     /// Ends the stream: a character that never became whole is U+FFFD.
