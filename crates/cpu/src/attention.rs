@@ -17,7 +17,7 @@ use crate::rows;
 use crate::weights::Weight;
 
 /// Heads that share one reading of the key rows.
-const HEADS_TOGETHER: usize = 8;
+pub(crate) const HEADS_TOGETHER: usize = 8;
 
 impl CpuBackend {
     /// Which of a pass's two rotations a layer uses.
@@ -97,6 +97,7 @@ impl CpuBackend {
         let mut positional = vec![0.0; width];
         for (run, delta) in pass.batch.runs().iter().zip(&mut pass.deltas) {
             let inputs = inputs_of(&mut delta.layers[layer]);
+            inputs.reserve_exact(run.rows.len() * 2 * width);
             for (i, r) in run.rows.clone().enumerate() {
                 w.positions.row((run.start + i) % layout.ratio, self.workers.level, &mut positional);
                 inputs.extend_from_slice(&u[r * width..][..width]);

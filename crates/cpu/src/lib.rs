@@ -8,6 +8,7 @@ mod attention;
 mod backend;
 mod experts;
 mod hyper;
+mod memory;
 mod parallel;
 mod pass;
 pub mod rows;
@@ -17,5 +18,6 @@ mod weights;
 
 pub use backend::{CpuBackend, Options, WeightBytes};
 pub use experts::Selection;
+pub use memory::{PassShape, pass_bytes, static_bytes};
 pub use pass::Pass;
 pub use quant::simd::Level;

@@ -52,9 +52,13 @@ pub(crate) struct RowLog {
 
 impl RowLog {
     fn new(layout: &CompressorLayout) -> RowLog {
-        // A page serves 256 tokens of a ratio-4 layer and 2,048 of a ratio-128 layer.
-        let rows_per_page = if layout.ratio == 4 { 64 } else { 16 };
-        RowLog { row_bytes: layout.row.row_bytes(), rows_per_page, len: 0, pages: Vec::new() }
+        let (row_bytes, rows_per_page) = (layout.row.row_bytes(), RowLog::rows_per_page(layout));
+        RowLog { row_bytes, rows_per_page, len: 0, pages: Vec::new() }
+    }
+
+    /// A page serves 256 tokens of a ratio-4 layer and 2,048 of a ratio-128 layer.
+    fn rows_per_page(layout: &CompressorLayout) -> usize {
+        if layout.ratio == 4 { 64 } else { 16 }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -94,9 +98,13 @@ pub(crate) struct CompressorState {
 
 impl CompressorState {
     fn new(layout: &CompressorLayout) -> CompressorState {
-        let windows = 1 + layout.overlaps as usize;
-        let rows = windows * layout.ratio + FREE_REWIND_TOKENS;
-        CompressorState { rows: RowLog::new(layout), inputs: Ring::new(2 * layout.width, rows) }
+        let inputs = Ring::new(2 * layout.width, CompressorState::input_rows(layout));
+        CompressorState { rows: RowLog::new(layout), inputs }
+    }
+
+    /// Tokens whose inputs are kept: the windows a row is made from, and what can be taken back.
+    fn input_rows(layout: &CompressorLayout) -> usize {
+        (1 + layout.overlaps as usize) * layout.ratio + FREE_REWIND_TOKENS
     }
 
     fn commit(&mut self, start: usize, len: usize, layout: &CompressorLayout, delta: &CompressorDelta) {
@@ -253,6 +261,36 @@ pub struct StateBytes {
     pub inputs: usize,
     /// Checkpoints, bounded by [`MAX_CHECKPOINTS`].
     pub checkpoints: usize,
+}
+
+impl StateBytes {
+    /// The most that a session of at most `tokens` tokens ever holds, one checkpoint more included: a new one is taken
+    /// before an old one goes.
+    pub fn at_most(layout: &KvLayout, tokens: usize) -> StateBytes {
+        let compressors = || layout.layers.iter().flat_map(|layer| layer.main.iter().chain(&layer.index));
+        let rows = |c: &CompressorLayout| {
+            let pages = (tokens / c.ratio).div_ceil(RowLog::rows_per_page(c));
+            pages * RowLog::rows_per_page(c) * c.row.row_bytes()
+        };
+        let inputs = |c: &CompressorLayout| CompressorState::input_rows(c) * 2 * c.width * 4;
+        let raw = |rows: usize| layout.layers.iter().map(|layer| rows * layer.raw.row_bytes()).sum::<usize>();
+        let open_inputs = |c: &CompressorLayout| {
+            let tokens = CHECKPOINT_TOKENS - c.needed_from(CHECKPOINT_TOKENS);
+            tokens * 2 * c.width * 4
+        };
+        let checkpoint = raw(layout.window) + compressors().map(open_inputs).sum::<usize>();
+        StateBytes {
+            rows: compressors().map(rows).sum(),
+            windows: raw(layout.window + FREE_REWIND_TOKENS),
+            inputs: compressors().map(inputs).sum(),
+            checkpoints: (tokens / CHECKPOINT_TOKENS).min(MAX_CHECKPOINTS + 1) * checkpoint,
+        }
+    }
+
+    /// All of it.
+    pub fn total(&self) -> usize {
+        self.rows + self.windows + self.inputs + self.checkpoints
+    }
 }
 
 /// One session's past.

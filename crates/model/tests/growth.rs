@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use common::flash;
 use model::kv::CompressorLayout;
-use model::state::{CompressorDelta, Delta, LayerDelta};
+use model::state::{CompressorDelta, Delta, LayerDelta, StateBytes};
 use model::{Arithmetic, KvLayout, State};
 use peak_alloc::PeakAlloc;
 
@@ -46,9 +46,15 @@ fn a_token_of_flash_costs_at_most_3600_bytes() {
     let bytes = state.bytes();
     println!("growth {a_token:.1} B a token between 4,096 and 20,480 tokens; {bytes:?}");
     assert!(a_token <= 3600.0, "{a_token} B a token");
-    let counted = bytes.rows + bytes.windows + bytes.inputs + bytes.checkpoints;
-    let held = late_bytes - before_bytes;
+    let (counted, held) = (bytes.total(), late_bytes - before_bytes);
     assert!(held.abs_diff(counted) * 100 < held, "counted {counted} B, the allocator says {held} B");
+    // What a plan reserves beforehand: a checkpoint more, for the moment when one replaces another.
+    let planned = StateBytes::at_most(&layout, 20_480);
+    let a_checkpoint = bytes.checkpoints / 8;
+    assert_eq!(planned, StateBytes { checkpoints: 9 * a_checkpoint, ..bytes });
+    let peak = ALLOCATOR.peak_usage() - before_bytes;
+    let of_the_test = 256 * 330_000;
+    assert!(peak < planned.total() + of_the_test, "planned {} B, the peak was {peak} B", planned.total());
     // What stepping back gives up is given back.
     let reached = state.rewind(4096 + 64);
     assert!(ALLOCATOR.current_usage() < early_bytes + (1 << 20), "after stepping back to {reached}");

@@ -1,0 +1,150 @@
+//! How much memory a model will take on the CPU, told from its header alone.
+//!
+//! Beside the code that allocates: who adds a buffer there adds it here, and `tests/memory.rs` notices if not.
+
+use model::{Config, KvLayout, Model, TensorRef};
+use quant::exact::TILE_ROWS;
+
+/// The largest pass that will run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PassShape {
+    /// Its rows.
+    pub rows: usize,
+    /// Rows whose logits are wanted.
+    pub wanted_rows: usize,
+    /// Position after its last row.
+    pub end_tokens: usize,
+    /// Threads that compute.
+    pub threads: usize,
+}
+
+/// Bytes of all weights but the routed experts once they are loaded: vectors as f32, matrices as the file has them.
+pub fn static_bytes(model: &Model) -> u64 {
+    let mut bytes = 0;
+    let counted = model.tensors.try_map(&mut |tensor: &TensorRef| {
+        bytes += if tensor.rows == 1 { tensor.cols as u64 * 4 } else { tensor.extent.bytes };
+        Ok::<_, std::convert::Infallible>(())
+    });
+    counted.expect("counting cannot fail");
+    bytes
+}
+
+/// The most bytes that a pass of one session holds at any moment: what lives as long as the pass, what each thread
+/// keeps, and the largest that a stage needs for itself.
+pub fn pass_bytes(config: &Config, layout: &KvLayout, shape: PassShape) -> u64 {
+    let stages = [
+        project(config, shape.rows),
+        compress(layout, shape.rows),
+        index(config, shape),
+        attend(config, shape),
+        attention_out(config, shape.rows),
+        hyper_connections(config, shape),
+        experts(config, shape.rows),
+        head(config, shape),
+    ];
+    let largest = stages.into_iter().max().expect("there are stages");
+    (activations(config, shape.rows) + delta(layout, shape.rows) + shape.threads * scratch(config) + largest) as u64
+}
+
+/// Bytes of `count` values.
+const fn floats(count: usize) -> usize {
+    count * size_of::<f32>()
+}
+
+/// A product of `[rows, cols]` with a matrix of `outputs` rows: the result, and the same as the kernel lays it out.
+const fn product(rows: usize, outputs: usize) -> usize {
+    floats(rows * outputs) * if rows == 1 { 1 } else { 2 }
+}
+
+/// What lives as long as the pass.
+fn activations(c: &Config, rows: usize) -> usize {
+    let widths = [
+        c.stream_width(),
+        c.streams + c.streams * c.streams,
+        2 * c.d_model,
+        c.q_rank,
+        2 * c.heads * c.head_dim,
+        2 * c.experts_used,
+        // Two rotations, a pair of values for every two that are rotated.
+        2 * c.rope_dim,
+    ];
+    // Chosen rows, and the batch's own few words.
+    let listed = c.index_top_k * size_of::<u32>() + 128;
+    floats(rows * widths.iter().sum::<usize>()) + rows * listed
+}
+
+/// What the pass will add to its session.
+fn delta(layout: &KvLayout, rows: usize) -> usize {
+    let layer = |layer: &model::kv::LayerLayout| {
+        let compressor =
+            |c: &model::kv::CompressorLayout| floats(rows * 2 * c.width) + (rows / c.ratio + 1) * c.row.row_bytes();
+        rows * layer.raw.row_bytes() + layer.main.iter().chain(&layer.index).map(compressor).sum::<usize>()
+    };
+    layout.layers.iter().map(layer).sum()
+}
+
+/// Dequantised weight rows, which a thread keeps from product to product.
+fn scratch(c: &Config) -> usize {
+    let inputs =
+        [c.stream_width(), c.d_model, c.heads * c.head_dim / c.o_groups, c.o_groups * c.o_rank, c.shared_width];
+    floats(TILE_ROWS * inputs.into_iter().max().expect("there are matrices"))
+}
+
+fn project(c: &Config, rows: usize) -> usize {
+    // The queries themselves live in the pass.
+    floats(rows * c.heads * c.head_dim).max(product(rows, c.head_dim))
+}
+
+fn compress(layout: &KvLayout, rows: usize) -> usize {
+    let widths = layout.layers.iter().flat_map(|layer| layer.main.iter().chain(&layer.index)).map(|c| c.width);
+    widths.max().map_or(0, |width| floats(rows * width) + product(rows, width))
+}
+
+fn index(c: &Config, shape: PassShape) -> usize {
+    let width = c.index_heads * c.index_head_dim;
+    let gathered = floats(shape.rows * (c.q_rank + c.d_model));
+    // A score and a place in the order for every row that a ratio-4 layer can see.
+    let order = shape.threads * shape.end_tokens / 4 * (size_of::<f32>() + size_of::<u32>());
+    gathered + product(shape.rows, width) + product(shape.rows, c.index_heads) + order
+}
+
+fn attend(c: &Config, shape: PassShape) -> usize {
+    const HEADS_TOGETHER: usize = crate::attention::HEADS_TOGETHER;
+    let most = |&ratio: &usize| match ratio {
+        0 => 0,
+        4 => (shape.end_tokens / 4).min(c.index_top_k),
+        _ => shape.end_tokens / ratio,
+    };
+    let keys = c.window.min(shape.end_tokens) + c.compress_ratios.iter().map(most).max().unwrap_or(0);
+    let at_work = if shape.rows == 1 { 1 } else { shape.threads.min(shape.rows) };
+    at_work * floats(keys * c.head_dim) + shape.threads * floats(2 * keys * HEADS_TOGETHER)
+}
+
+fn attention_out(c: &Config, rows: usize) -> usize {
+    let (group, low) = (c.heads * c.head_dim / c.o_groups, c.o_groups * c.o_rank);
+    // The largest is while a group is multiplied, or at the end while the output is laid out.
+    floats(rows * (low + group)) + product(rows, c.o_rank).max(floats(rows * (c.o_rank + c.d_model)))
+}
+
+fn hyper_connections(c: &Config, shape: PassShape) -> usize {
+    let weights = shape.rows * (floats(c.hc_outputs()) + 3 * size_of::<Vec<f32>>());
+    let before = product(shape.rows, c.hc_outputs()).max(floats(shape.rows * c.hc_outputs()) + weights);
+    before.max(shape.threads * floats(c.stream_width()))
+}
+
+fn experts(c: &Config, rows: usize) -> usize {
+    let route = product(rows, c.experts) + c.experts * size_of::<Vec<usize>>() + rows * c.experts_used * 32;
+    let ffn = |width: usize| {
+        let gate_and_up = floats(rows * width) + product(rows, width);
+        gate_and_up.max(floats(2 * rows * width) + product(rows, c.d_model))
+    };
+    // An expert that every row chose: its input is gathered, and its output kept apart from the others'.
+    let routed = floats(rows * (c.experts_used + 1) * c.d_model) + ffn(c.expert_width);
+    let choices = c.experts * size_of::<Vec<usize>>() + rows * c.experts_used * 32;
+    route.max(ffn(c.shared_width)).max(routed + choices)
+}
+
+fn head(c: &Config, shape: PassShape) -> usize {
+    let projected = product(shape.rows, c.streams);
+    projected + floats(shape.wanted_rows * c.d_model) + product(shape.wanted_rows, c.vocab_size)
+}

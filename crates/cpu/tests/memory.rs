@@ -1,0 +1,56 @@
+//! What is planned for a pass against what the allocator saw.
+
+mod common;
+
+use common::{load, rows};
+use cpu::{Options, PassShape, pass_bytes};
+use model::{Backend, Cancel, KvLayout, NoObserver, forward};
+use peak_alloc::PeakAlloc;
+
+#[global_allocator]
+static ALLOCATOR: PeakAlloc = PeakAlloc;
+
+/// Peak of one pass beyond what was held before it, and what was planned.
+fn pass(name: &str, chunk: usize, wanted_rows: usize, threads: usize) -> (f64, f64) {
+    let options = Options { threads, ..Options::default() };
+    let backend = load(name, options);
+    let config = backend.config();
+    let layout = KvLayout::new(config, 0, options.arithmetic);
+    let mut state = backend.new_state().unwrap();
+    let mut peak_bytes = 0;
+    for start in (0..3 * chunk).step_by(chunk) {
+        let tokens: Vec<u32> = (start..start + chunk).map(|i| (i * 31 % config.vocab_size) as u32).collect();
+        let mut batch = rows(0, start, &tokens);
+        batch.iter_mut().take(chunk - wanted_rows).for_each(|row| row.logits = false);
+        ALLOCATOR.reset_peak_usage();
+        let before = ALLOCATOR.current_usage();
+        drop(forward(&backend, batch, &mut [&mut state], &Cancel::default(), &mut NoObserver).unwrap());
+        // Committing replaces the pass by what the session keeps of it, which is planned as state.
+        peak_bytes = peak_bytes.max(ALLOCATOR.peak_usage() - before);
+    }
+    let shape = PassShape { rows: chunk, wanted_rows, end_tokens: 3 * chunk, threads };
+    (peak_bytes as f64, pass_bytes(config, &layout, shape) as f64)
+}
+
+/// The plan is a bound, and of the passes that it is made for a near one. Small passes use less: nothing is dequantised
+/// ahead for one row, and no expert is chosen by every row, which the plan has to allow for.
+#[test]
+fn a_pass_takes_what_was_planned() {
+    for name in ["tiny-q8", "pro-iq2", "mixed3-mixed"] {
+        for (chunk, wanted, threads) in [(1, 1, 1), (17, 17, 1), (128, 1, 2), (256, 256, 2)] {
+            let (peak, planned) = pass(name, chunk, wanted, threads);
+            println!("{name} {chunk} rows, {threads} threads: {peak} B of {planned} B, {:.3}", peak / planned);
+            assert!(peak <= planned, "more than planned");
+            assert!(chunk < 128 || peak > planned * 0.94, "far less than planned");
+        }
+    }
+}
+
+#[test]
+fn static_weights_are_counted_from_the_header() {
+    for name in ["tiny-q8", "pro-iq2", "mixed3-mixed"] {
+        let file = gguf::Gguf::open(&common::test_data(&format!("oracle/{name}.gguf"))).unwrap();
+        let model = model::Model::from_gguf(&file).unwrap();
+        assert_eq!(cpu::static_bytes(&model), load(name, Options::default()).weight_bytes().fixed, "{name}");
+    }
+}
