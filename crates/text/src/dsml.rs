@@ -10,8 +10,9 @@
 //! </｜DSML｜tool_calls>
 //! ```
 //!
-//! The reference encoder escapes nothing. Here the three texts that it would write in a form that reads back as
-//! something else are escaped: see [`Part::Text`].
+//! The reference encoder escapes nothing, so that a value with [`PARAMETER_CLOSER`] in it reads back as something
+//! else. Here it is written [`ESCAPED_PARAMETER_CLOSER`], or with `\u003c` in JSON, and in a name `"`, `<`, `>` and
+//! `&` are entities.
 
 use serde_json::{Map, Value};
 
@@ -47,9 +48,6 @@ pub enum Part<'a> {
     /// Markup: [`TOKEN`] in it is the control token.
     Markup(&'a str),
     /// A name or a value: what looks like a control token in it is text.
-    ///
-    /// In a value [`PARAMETER_CLOSER`] is written [`ESCAPED_PARAMETER_CLOSER`], or with `\u003c` in JSON; in a
-    /// name `"`, `<`, `>` and `&` are entities.
     Text(&'a str),
 }
 

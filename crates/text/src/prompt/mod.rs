@@ -71,7 +71,7 @@ pub enum PromptError {
 }
 
 /// Renders a conversation. The prompt ends with the opener of the next assistant turn if the last message
-/// is the user's or a tool's.
+/// is the user's, a tool's or a system message.
 ///
 /// # Errors
 /// [`PromptError`] if the conversation or the options have no form in this format.
@@ -96,7 +96,7 @@ pub fn render(
         let reasons = thinking && index >= first_kept;
         let after_task = index > 0 && turns[index - 1].task().is_some();
         prompt.turn(turn, reasons && !after_task)?;
-        if matches!(turns.get(index + 1), None | Some(Turn::Assistant(_) | Turn::Reminder(_))) {
+        if calls_for_answer(turn, turns.get(index + 1)) {
             prompt.transition(turn, reasons)?;
         }
     }
@@ -118,6 +118,16 @@ fn effort_prefix(options: &PromptOptions) -> Result<&'static str, PromptError> {
     let Mode::Thinking { effort: Some(effort) } = options.mode else { return Ok("") };
     let encoding = options.encoding;
     encoding.effort_prefix(effort).ok_or(PromptError::UnknownEffort { effort, encoding })
+}
+
+/// Whether the model speaks next. A system message calls for it too: the first encoders left such turns without an
+/// opener, for the model to go on with the instructions; later ones agree on this (§3.1).
+fn calls_for_answer(turn: &Turn<'_>, next: Option<&Turn<'_>>) -> bool {
+    match next {
+        None | Some(Turn::Assistant(_)) => true,
+        Some(Turn::Reminder(_)) => !matches!(turn, Turn::System(_)),
+        Some(_) => false,
+    }
 }
 
 /// Where reasoning is dropped, so are developer turns before the last turn of a user.
@@ -281,7 +291,7 @@ impl Prompt<'_> {
     /// What calls for the model after a turn: the opener of its turn, or the token of a task.
     fn transition(&mut self, turn: &Turn<'_>, reasons: bool) -> Result<(), NotV4> {
         match turn.task() {
-            None if turn.is_users() => self.opener(reasons),
+            None if turn.is_users() || matches!(turn, Turn::System(_)) => self.opener(reasons),
             None => {}
             Some(task @ Task::Action) => {
                 self.opener(self.thinking);
