@@ -10,7 +10,7 @@ use std::sync::Arc;
 use libfuzzer_sys::fuzz_target;
 use model::kv::{CompressorLayout, LayerLayout, RowFormat};
 use model::state::Delta;
-use model::{Arithmetic, KvLayout, State};
+use model::{Arithmetic, KvLayout, Precision, State};
 
 /// A layer of each kind, with rows as short as they can be.
 fn layout() -> Arc<KvLayout> {
@@ -25,7 +25,8 @@ fn layout() -> Arc<KvLayout> {
         index: index.map(compressor),
     };
     let layers = vec![layer(None, None), layer(Some(4), Some(4)), layer(Some(128), None)];
-    Arc::new(KvLayout { identity: 7, arithmetic: Arithmetic::Plain, window: 4, layers })
+    let (arithmetic, precision) = (Arithmetic::Plain, Precision::Exact);
+    Arc::new(KvLayout { identity: 7, arithmetic, precision, window: 4, layers })
 }
 
 fuzz_target!(|bytes: &[u8]| {

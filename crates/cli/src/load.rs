@@ -4,7 +4,7 @@ use std::path::Path;
 
 use cpu::{CpuBackend, Options};
 use gguf::{Gguf, Metadata};
-use model::{Arithmetic, Config, Model};
+use model::{Arithmetic, Config, Model, Precision};
 use store::Source;
 use text::{Tokenizer, TokenizerData};
 
@@ -62,10 +62,18 @@ impl ModelFile {
     /// # Errors
     /// A read failed, or a weight holds what no model can have.
     pub fn load(&self, threads: Option<u16>, arithmetic: Arithmetic) -> anyhow::Result<CpuBackend> {
-        let mut options = Options { arithmetic, ..Options::default() };
+        let mut options = Options { arithmetic, precision: Precision::Exact, ..Options::default() };
         if let Some(threads) = threads {
             options.threads = threads.into();
         }
+        self.load_with(options)
+    }
+
+    /// [`ModelFile::load`] with every option of the backend.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load_with(&self, options: Options) -> anyhow::Result<CpuBackend> {
         let bar = terminal::progress("loading", self.weight_bytes(), Unit::Bytes);
         let backend = CpuBackend::load(&self.model, &self.source, options, &mut |bytes| bar.inc(bytes));
         bar.finish_and_clear();

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use common::{Change, finish, infall, rewrite, run, run_with_input, signal, tiny};
 use cpu::{CpuBackend, Options};
 use gguf::Gguf;
-use model::{Arithmetic, Cancel, Model, NoObserver, Row, forward};
+use model::{Arithmetic, Cancel, Model, NoObserver, Precision, Row, forward};
 use store::Source;
 
 /// Tokens of the sequences below: enough for the indexer to choose and for a window of 128 to end.
@@ -40,7 +40,7 @@ fn logits_are_those_of_the_library() {
     let path = tiny("tiny-q4");
     let model = Model::from_gguf(&Gguf::open(&path).unwrap()).unwrap();
     for (name, arithmetic) in [("official", Arithmetic::Official), ("plain", Arithmetic::Plain)] {
-        let options = Options { arithmetic, ..Options::default() };
+        let options = Options { arithmetic, precision: Precision::Exact, ..Options::default() };
         let source = Source::open([(&path, std::fs::metadata(&path).unwrap().len())]).unwrap();
         let backend = CpuBackend::load(&model, &source, options, &mut |_| ()).unwrap();
         let row = |(position, token)| Row { session: 0, position, token, logits: true };

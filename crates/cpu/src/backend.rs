@@ -6,7 +6,7 @@ use std::sync::Arc;
 use gguf::TensorType;
 use model::rope::Rope;
 use model::tensors::{Model, Tensors};
-use model::{Activation, Arithmetic, Backend, Batch, Cancel, Config, Error, KvLayout, State, SubLayer};
+use model::{Activation, Arithmetic, Backend, Batch, Cancel, Config, Error, KvLayout, Precision, State, SubLayer};
 use quant::simd::{self, Level};
 use store::{ExpertExtents, HostLeases, HostStore, Source};
 
@@ -15,13 +15,15 @@ use crate::parallel::Workers;
 use crate::pass::Pass;
 use crate::weights::{self, Weight};
 
-/// How a backend is to run. None of it but `arithmetic` changes a bit of the output.
+/// How a backend is to run. None of it but `arithmetic` and `precision` changes a bit of the output.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     /// Threads to compute with; at 0, one for each that the machine has.
     pub threads: usize,
     /// With or without the model's own low-precision roundings.
     pub arithmetic: Arithmetic,
+    /// How quantised weights are multiplied.
+    pub precision: Precision,
     /// Instruction set; the fastest of the machine unless a test asks for another.
     pub level: Level,
 }
@@ -29,7 +31,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Options {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        Options { threads, arithmetic: Arithmetic::Official, level: simd::level() }
+        Options { threads, arithmetic: Arithmetic::Official, precision: Precision::Fast, level: simd::level() }
     }
 }
 
@@ -62,12 +64,12 @@ impl CpuBackend {
         let extents: Vec<ExpertExtents> = model.experts.iter().map(|layer| layer.extents).collect();
         Ok(CpuBackend {
             config: model.config.clone(),
-            layout: Arc::new(KvLayout::new(&model.config, source.identity()?, options.arithmetic)),
+            layout: Arc::new(KvLayout::new(&model.config, source.identity()?, options.arithmetic, options.precision)),
             ropes: [Rope::plain(&model.config), Rope::yarn(&model.config)],
             weights,
             expert_types: model.experts.iter().map(|layer| layer.types).collect(),
             experts: HostStore::resident(source, &extents, loaded)?,
-            workers: Workers::new(options.threads, options.level)?,
+            workers: Workers::new(options.threads, options.level, options.precision)?,
         })
     }
 

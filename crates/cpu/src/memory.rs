@@ -2,7 +2,8 @@
 //!
 //! Beside the code that allocates: who adds a buffer there adds it here, and `tests/memory.rs` notices if not.
 
-use model::{Config, KvLayout, Model, TensorRef};
+use model::{Config, KvLayout, Model, Precision, TensorRef};
+use quant::blocks::{ActivationQ8K, QK_K};
 use quant::exact::TILE_ROWS;
 
 /// The largest pass that will run.
@@ -32,15 +33,16 @@ pub fn static_bytes(model: &Model) -> u64 {
 /// The most bytes that a pass of one session holds at any moment: what lives as long as the pass, what each thread
 /// keeps, and the largest that a stage needs for itself.
 pub fn pass_bytes(config: &Config, layout: &KvLayout, shape: PassShape) -> u64 {
+    let precision = layout.precision;
     let stages = [
-        project(config, shape.rows),
-        compress(layout, shape.rows),
-        index(config, shape),
+        project(config, precision, shape.rows),
+        compress(config, layout, shape.rows),
+        index(config, precision, shape),
         attend(config, shape),
-        attention_out(config, shape.rows),
-        hyper_connections(config, shape),
-        experts(config, shape.rows),
-        head(config, shape),
+        attention_out(config, precision, shape.rows),
+        hyper_connections(config, precision, shape),
+        experts(config, precision, shape.rows),
+        head(config, precision, shape),
     ];
     let largest = stages.into_iter().max().expect("there are stages");
     (activations(config, shape.rows) + delta(layout, shape.rows) + shape.threads * scratch(config) + largest) as u64
@@ -51,9 +53,18 @@ const fn floats(count: usize) -> usize {
     count * size_of::<f32>()
 }
 
-/// A product of `[rows, cols]` with a matrix of `outputs` rows: the result, and the same as the kernel lays it out.
-const fn product(rows: usize, outputs: usize) -> usize {
-    floats(rows * outputs) * if rows == 1 { 1 } else { 2 }
+/// A product of `[rows, cols]` with a matrix of `outputs` rows: the result, the same as the kernel lays it out, and the
+/// activations as the kernel takes them.
+fn product(precision: Precision, rows: usize, cols: usize, outputs: usize) -> usize {
+    floats(rows * outputs) * if rows == 1 { 1 } else { 2 } + quantized(precision, rows * cols)
+}
+
+/// Activations in 8 bits, if that is how they are multiplied. What Exact multiplies instead is counted by `scratch`.
+fn quantized(precision: Precision, values: usize) -> usize {
+    match precision {
+        Precision::Exact => 0,
+        Precision::Fast => values.div_ceil(QK_K) * size_of::<ActivationQ8K>(),
+    }
 }
 
 /// What lives as long as the pass.
@@ -90,22 +101,25 @@ fn scratch(c: &Config) -> usize {
     floats(TILE_ROWS * inputs.into_iter().max().expect("there are matrices"))
 }
 
-fn project(c: &Config, rows: usize) -> usize {
+fn project(c: &Config, precision: Precision, rows: usize) -> usize {
     // The queries themselves live in the pass.
-    floats(rows * c.heads * c.head_dim).max(product(rows, c.head_dim))
+    let queries = floats(rows * c.heads * c.head_dim) + quantized(precision, rows * c.q_rank);
+    queries.max(product(precision, rows, c.d_model, c.head_dim))
 }
 
-fn compress(layout: &KvLayout, rows: usize) -> usize {
+fn compress(c: &Config, layout: &KvLayout, rows: usize) -> usize {
     let widths = layout.layers.iter().flat_map(|layer| layer.main.iter().chain(&layer.index)).map(|c| c.width);
-    widths.max().map_or(0, |width| floats(rows * width) + product(rows, width))
+    let inputs = |width| floats(rows * width) + product(layout.precision, rows, c.d_model, width);
+    widths.max().map_or(0, inputs)
 }
 
-fn index(c: &Config, shape: PassShape) -> usize {
+fn index(c: &Config, precision: Precision, shape: PassShape) -> usize {
     let width = c.index_heads * c.index_head_dim;
     let gathered = floats(shape.rows * (c.q_rank + c.d_model));
     // A score and a place in the order for every row that a ratio-4 layer can see.
     let order = shape.threads * shape.end_tokens / 4 * (size_of::<f32>() + size_of::<u32>());
-    gathered + product(shape.rows, width) + product(shape.rows, c.index_heads) + order
+    let queries = product(precision, shape.rows, c.q_rank, width);
+    gathered + queries + product(precision, shape.rows, c.d_model, c.index_heads) + order
 }
 
 fn attend(c: &Config, shape: PassShape) -> usize {
@@ -120,23 +134,27 @@ fn attend(c: &Config, shape: PassShape) -> usize {
     at_work * floats(keys * c.head_dim) + shape.threads * floats(2 * keys * HEADS_TOGETHER)
 }
 
-fn attention_out(c: &Config, rows: usize) -> usize {
+fn attention_out(c: &Config, precision: Precision, rows: usize) -> usize {
     let (group, low) = (c.heads * c.head_dim / c.o_groups, c.o_groups * c.o_rank);
     // The largest is while a group is multiplied, or at the end while the output is laid out.
-    floats(rows * (low + group)) + product(rows, c.o_rank).max(floats(rows * (c.o_rank + c.d_model)))
+    let output = floats(rows * (c.o_rank + c.d_model)) + quantized(precision, rows * low);
+    floats(rows * (low + group)) + product(precision, rows, group, c.o_rank).max(output)
 }
 
-fn hyper_connections(c: &Config, shape: PassShape) -> usize {
+fn hyper_connections(c: &Config, precision: Precision, shape: PassShape) -> usize {
     let weights = shape.rows * (floats(c.hc_outputs()) + 3 * size_of::<Vec<f32>>());
-    let before = product(shape.rows, c.hc_outputs()).max(floats(shape.rows * c.hc_outputs()) + weights);
+    let before = product(precision, shape.rows, c.stream_width(), c.hc_outputs())
+        .max(floats(shape.rows * c.hc_outputs()) + weights);
     before.max(shape.threads * floats(c.stream_width()))
 }
 
-fn experts(c: &Config, rows: usize) -> usize {
-    let route = product(rows, c.experts) + c.experts * size_of::<Vec<usize>>() + rows * c.experts_used * 32;
+fn experts(c: &Config, precision: Precision, rows: usize) -> usize {
+    let route = product(precision, rows, c.d_model, c.experts)
+        + c.experts * size_of::<Vec<usize>>()
+        + rows * c.experts_used * 32;
     let ffn = |width: usize| {
-        let gate_and_up = floats(rows * width) + product(rows, width);
-        gate_and_up.max(floats(2 * rows * width) + product(rows, c.d_model))
+        let gate_and_up = floats(rows * width) + product(precision, rows, c.d_model, width);
+        gate_and_up.max(floats(2 * rows * width) + product(precision, rows, width, c.d_model))
     };
     // An expert that every row chose: its input is gathered, and its output kept apart from the others'.
     let routed = floats(rows * (c.experts_used + 1) * c.d_model) + ffn(c.expert_width);
@@ -144,7 +162,8 @@ fn experts(c: &Config, rows: usize) -> usize {
     route.max(ffn(c.shared_width)).max(routed + choices)
 }
 
-fn head(c: &Config, shape: PassShape) -> usize {
-    let projected = product(shape.rows, c.streams);
-    projected + floats(shape.wanted_rows * c.d_model) + product(shape.wanted_rows, c.vocab_size)
+fn head(c: &Config, precision: Precision, shape: PassShape) -> usize {
+    let projected = product(precision, shape.rows, c.stream_width(), c.streams);
+    let logits = product(precision, shape.wanted_rows, c.d_model, c.vocab_size);
+    projected + floats(shape.wanted_rows * c.d_model) + logits
 }

@@ -3,9 +3,9 @@
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use model::Error;
-use quant::exact;
+use model::{Error, Precision};
 use quant::simd::Level;
+use quant::{exact, integer};
 use rayon::prelude::*;
 
 use crate::weights::Matrix;
@@ -17,22 +17,23 @@ thread_local! {
     static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// The threads of a backend and the instruction set they use.
+/// The threads of a backend, the instruction set they use, and how they multiply.
 pub(crate) struct Workers {
     pool: rayon::ThreadPool,
     pub(crate) level: Level,
+    precision: Precision,
     /// How often work was shared, so that tests can tell that it was.
     shared: AtomicU64,
 }
 
 impl Workers {
-    pub(crate) fn new(threads: usize, level: Level) -> Result<Workers, Error> {
+    pub(crate) fn new(threads: usize, level: Level, precision: Precision) -> Result<Workers, Error> {
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .thread_name(|i| format!("infall-cpu-{i}"))
             .build()
             .map_err(|cause| Error::Threads { threads, cause: cause.to_string() })?;
-        Ok(Workers { pool, level, shared: AtomicU64::new(0) })
+        Ok(Workers { pool, level, precision, shared: AtomicU64::new(0) })
     }
 
     pub(crate) fn threads(&self) -> usize {
@@ -81,7 +82,8 @@ impl Workers {
         }
     }
 
-    /// `y[r, n] = w[n] · x[r]` for all rows of `x`; `y` becomes `[R, N]`.
+    /// `y[r, n] = w[n] · x[r]` for all rows of `x`; `y` becomes `[R, N]`. The one place where weights meet
+    /// activations: only the weights' type and the precision decide how.
     pub(crate) fn matmul(&self, w: Matrix<'_>, x: &[f32], y: &mut Vec<f32>) {
         let batch = x.len() / w.cols;
         y.resize(batch * w.rows, 0.0);
@@ -99,9 +101,15 @@ impl Workers {
     fn matmul_columns(&self, w: Matrix<'_>, x: &[f32], columns: &mut [f32]) {
         let batch = x.len() / w.cols;
         let row_bytes = w.bytes.len() / w.rows;
+        let in_integers = self.precision == Precision::Fast && integer::is_supported(w.ty);
+        let quantized = in_integers.then(|| integer::quantize_activations_at(self.level, w.ty, x, w.cols));
         let share = |first: usize, out: &mut [f32]| {
             let bytes = &w.bytes[first * row_bytes..][..out.len() / batch * row_bytes];
-            SCRATCH.with_borrow_mut(|scratch| exact::matmul_at(self.level, w.ty, bytes, w.cols, x, out, scratch));
+            match &quantized {
+                Some(x) => integer::matmul_at(self.level, w.ty, bytes, x, out),
+                None => SCRATCH
+                    .with_borrow_mut(|scratch| exact::matmul_at(self.level, w.ty, bytes, w.cols, x, out, scratch)),
+            }
         };
         if self.threads() == 1 || w.rows * w.cols * batch < WORTH_SHARING {
             return share(0, columns);

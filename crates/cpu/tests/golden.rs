@@ -1,18 +1,19 @@
-//! The bits of Exact, pinned: a hash of the built-in nano's logits. Every instruction set, thread count and chunking must
-//! give it. It changes only with the weights of models/nano.gguf or, for a reason worth writing down, with the definition
-//! of Exact.
+//! The bits of Exact and of Fast, pinned: hashes of the built-in nano's logits. Every instruction set, thread count and
+//! chunking must give them. They change only with the weights of models/nano.gguf or, for a reason worth writing down,
+//! with a definition. A failing test prints what it found.
 
 mod common;
 
-use common::logits;
+use common::{exact, fast, logits, plain};
 use cpu::{CpuBackend, Level, Options};
 use gguf::Gguf;
-use model::{Arithmetic, Model};
+use model::Model;
 use store::Source;
 
 /// XXH3-64 of the little-endian logits of [`tokens`].
 const OFFICIAL: u64 = 0x2b55_9fc7_641d_bab1;
 const PLAIN: u64 = 0x5243_e9b2_d3b1_bd08;
+const FAST: u64 = 0xe076_ca76_82df_8cd8;
 
 /// Tokens enough that the indexer chooses and a ratio-128 window closes twice.
 fn tokens() -> Vec<u32> {
@@ -30,17 +31,17 @@ fn hash(options: Options, chunk: usize, tokens: &[u32]) -> u64 {
 
 #[test]
 fn nano_has_the_pinned_bits() {
-    for (arithmetic, expected) in [(Arithmetic::Official, OFFICIAL), (Arithmetic::Plain, PLAIN)] {
-        let options = Options { arithmetic, ..Options::default() };
+    for (options, expected) in [(exact(), OFFICIAL), (plain(), PLAIN), (fast(), FAST)] {
         for (chunk, threads) in [(64, 2), (300, 1)] {
             let found = hash(Options { threads, ..options }, chunk, &tokens());
-            assert_eq!(found, expected, "{arithmetic:?}, chunks of {chunk}: {found:#018x}");
+            assert_eq!(found, expected, "{options:?}, chunks of {chunk}: {found:#018x}");
         }
     }
 }
 
 #[test]
 fn nano_has_the_pinned_bits_without_vector_instructions() {
-    let scalar = Options { level: Level::Scalar, ..Options::default() };
-    assert_eq!(hash(scalar, 300, &tokens()), OFFICIAL);
+    for (options, expected) in [(exact(), OFFICIAL), (fast(), FAST)] {
+        assert_eq!(hash(Options { level: Level::Scalar, ..options }, 300, &tokens()), expected, "{options:?}");
+    }
 }

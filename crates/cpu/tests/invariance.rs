@@ -1,12 +1,12 @@
-//! Exact is batch-invariant: how rows are cut into passes, what else is in a pass, threads, instruction sets, saving,
-//! stepping back and failing in the middle change no bit of any logit.
+//! Exact and Fast are both batch-invariant: how rows are cut into passes, what else is in a pass, threads, instruction
+//! sets, saving, stepping back and failing in the middle change no bit of any logit.
 
 mod common;
 
-use common::{References, advance, load, logits, plain, rows};
+use common::{References, advance, exact, fast, load, logits, plain, rows};
 use cpu::{CpuBackend, Level, Options, Pass};
 use model::state::{CHECKPOINT_TOKENS, FREE_REWIND_TOKENS, MAX_CHECKPOINTS};
-use model::{Backend, Cancel, Error, NoObserver, Observer, Stage, forward};
+use model::{Arithmetic, Backend, Cancel, Error, NoObserver, Observer, Stage, forward};
 
 const MODEL: &str = "tiny-iq2";
 
@@ -25,9 +25,29 @@ fn assert_same(ours: &[f32], expected: &[f32], vocab: usize, what: &str) {
     assert_eq!(differ.map(|i| i / vocab), None, "{what}: first position with other bits");
 }
 
+/// Both precisions, each with and without the roundings of stored rows.
+fn all_ways() -> [Options; 4] {
+    [exact(), plain(), fast(), Options { arithmetic: Arithmetic::Plain, ..fast() }]
+}
+
+/// Fast is another computation than Exact, so the tests below have not compared one with itself.
+#[test]
+fn fast_is_not_exact_but_near_it() {
+    for name in [MODEL, "tiny-q4", "tiny-q8", "mixed3-mixed"] {
+        let tokens = &References::open(&format!("{name}.refs")).tokens()[..140];
+        let [exact, fast] = [exact(), fast()].map(|options| logits(&load(name, options), tokens, &[140]));
+        let square = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>();
+        let off = square(&mut fast.iter().zip(&exact).map(|(a, b)| f64::from(a - b)));
+        let distance = (off / square(&mut exact.iter().map(|&b| f64::from(b)))).sqrt();
+        println!("{name}: relative L2 distance {distance:.1e}");
+        // Weights are random, so a choice of experts that flips moves much.
+        assert!(distance > 1e-4 && distance < 0.3, "{name}: {distance:e}");
+    }
+}
+
 #[test]
 fn chunking_changes_no_bit() {
-    for options in [Options::default(), plain()] {
+    for options in all_ways() {
         let (backend, tokens) = (load(MODEL, options), tokens());
         let whole = logits(&backend, &tokens, &[tokens.len()]);
         for sizes in [&[1][..], &[3], &[64], &[127], &[128], &[129], &[250, 1]] {
@@ -41,60 +61,69 @@ fn chunking_changes_no_bit() {
 fn threads_change_no_bit() {
     // 16 heads and 512-wide experts, so that a single row is shared between threads too.
     let tokens = &References::open("pro-iq2.refs").tokens()[..300];
-    let of = |threads| {
-        let backend = load("pro-iq2", Options { threads, ..Options::default() });
-        (logits(&backend, tokens, &[240, 1]), backend.shared_regions())
-    };
-    let (expected, shared) = of(1);
-    assert_eq!(shared, 0, "one thread shares nothing");
-    for threads in [2, 3] {
-        let (ours, shared) = of(threads);
-        assert!(shared > 61 * 6, "{threads} threads shared work only {shared} times");
-        assert_same(&ours, &expected, 512, &format!("{threads} threads"));
+    for options in [exact(), fast()] {
+        let of = |threads| {
+            let backend = load("pro-iq2", Options { threads, ..options });
+            (logits(&backend, tokens, &[240, 1]), backend.shared_regions())
+        };
+        let (expected, shared) = of(1);
+        assert_eq!(shared, 0, "one thread shares nothing");
+        for threads in [2, 3] {
+            let (ours, shared) = of(threads);
+            assert!(shared > 61 * 6, "{threads} threads shared work only {shared} times");
+            assert_same(&ours, &expected, 512, &format!("{:?}, {threads} threads", options.precision));
+        }
     }
 }
 
 #[test]
 fn instruction_sets_change_no_bit() {
-    let tokens = &tokens()[..140];
-    let of = |level| logits(&load(MODEL, Options { level, ..Options::default() }), tokens, &[70]);
-    let scalar = of(Level::Scalar);
     let levels: Vec<Level> = Level::available().collect();
     println!("instruction sets of this machine: {levels:?}");
     #[cfg(target_arch = "x86_64")]
     assert_eq!(levels.contains(&Level::Avx2), is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"));
-    for level in levels {
-        assert_same(&of(level), &scalar, 512, &format!("{level:?}"));
-    }
+    let check = |name: &str, options: Options| {
+        let tokens = &References::open(&format!("{name}.refs")).tokens()[..140];
+        let of = |level| logits(&load(name, Options { level, ..options }), tokens, &[70]);
+        let scalar = of(Level::Scalar);
+        for &level in &levels {
+            assert_same(&of(level), &scalar, 512, &format!("{name}, {:?} at {level:?}", options.precision));
+        }
+    };
+    check(MODEL, exact());
+    // Experts of every kind of block.
+    ["tiny-iq2", "tiny-q4", "tiny-q8", "mixed3-mixed"].into_iter().for_each(|name| check(name, fast()));
 }
 
 #[test]
 fn other_sessions_in_a_pass_change_no_bit() {
-    let (backend, tokens) = (load(MODEL, Options::default()), tokens());
-    let other: Vec<u32> = tokens.iter().rev().copied().collect();
-    let vocab = backend.config().vocab_size;
-    let (alone, other_alone) = (logits(&backend, &tokens, &[400]), logits(&backend, &other, &[400]));
-    let (mut a, mut b) = (backend.new_state().unwrap(), backend.new_state().unwrap());
-    let (mut together, mut other_together) = (Vec::new(), Vec::new());
-    // The sessions advance at different speeds and change places in the pass.
-    for (turn, (ours, theirs)) in tokens.chunks(40).zip(other.chunks(29)).enumerate() {
-        let (first, second) = (rows(0, a.position(), ours), rows(1, b.position(), theirs));
-        let swapped = turn % 2 == 1;
-        let batch = if swapped { [second, first].concat() } else { [first, second].concat() };
-        let mixed = forward(&backend, batch, &mut [&mut a, &mut b], &Cancel::default(), &mut NoObserver).unwrap();
-        let (x, y) = mixed.split_at(vocab * if swapped { theirs.len() } else { ours.len() });
-        let (ours, theirs) = if swapped { (y, x) } else { (x, y) };
-        together.extend_from_slice(ours);
-        other_together.extend_from_slice(theirs);
+    for options in [exact(), fast()] {
+        let (backend, tokens) = (load(MODEL, options), tokens());
+        let other: Vec<u32> = tokens.iter().rev().copied().collect();
+        let vocab = backend.config().vocab_size;
+        let (alone, other_alone) = (logits(&backend, &tokens, &[400]), logits(&backend, &other, &[400]));
+        let (mut a, mut b) = (backend.new_state().unwrap(), backend.new_state().unwrap());
+        let (mut together, mut other_together) = (Vec::new(), Vec::new());
+        // The sessions advance at different speeds and change places in the pass.
+        for (turn, (ours, theirs)) in tokens.chunks(40).zip(other.chunks(29)).enumerate() {
+            let (first, second) = (rows(0, a.position(), ours), rows(1, b.position(), theirs));
+            let swapped = turn % 2 == 1;
+            let batch = if swapped { [second, first].concat() } else { [first, second].concat() };
+            let mixed = forward(&backend, batch, &mut [&mut a, &mut b], &Cancel::default(), &mut NoObserver).unwrap();
+            let (x, y) = mixed.split_at(vocab * if swapped { theirs.len() } else { ours.len() });
+            let (ours, theirs) = if swapped { (y, x) } else { (x, y) };
+            together.extend_from_slice(ours);
+            other_together.extend_from_slice(theirs);
+        }
+        assert_same(&together, &alone[..together.len()], vocab, "first session");
+        assert_same(&other_together, &other_alone[..other_together.len()], vocab, "second session");
+        assert!(together.len() == alone.len() && other_together.len() > vocab * 256);
     }
-    assert_same(&together, &alone[..together.len()], vocab, "first session");
-    assert_same(&other_together, &other_alone[..other_together.len()], vocab, "second session");
-    assert!(together.len() == alone.len() && other_together.len() > vocab * 256);
 }
 
 #[test]
 fn saving_and_loading_changes_no_bit() {
-    for options in [Options::default(), plain()] {
+    for options in all_ways() {
         let (backend, tokens) = (load(MODEL, options), tokens());
         let whole = logits(&backend, &tokens, &[400]);
         let vocab = backend.config().vocab_size;
@@ -114,47 +143,72 @@ fn saving_and_loading_changes_no_bit() {
 }
 
 #[test]
-fn stepping_back_changes_no_bit() {
-    let (backend, tokens) = (load(MODEL, Options::default()), tokens());
-    let whole = logits(&backend, &tokens, &[400]);
-    let vocab = backend.config().vocab_size;
-    let wrong: Vec<u32> = tokens.iter().map(|token| (token + 7) % 500).collect();
-    for (from, target) in [(400, 399), (400, 336), (333, 270), (64, 0), (70, 6), (400, 300), (390, 256), (350, 40)] {
+fn a_state_of_one_precision_is_refused_by_the_other() {
+    let tokens = tokens();
+    let backends = [exact(), fast()].map(|options| load(MODEL, options));
+    let saved = backends.each_ref().map(|backend| {
         let mut state = backend.new_state().unwrap();
-        advance(&backend, &mut state, &tokens[..target]);
-        advance(&backend, &mut state, &wrong[target..from]);
-        let reached = state.rewind(target);
-        let near = from - target <= FREE_REWIND_TOKENS;
-        let checkpoint = target / CHECKPOINT_TOKENS * CHECKPOINT_TOKENS;
-        assert_eq!(reached, if near { target } else { checkpoint }, "from {from} to {target}");
-        let rest = advance(&backend, &mut state, &tokens[reached..]);
-        assert_same(&rest, &whole[reached * vocab..], vocab, &format!("from {from} back to {target}"));
+        advance(backend, &mut state, &tokens[..10]);
+        let mut bytes = Vec::new();
+        backend.export(&state, &mut bytes).unwrap();
+        bytes
+    });
+    let [exact, fast] = &backends;
+    let message = |result: Result<model::State, Error>| result.err().expect("another precision").to_string();
+    let of_exact = message(fast.import(&mut saved[0].as_slice()));
+    assert!(of_exact.contains("in Exact precision, this session computes in Fast"), "{of_exact}");
+    let of_fast = message(exact.import(&mut saved[1].as_slice()));
+    assert!(of_fast.contains("in Fast precision, this session computes in Exact"), "{of_fast}");
+    assert!(exact.import(&mut saved[0].as_slice()).is_ok() && fast.import(&mut saved[1].as_slice()).is_ok());
+}
+
+#[test]
+fn stepping_back_changes_no_bit() {
+    for options in [exact(), fast()] {
+        let (backend, tokens) = (load(MODEL, options), tokens());
+        let whole = logits(&backend, &tokens, &[400]);
+        let vocab = backend.config().vocab_size;
+        let wrong: Vec<u32> = tokens.iter().map(|token| (token + 7) % 500).collect();
+        for (from, target) in [(400, 399), (400, 336), (333, 270), (64, 0), (70, 6), (400, 300), (390, 256), (350, 40)]
+        {
+            let mut state = backend.new_state().unwrap();
+            advance(&backend, &mut state, &tokens[..target]);
+            advance(&backend, &mut state, &wrong[target..from]);
+            let reached = state.rewind(target);
+            let near = from - target <= FREE_REWIND_TOKENS;
+            let checkpoint = target / CHECKPOINT_TOKENS * CHECKPOINT_TOKENS;
+            assert_eq!(reached, if near { target } else { checkpoint }, "from {from} to {target}");
+            let rest = advance(&backend, &mut state, &tokens[reached..]);
+            assert_same(&rest, &whole[reached * vocab..], vocab, &format!("from {from} back to {target}"));
+        }
     }
 }
 
 #[test]
 fn stepping_back_again_and_again_changes_no_bit() {
-    let (backend, tokens) = (load(MODEL, Options::default()), tokens());
-    let whole = logits(&backend, &tokens, &[400]);
-    let vocab = backend.config().vocab_size;
-    let wrong: Vec<u32> = tokens.iter().map(|token| (token + 7) % 500).collect();
-    let mut state = backend.new_state().unwrap();
-    // As speculation does: five tokens, of which the last three are wrong and taken back.
-    while state.position() + 5 <= tokens.len() {
-        let start = state.position();
-        let draft = [&tokens[start..start + 2], &wrong[start + 2..start + 5]].concat();
-        let ours = advance(&backend, &mut state, &draft)[..2 * vocab].to_vec();
-        assert_same(&ours, &whole[start * vocab..(start + 2) * vocab], vocab, &format!("two of five from {start}"));
-        assert_eq!(state.rewind(start + 2), start + 2);
+    for options in [exact(), fast()] {
+        let (backend, tokens) = (load(MODEL, options), tokens());
+        let whole = logits(&backend, &tokens, &[400]);
+        let vocab = backend.config().vocab_size;
+        let wrong: Vec<u32> = tokens.iter().map(|token| (token + 7) % 500).collect();
+        let mut state = backend.new_state().unwrap();
+        // As speculation does: five tokens, of which the last three are wrong and taken back.
+        while state.position() + 5 <= tokens.len() {
+            let start = state.position();
+            let draft = [&tokens[start..start + 2], &wrong[start + 2..start + 5]].concat();
+            let ours = advance(&backend, &mut state, &draft)[..2 * vocab].to_vec();
+            assert_same(&ours, &whole[start * vocab..(start + 2) * vocab], vocab, &format!("two of five from {start}"));
+            assert_eq!(state.rewind(start + 2), start + 2);
+        }
+        // Also over a save, which must keep the free range.
+        let mut saved = Vec::new();
+        backend.export(&state, &mut saved).unwrap();
+        let mut state = backend.import(&mut saved.as_slice()).unwrap();
+        let target = state.position() - 60;
+        assert_eq!(state.rewind(target), target);
+        let rest = advance(&backend, &mut state, &tokens[target..]);
+        assert_same(&rest, &whole[target * vocab..], vocab, "after a save");
     }
-    // Also over a save, which must keep the free range.
-    let mut saved = Vec::new();
-    backend.export(&state, &mut saved).unwrap();
-    let mut state = backend.import(&mut saved.as_slice()).unwrap();
-    let target = state.position() - 60;
-    assert_eq!(state.rewind(target), target);
-    let rest = advance(&backend, &mut state, &tokens[target..]);
-    assert_same(&rest, &whole[target * vocab..], vocab, "after a save");
 }
 
 #[test]
@@ -293,7 +347,7 @@ fn damaged_states_are_refused() {
     }
     let twin = load("tiny-q4", Options::default());
     assert!(twin.import(&mut saved.as_slice()).err().unwrap().to_string().contains("another model file"));
-    let other = load(MODEL, plain());
+    let other = load(MODEL, Options { arithmetic: Arithmetic::Plain, ..Options::default() });
     assert!(other.import(&mut saved.as_slice()).err().unwrap().to_string().contains("arithmetic"));
     assert!(refuse(b"GGUF, not a state").contains("not a saved state"));
 }

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{load, rows};
+use common::{exact, fast, load, rows};
 use cpu::{Options, PassShape, pass_bytes};
 use model::{Backend, Cancel, KvLayout, NoObserver, forward};
 use peak_alloc::PeakAlloc;
@@ -11,11 +11,11 @@ use peak_alloc::PeakAlloc;
 static ALLOCATOR: PeakAlloc = PeakAlloc;
 
 /// Peak of one pass beyond what was held before it, and what was planned.
-fn pass(name: &str, chunk: usize, wanted_rows: usize, threads: usize) -> (f64, f64) {
-    let options = Options { threads, ..Options::default() };
+fn pass(name: &str, options: Options, chunk: usize, wanted_rows: usize) -> (f64, f64) {
+    let threads = options.threads;
     let backend = load(name, options);
     let config = backend.config();
-    let layout = KvLayout::new(config, 0, options.arithmetic);
+    let layout = KvLayout::new(config, 0, options.arithmetic, options.precision);
     let mut state = backend.new_state().unwrap();
     let mut peak_bytes = 0;
     for start in (0..3 * chunk).step_by(chunk) {
@@ -38,10 +38,12 @@ fn pass(name: &str, chunk: usize, wanted_rows: usize, threads: usize) -> (f64, f
 fn a_pass_takes_what_was_planned() {
     for name in ["tiny-q8", "pro-iq2", "mixed3-mixed"] {
         for (chunk, wanted, threads) in [(1, 1, 1), (17, 17, 1), (128, 1, 2), (256, 256, 2)] {
-            let (peak, planned) = pass(name, chunk, wanted, threads);
-            println!("{name} {chunk} rows, {threads} threads: {peak} B of {planned} B, {:.3}", peak / planned);
-            assert!(peak <= planned, "more than planned");
-            assert!(chunk < 128 || peak > planned * 0.94, "far less than planned");
+            for options in [exact(), fast()].map(|options| Options { threads, ..options }) {
+                let (peak, planned) = pass(name, options, chunk, wanted);
+                println!("{name} {chunk} rows, {options:?}: {peak} B of {planned} B, {:.3}", peak / planned);
+                assert!(peak <= planned, "more than planned");
+                assert!(chunk < 128 || peak > planned * 0.94, "far less than planned");
+            }
         }
     }
 }

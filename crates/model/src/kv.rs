@@ -14,6 +14,15 @@ pub enum Arithmetic {
     Plain,
 }
 
+/// How weights and activations are multiplied. Independent of [`Arithmetic`] and of where weights lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// f32 activations times dequantised weights, in one canonical order: what every other way is compared with.
+    Exact,
+    /// Activations rounded to 8 bits where the weights are quantised (docs/spec/model.md §5.8).
+    Fast,
+}
+
 /// How one row of f32 values is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RowFormat {
@@ -100,6 +109,8 @@ pub struct KvLayout {
     pub identity: u128,
     /// With or without the low-precision roundings.
     pub arithmetic: Arithmetic,
+    /// How the rows were computed.
+    pub precision: Precision,
     /// Tokens in the sliding window, the query's own included.
     pub window: usize,
     /// The layers, first to last.
@@ -107,8 +118,8 @@ pub struct KvLayout {
 }
 
 impl KvLayout {
-    /// The layout for a model, whose files have this identity, under one arithmetic.
-    pub fn new(config: &Config, identity: u128, arithmetic: Arithmetic) -> KvLayout {
+    /// The layout for a model, whose files have this identity, under one arithmetic and precision.
+    pub fn new(config: &Config, identity: u128, arithmetic: Arithmetic, precision: Precision) -> KvLayout {
         let (main, index) = match arithmetic {
             Arithmetic::Plain => {
                 (RowFormat::F32 { width: config.head_dim }, RowFormat::F32 { width: config.index_head_dim })
@@ -124,6 +135,6 @@ impl KvLayout {
             index: (ratio == 4).then(|| CompressorLayout::new(ratio, index)),
         };
         let layers = config.compress_ratios.iter().map(layer).collect();
-        KvLayout { identity, arithmetic, window: config.window, layers }
+        KvLayout { identity, arithmetic, precision, window: config.window, layers }
     }
 }

@@ -22,7 +22,7 @@ pub use batch::{Batch, Row, Run};
 pub use config::{Config, Yarn};
 pub use error::Error;
 pub use forward::{NoObserver, Observer, forward};
-pub use kv::{Arithmetic, KvLayout};
+pub use kv::{Arithmetic, KvLayout, Precision};
 pub use snapshot::SnapshotError;
 pub use state::State;
 pub use tensors::{Model, TensorRef};

@@ -12,13 +12,13 @@
 use std::io::{self, Read, Write};
 use std::sync::Arc;
 
-use crate::kv::{Arithmetic, CompressorLayout, KvLayout, RowFormat};
+use crate::kv::{Arithmetic, CompressorLayout, KvLayout, Precision, RowFormat};
 use crate::state::{
     CHECKPOINT_TOKENS, Checkpoint, CompressorState, FREE_REWIND_TOKENS, LayerCheckpoint, MAX_CHECKPOINTS, State,
 };
 
 const MAGIC: &[u8; 8] = b"infallKV";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Why bytes could not be turned into a state.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +41,17 @@ pub enum SnapshotError {
     /// The state belongs to another model file or arithmetic.
     #[error("the state was made with another model file or arithmetic: use those it was made with, or compute it anew")]
     Layout,
+    /// The state belongs to this model, but was computed in another precision.
+    #[error(
+        "the state was computed in {found:?} precision, this session computes in {expected:?}: use the precision it \
+         was made with, or compute it anew"
+    )]
+    Precision {
+        /// The state's.
+        found: Precision,
+        /// The session's.
+        expected: Precision,
+    },
     /// A position that no state can have.
     #[error("the state claims {what} {found}, which is impossible here: it is damaged and was not used")]
     Damaged {
@@ -129,7 +140,11 @@ fn layout_bytes(layout: &KvLayout) -> Vec<u8> {
         Arithmetic::Official => 0,
         Arithmetic::Plain => 1,
     };
-    let mut words = vec![arithmetic, layout.window as u32, layout.layers.len() as u32];
+    let precision = match layout.precision {
+        Precision::Exact => 0,
+        Precision::Fast => 1,
+    };
+    let mut words = vec![arithmetic, precision, layout.window as u32, layout.layers.len() as u32];
     for layer in &layout.layers {
         words.extend(row(layer.raw));
         words.extend(compressor(&layer.main));
@@ -222,8 +237,9 @@ fn read_header<R: Read>(input: &mut Input<'_, R>, layout: &KvLayout) -> Result<(
         return Err(SnapshotError::Version { found });
     }
     let expected = layout_bytes(layout);
-    if input.vec(expected.len())? != expected {
-        return Err(SnapshotError::Layout);
+    let found = input.vec(expected.len())?;
+    if found != expected {
+        return Err(other_layout(&found, layout));
     }
     let (position, floor) = (input.u64()?, input.u64()?);
     if position > u32::MAX as u64 {
@@ -233,6 +249,16 @@ fn read_header<R: Read>(input: &mut Input<'_, R>, layout: &KvLayout) -> Result<(
         return Err(SnapshotError::Damaged { what: "the first free position", found: floor });
     }
     Ok((position as usize, floor as usize))
+}
+
+/// Why a state whose layout is `found` cannot be used under `layout`.
+fn other_layout(found: &[u8], layout: &KvLayout) -> SnapshotError {
+    let differs_by =
+        |precision: &Precision| layout_bytes(&KvLayout { precision: *precision, ..layout.clone() }) == found;
+    match [Precision::Exact, Precision::Fast].into_iter().find(differs_by) {
+        Some(found) => SnapshotError::Precision { found, expected: layout.precision },
+        None => SnapshotError::Layout,
+    }
 }
 
 fn import_compressor<R: Read>(

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use common::flash;
 use model::kv::CompressorLayout;
 use model::state::{CompressorDelta, Delta, LayerDelta, StateBytes};
-use model::{Arithmetic, KvLayout, State};
+use model::{Arithmetic, KvLayout, Precision, State};
 use peak_alloc::PeakAlloc;
 
 #[global_allocator]
@@ -31,7 +31,7 @@ fn delta(layout: &KvLayout, start: usize, tokens: usize) -> Delta {
 
 #[test]
 fn a_token_of_flash_costs_at_most_3600_bytes() {
-    let layout = Arc::new(KvLayout::new(&flash(), 0, Arithmetic::Official));
+    let layout = Arc::new(KvLayout::new(&flash(), 0, Arithmetic::Official, Precision::Exact));
     let before_bytes = ALLOCATOR.current_usage();
     let mut state = State::new(layout.clone());
     let grow = |state: &mut State, to: usize| {
@@ -62,7 +62,7 @@ fn a_token_of_flash_costs_at_most_3600_bytes() {
 
 #[test]
 fn rows_are_packed_as_the_specification_says() {
-    let layout = KvLayout::new(&flash(), 0, Arithmetic::Official);
+    let layout = KvLayout::new(&flash(), 0, Arithmetic::Official, Precision::Exact);
     let a_token: f64 = layout
         .layers
         .iter()

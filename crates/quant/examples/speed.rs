@@ -1,7 +1,7 @@
 //! Speeds of the kernels on one core: `cargo run --release -p infall-quant --example speed`.
 
 use gguf::TensorType;
-use quant::exact;
+use quant::{exact, integer};
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -73,6 +73,18 @@ fn main() {
         let mut scratch = Vec::new();
         rate(&format!("{ty} matmul 64 rows × 64"), ROWS * COLS * BATCH, || {
             exact::matmul(ty, black_box(&weights), COLS, &batch, &mut out, &mut scratch);
+        });
+        if !integer::is_supported(ty) {
+            continue;
+        }
+        for rows in [1, 4, BATCH] {
+            let x = integer::quantize_activations(ty, &batch[..rows * COLS], COLS);
+            rate(&format!("{ty} integer matmul 64 rows × {rows}"), ROWS * COLS * rows, || {
+                integer::matmul(ty, black_box(&weights), &x, &mut out[..ROWS * rows]);
+            });
+        }
+        rate(&format!("{ty} quantize activations × 64"), COLS * BATCH, || {
+            black_box(integer::quantize_activations(ty, black_box(&batch), COLS));
         });
     }
 }

@@ -337,6 +337,9 @@ pub(crate) fn doubled_e2m1(code: u8) -> i8 {
     if code < 8 { magnitude } else { -magnitude }
 }
 
+/// [`doubled_e2m1`] of every code.
+pub(crate) const DOUBLED_E2M1: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+
 #[cfg(test)]
 mod tests {
     use super::*;

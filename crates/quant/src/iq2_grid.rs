@@ -25,7 +25,7 @@ const PACKED: [u16; 256] = [
 ];
 
 /// Magnitudes of a code-book point: `GRID[index][j]` is 8, 25 or 43.
-pub(crate) static GRID: [[u8; 8]; 256] = grid();
+pub(crate) static GRID: [[i8; 8]; 256] = grid();
 
 /// `GRID` as f32.
 pub(crate) static GRID_F32: [[f32; 8]; 256] = grid_f32();
@@ -36,12 +36,15 @@ pub(crate) static GRID_COLUMNS: [[f32; 256]; 8] = grid_columns();
 /// The eight signs of a 7-bit pattern as ±1: sign 7 makes the number of minus signs even.
 pub(crate) static SIGNS_F32: [[f32; 8]; 128] = signs_f32();
 
+/// `SIGNS_F32` as bytes.
+pub(crate) static SIGNS: [[i8; 8]; 128] = signs();
+
 /// The eight sign bits of a 7-bit pattern, bit j set for a minus at element j.
 pub(crate) const fn sign_bits(pattern: u8) -> u8 {
     pattern | (((pattern.count_ones() & 1) as u8) << 7)
 }
 
-const fn grid() -> [[u8; 8]; 256] {
+const fn grid() -> [[i8; 8]; 256] {
     let mut table = [[0; 8]; 256];
     let mut i = 0;
     while i < 256 * 8 {
@@ -73,13 +76,24 @@ const fn grid_columns() -> [[f32; 256]; 8] {
     table
 }
 
-const fn signs_f32() -> [[f32; 8]; 128] {
-    let mut table = [[1.0; 8]; 128];
+const fn signs() -> [[i8; 8]; 128] {
+    let mut table = [[1; 8]; 128];
     let mut i = 0;
     while i < 128 * 8 {
         if sign_bits((i / 8) as u8) >> (i % 8) & 1 == 1 {
-            table[i / 8][i % 8] = -1.0;
+            table[i / 8][i % 8] = -1;
         }
+        i += 1;
+    }
+    table
+}
+
+const fn signs_f32() -> [[f32; 8]; 128] {
+    let bytes = signs();
+    let mut table = [[0.0; 8]; 128];
+    let mut i = 0;
+    while i < 128 * 8 {
+        table[i / 8][i % 8] = bytes[i / 8][i % 8] as f32;
         i += 1;
     }
     table

@@ -1,12 +1,14 @@
-//! The integer dots against f64 dots of what weights and activations stand for, and the activation formats
-//! against the specification.
+//! The integer dots against f64 dots of what weights and activations stand for, the kernels of every level against the
+//! definition to the bit, and the activation formats against the specification.
 
 mod common;
 
-use common::{Random, model_vectors, numbers};
+use common::{Random, TYPES, assert_same_bits, model_vectors, numbers};
+use gguf::TensorType;
 use proptest::prelude::*;
 use quant::blocks::*;
-use quant::integer::{IntegerDot, dot, quantize_q8_0, quantize_q8_k};
+use quant::integer::*;
+use quant::simd::Level;
 
 fn activations_q8_0(x: &[f32]) -> Vec<ActivationQ8_0> {
     let mut out = vec![ActivationQ8_0 { d: 0.0, q: [0; 32] }; x.len() / 32];
@@ -26,17 +28,26 @@ fn values(d: f32, q: &[i8]) -> impl Iterator<Item = f64> {
 }
 
 /// The integer dot of a row against f64; `x` is what the activations stand for.
-fn check<W: IntegerDot>(ty: gguf::TensorType, row: &[u8], activations: &[W::Activation], x: &[f64]) {
+fn check<W: IntegerDot>(ty: TensorType, row: &[u8], activations: &[W::Activation], x: &[f64]) {
     let mut w = vec![0.0; x.len()];
     quant::dequantize(ty, row, &mut w);
     let products: Vec<f64> = w.iter().zip(x).map(|(w, x)| f64::from(*w) * x).collect();
-    let (exact, size) = (products.iter().sum::<f64>(), products.iter().map(|p| p.abs()).sum::<f64>());
+    // What the minimums take away may cancel the rest, but not its rounding.
+    let mut without_minimums = row.to_vec();
+    if let Some(dmin) = common::dmin_offset(ty) {
+        without_minimums.chunks_exact_mut(size_of::<W>()).for_each(|block| block[dmin..dmin + 2].fill(0));
+    }
+    let mut scaled = vec![0.0; x.len()];
+    quant::dequantize(ty, &without_minimums, &mut scaled);
+    let sizes =
+        w.iter().zip(&scaled).zip(x).map(|((w, scaled), x)| f64::from(scaled.abs() + (w - scaled).abs()) * x.abs());
+    let (exact, size) = (products.iter().sum::<f64>(), sizes.sum::<f64>());
     let found = f64::from(dot(view::<W>(row), activations));
     assert!((found - exact).abs() <= 1e-6 * size, "{ty}: {found}, expected {exact} (of {size})");
 }
 
 /// Every format's dot with `x`, on rows that `row` makes.
-fn check_all(x: &[f32], mut row: impl FnMut(gguf::TensorType) -> Vec<u8>) {
+fn check_all(x: &[f32], mut row: impl FnMut(TensorType) -> Vec<u8>) {
     let q8_k = activations_q8_k(x);
     let q8_0 = activations_q8_0(x);
     let x_k: Vec<f64> = q8_k.iter().flat_map(|b| values(b.d, &b.q)).collect();
@@ -97,6 +108,97 @@ fn zeros_and_what_is_not_finite() {
         assert!(dot(view::<Q4K>(&row), &activations_q8_k(&x)).is_nan());
         let row = random.row(Q8_0::TYPE, 256);
         assert!(dot(view::<Q8_0>(&row), &activations_q8_0(&x)).is_nan());
+    }
+}
+
+/// Where no factor is finite, all is zero; just above, nothing overflows.
+#[test]
+fn the_smallest_activations() {
+    for (x, zero) in [(f32::from_bits(1), true), (1e-40, true), (2e-38, true), (4e-37, false)] {
+        let (short, long) = (activations_q8_0(&[x; 32])[0], activations_q8_k(&[x; 256])[0]);
+        assert_eq!((short.q[0] == 0, short.d == 0.0), (zero, zero), "{x:e}: {short:?}");
+        assert_eq!((long.q[0] == 0, long.d == 0.0), (zero, zero), "{x:e}: {long:?}");
+    }
+}
+
+#[test]
+fn every_quantised_type_has_an_integer_dot() {
+    let supported: Vec<TensorType> = TYPES.into_iter().filter(|&ty| is_supported(ty)).collect();
+    assert_eq!(supported, TYPES[3..]);
+}
+
+/// The definition for each pair of rows, `[n, R]`.
+fn defined(ty: TensorType, weights: &[u8], x: &[f32], cols: usize) -> Vec<f32> {
+    fn rows<W: IntegerDot>(weights: &[u8], x: &[Vec<W::Activation>]) -> Vec<f32> {
+        let (blocks, per_row) = (view::<W>(weights), x[0].len());
+        blocks.chunks_exact(per_row).flat_map(|row| x.iter().map(move |x| dot(row, x))).collect()
+    }
+    let short: Vec<_> = x.chunks_exact(cols).map(activations_q8_0).collect();
+    let long = || x.chunks_exact(cols).map(activations_q8_k).collect::<Vec<_>>();
+    match ty {
+        TensorType::Q8_0 => rows::<Q8_0>(weights, &short),
+        TensorType::Mxfp4 => rows::<Mxfp4>(weights, &short),
+        TensorType::Q2K => rows::<Q2K>(weights, &long()),
+        TensorType::Q3K => rows::<Q3K>(weights, &long()),
+        TensorType::Q4K => rows::<Q4K>(weights, &long()),
+        TensorType::Q5K => rows::<Q5K>(weights, &long()),
+        TensorType::Q6K => rows::<Q6K>(weights, &long()),
+        TensorType::Iq2Xxs => rows::<Iq2Xxs>(weights, &long()),
+        other => panic!("{other}"),
+    }
+}
+
+/// Every level's kernel against the definition.
+#[track_caller]
+fn check_kernels(ty: TensorType, weights: &[u8], x: &[f32], cols: usize, what: &str) {
+    let expected = defined(ty, weights, x, cols);
+    for level in Level::available() {
+        let activations = quantize_activations_at(level, ty, x, cols);
+        let mut found = vec![f32::NAN; expected.len()];
+        matmul_at(level, ty, weights, &activations, &mut found);
+        assert_same_bits(&found, &expected, &format!("{ty} {what} at {level:?}"));
+    }
+}
+
+#[test]
+fn kernels_follow_the_definition_in_every_shape() {
+    let mut random = Random(4);
+    for ty in TYPES.into_iter().filter(|&ty| is_supported(ty)) {
+        let block = ty.block().unwrap().elements as usize;
+        for (rows, blocks) in [(1, 1), (2, 3), (3, 1), (4, 2), (5, 9), (7, 1), (17, 2)] {
+            for batch in [1, 2, 3, 31, 32, 33, 65] {
+                let weights: Vec<u8> = (0..rows).flat_map(|_| random.row(ty, blocks * block)).collect();
+                let x = random.normals(batch * blocks * block);
+                check_kernels(ty, &weights, &x, blocks * block, &format!("{rows} × {blocks} blocks × {batch}"));
+            }
+        }
+    }
+}
+
+/// Any bytes as weights, infinite and NaN scales included, and the largest, smallest and worst activations.
+#[test]
+fn kernels_follow_the_definition_at_the_extremes() {
+    let mut random = Random(5);
+    for ty in TYPES.into_iter().filter(|&ty| is_supported(ty)) {
+        let row_bytes = quant::row_bytes(ty, 512);
+        for turn in 0..64 {
+            let weights: Vec<u8> = match turn {
+                0..32 => (0..5 * row_bytes).map(|_| random.bits() as u8).collect(),
+                _ => vec![[0x00, 0xff, 0x7f, 0x80][turn % 4]; 5 * row_bytes],
+            };
+            let mut x = random.normals(3 * 512);
+            match turn % 8 {
+                0 => x.fill(1.0),
+                1 => x.iter_mut().enumerate().for_each(|(i, x)| *x = if i % 3 == 0 { -127.0 } else { 127.0 }),
+                2 => x[700] = f32::NAN,
+                3 => x[100] = f32::NEG_INFINITY,
+                4 => x.iter_mut().for_each(|x| *x *= 1e-38),
+                5 => x.iter_mut().for_each(|x| *x *= 1e-44),
+                6 => x.iter_mut().for_each(|x| *x *= 1e37),
+                _ => x[..256].fill(0.0),
+            }
+            check_kernels(ty, &weights, &x, 512, &format!("extreme {turn}"));
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use cpu::{CpuBackend, Options};
 use gguf::Gguf;
-use model::{Arithmetic, Backend, Cancel, Model, NoObserver, Row, State, forward};
+use model::{Arithmetic, Backend, Cancel, Model, NoObserver, Precision, Row, State, forward};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use store::Source;
@@ -25,8 +25,17 @@ pub fn load(name: &str, options: Options) -> CpuBackend {
     CpuBackend::load(&model, &source, options, &mut |_| {}).unwrap()
 }
 
+pub fn exact() -> Options {
+    Options { precision: Precision::Exact, ..Options::default() }
+}
+
+pub fn fast() -> Options {
+    Options { precision: Precision::Fast, ..Options::default() }
+}
+
+/// Exact, and without the model's own roundings: what the float64 reference computes.
 pub fn plain() -> Options {
-    Options { arithmetic: Arithmetic::Plain, ..Options::default() }
+    Options { arithmetic: Arithmetic::Plain, ..exact() }
 }
 
 /// Rows of `tokens` for session `session` from `position`, all with logits.

@@ -107,6 +107,15 @@ pub fn tame(ty: TensorType, row: &mut [u8]) {
     }
 }
 
+/// Where a block of `ty` has the scale of its minimums.
+pub fn dmin_offset(ty: TensorType) -> Option<usize> {
+    match ty {
+        TensorType::Q2K => Some(82),
+        TensorType::Q4K | TensorType::Q5K => Some(2),
+        _ => None,
+    }
+}
+
 /// Where a block of `ty` has its half-precision (or bfloat16) numbers.
 fn scale_offsets(ty: TensorType) -> Vec<usize> {
     match ty {

@@ -1,0 +1,243 @@
+//! Weight blocks as whole numbers and a scale, and the dot of one block with an activation block: the definition.
+
+use crate::blocks::*;
+use crate::decode::mxfp4_scale;
+use crate::iq2_grid::{GRID, SIGNS};
+use bytemuck::Pod;
+#[cfg(target_arch = "x86_64")]
+use {super::avx2, crate::simd::Avx2, std::arch::x86_64::__m256i};
+
+/// A weight block that has an integer dot.
+pub trait IntegerDot: Pod {
+    /// The activation block of the same length.
+    type Activation;
+    /// `sum` plus the dot of the block.
+    fn add_dot(&self, x: &Self::Activation, sum: f32) -> f32;
+}
+
+/// 32 values: x = scale · code.
+pub(super) trait ShortBlock: IntegerDot<Activation = ActivationQ8_0> {
+    fn scale(&self) -> f32;
+    fn codes(&self) -> [i8; 32];
+    /// The codes in a register.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn register(&self, simd: Avx2) -> __m256i {
+        avx2::load(simd, &self.codes())
+    }
+}
+
+/// 256 values in sixteen sub-blocks j: x = d · FACTOR · scales[j] · code − dmin · minimums[j].
+pub(super) trait LongBlock: IntegerDot<Activation = ActivationQ8K> {
+    /// A power of two.
+    const FACTOR: f32 = 1.0;
+    /// Whether codes may be negative.
+    const SIGNED: bool;
+    /// Whether there are minimums.
+    const MINIMUMS: bool = false;
+    fn d(&self) -> Half;
+    fn scales(&self) -> [i8; 16];
+    fn dmin(&self) -> Half {
+        Half([0; 2])
+    }
+    fn minimums(&self) -> [i8; 16] {
+        [0; 16]
+    }
+    fn codes(&self) -> [i8; QK_K];
+    /// The codes in registers of 32.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn registers(&self, simd: Avx2) -> [__m256i; 8] {
+        let codes = self.codes();
+        std::array::from_fn(|g| avx2::load(simd, &codes.as_chunks().0[g]))
+    }
+}
+
+/// Σ a·b.
+fn dot_i8(a: &[i8], b: &[i8]) -> i32 {
+    a.iter().zip(b).map(|(&a, &b)| i32::from(a) * i32::from(b)).sum()
+}
+
+/// `sum + scale·d_x · Σ code·x`, the last step fused.
+fn add_short(w: &impl ShortBlock, x: &ActivationQ8_0, sum: f32) -> f32 {
+    (w.scale() * x.d).mul_add(dot_i8(&w.codes(), &x.q) as f32, sum)
+}
+
+/// `sum + d·d_x · Σ_j scale_j·Σ code·x − dmin·d_x · Σ_j minimum_j·Σ x`, both steps fused.
+fn add_long<W: LongBlock>(w: &W, x: &ActivationQ8K, sum: f32) -> f32 {
+    let codes = w.codes();
+    let scaled = w.scales().into_iter().zip(codes.as_chunks::<16>().0).zip(x.q.as_chunks::<16>().0);
+    let dot: i32 = scaled.map(|((scale, codes), x)| i32::from(scale) * dot_i8(codes, x)).sum();
+    let sum = (w.d().to_f32() * W::FACTOR * x.d).mul_add(dot as f32, sum);
+    if !W::MINIMUMS {
+        return sum;
+    }
+    let minimums: i32 = w.minimums().iter().zip(x.sums).map(|(&m, sum)| i32::from(m) * i32::from(sum)).sum();
+    (-(w.dmin().to_f32() * x.d)).mul_add(minimums as f32, sum)
+}
+
+impl ShortBlock for Q8_0 {
+    #[inline(always)]
+    fn scale(&self) -> f32 {
+        self.d.to_f32()
+    }
+    #[inline(always)]
+    fn codes(&self) -> [i8; 32] {
+        self.q
+    }
+}
+
+impl ShortBlock for Mxfp4 {
+    #[inline(always)]
+    fn scale(&self) -> f32 {
+        mxfp4_scale(self.e)
+    }
+    #[inline(always)]
+    fn codes(&self) -> [i8; 32] {
+        self.codes()
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn register(&self, simd: Avx2) -> __m256i {
+        avx2::look_up_nibbles(simd, &DOUBLED_E2M1, &self.q)
+    }
+}
+
+/// One number for each 32 values as one for each 16.
+#[inline(always)]
+fn twice(numbers: [u8; 8]) -> [i8; 16] {
+    std::array::from_fn(|j| numbers[j / 2] as i8)
+}
+
+impl LongBlock for Q2K {
+    const SIGNED: bool = false;
+    const MINIMUMS: bool = true;
+    #[inline(always)]
+    fn d(&self) -> Half {
+        self.d
+    }
+    #[inline(always)]
+    fn scales(&self) -> [i8; 16] {
+        self.scales.map(|s| (s & 15) as i8)
+    }
+    #[inline(always)]
+    fn dmin(&self) -> Half {
+        self.dmin
+    }
+    #[inline(always)]
+    fn minimums(&self) -> [i8; 16] {
+        self.scales.map(|s| (s >> 4) as i8)
+    }
+    #[inline(always)]
+    fn codes(&self) -> [i8; QK_K] {
+        self.codes()
+    }
+}
+
+macro_rules! long_with_6_bit_minimums {
+    ($block:ident) => {
+        impl LongBlock for $block {
+            const SIGNED: bool = false;
+            const MINIMUMS: bool = true;
+            #[inline(always)]
+            fn d(&self) -> Half {
+                self.d
+            }
+            #[inline(always)]
+            fn scales(&self) -> [i8; 16] {
+                twice(scales_and_minimums(&self.scales).0)
+            }
+            #[inline(always)]
+            fn dmin(&self) -> Half {
+                self.dmin
+            }
+            #[inline(always)]
+            fn minimums(&self) -> [i8; 16] {
+                twice(scales_and_minimums(&self.scales).1)
+            }
+            #[inline(always)]
+            fn codes(&self) -> [i8; QK_K] {
+                self.codes()
+            }
+        }
+    };
+}
+long_with_6_bit_minimums!(Q4K);
+long_with_6_bit_minimums!(Q5K);
+
+macro_rules! long_signed {
+    ($block:ident, $scales:expr) => {
+        impl LongBlock for $block {
+            const SIGNED: bool = true;
+            #[inline(always)]
+            fn d(&self) -> Half {
+                self.d
+            }
+            #[inline(always)]
+            fn scales(&self) -> [i8; 16] {
+                $scales(self)
+            }
+            #[inline(always)]
+            fn codes(&self) -> [i8; QK_K] {
+                self.codes()
+            }
+        }
+    };
+}
+long_signed!(Q3K, |block: &Q3K| q3_scales(&block.scales));
+long_signed!(Q6K, |block: &Q6K| block.scales);
+
+/// x = d/8 · (2s + 1) · ±grid.
+impl LongBlock for Iq2Xxs {
+    const FACTOR: f32 = 0.125;
+    const SIGNED: bool = true;
+    #[inline(always)]
+    fn d(&self) -> Half {
+        self.d
+    }
+    #[inline(always)]
+    fn scales(&self) -> [i8; 16] {
+        twice(self.groups.map(|group| 2 * (group[7] >> 4) + 1))
+    }
+    #[inline(always)]
+    fn codes(&self) -> [i8; QK_K] {
+        let mut codes = [0; QK_K];
+        for (i, codes) in codes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+            let (points, patterns) = iq2_indices(&self.groups[i / 4]);
+            let (magnitudes, signs) = (GRID[points[i % 4]], SIGNS[patterns[i % 4]]);
+            *codes = std::array::from_fn(|j| magnitudes[j] * signs[j]);
+        }
+        codes
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn registers(&self, simd: Avx2) -> [__m256i; 8] {
+        std::array::from_fn(|g| {
+            let (points, patterns) = iq2_indices(&self.groups[g]);
+            avx2::with_signs(simd, avx2::look_up(simd, &GRID, points), avx2::look_up(simd, &SIGNS, patterns))
+        })
+    }
+}
+
+/// Indices of a group's four code-book points and of their sign patterns.
+#[inline(always)]
+fn iq2_indices(group: &[u8; 8]) -> ([usize; 4], [usize; 4]) {
+    let [points @ .., s0, s1, s2, s3] = *group;
+    let word = u32::from_le_bytes([s0, s1, s2, s3]);
+    (points.map(usize::from), std::array::from_fn(|l| (word >> (7 * l) & 127) as usize))
+}
+
+macro_rules! integer_dot {
+    ($activation:ty, $add:ident: $($block:ident),*) => {
+        $(
+            impl IntegerDot for $block {
+                type Activation = $activation;
+                fn add_dot(&self, x: &$activation, sum: f32) -> f32 {
+                    $add(self, x, sum)
+                }
+            }
+        )*
+    };
+}
+integer_dot!(ActivationQ8_0, add_short: Q8_0, Mxfp4);
+integer_dot!(ActivationQ8K, add_long: Q2K, Q3K, Q4K, Q5K, Q6K, Iq2Xxs);
