@@ -13,7 +13,9 @@ mod lease;
 mod memory;
 pub mod plan;
 pub mod policy;
+pub mod replay;
 mod source;
+pub mod trace;
 
 pub use host::{HostLeases, HostStore};
 pub use lease::{ExpertBytes, ExpertExtents, Lease};
@@ -21,3 +23,4 @@ pub use memory::{ALIGNMENT_BYTES, AlignedBytes, check_available};
 pub use plan::{Needs, Plan, Request, Residency};
 pub use policy::{ExpertId, Policy};
 pub use source::{Extent, Source, StoreError};
+pub use trace::{TraceError, TraceHeader, TracePass, TraceReader, TraceWriter};

@@ -72,7 +72,7 @@ impl Policy {
     }
 
     /// The same with another half-life, which replay compares. Panics if it is 0.
-    pub(crate) fn with_half_life(class_of_layer: Vec<usize>, experts: usize, half_life_tokens: usize) -> Policy {
+    pub fn with_half_life(class_of_layer: Vec<usize>, experts: usize, half_life_tokens: usize) -> Policy {
         assert!(half_life_tokens > 0, "a half-life of 0 tokens");
         let classes = class_of_layer.iter().max().map_or(0, |class| class + 1);
         Policy {
