@@ -116,8 +116,12 @@ fn write_parameter(name: &str, value: &Value, emit: &mut impl FnMut(Part<'_>)) {
 }
 
 fn write_name(name: &str, emit: &mut impl FnMut(Part<'_>)) {
-    let escaped = name.replace('&', "&amp;").replace('"', "&quot;").replace('<', "&lt;").replace('>', "&gt;");
     emit(Part::Markup(" name=\""));
-    emit(Part::Text(&escaped));
+    emit(Part::Text(&escaped_name(name)));
     emit(Part::Markup("\""));
+}
+
+/// A tool's or parameter's name as it stands in its attribute.
+pub fn escaped_name(name: &str) -> String {
+    name.replace('&', "&amp;").replace('"', "&quot;").replace('<', "&lt;").replace('>', "&gt;")
 }
