@@ -229,7 +229,8 @@ fn speed(passed: usize, time: Duration) -> String {
 /// Why a turn ended, where the model did not end it.
 fn why(reason: StopReason) -> Option<&'static str> {
     match reason {
-        StopReason::EndOfTurn(_) | StopReason::Receiver => None,
+        StopReason::EndOfTurn(_) | StopReason::Receiver | StopReason::CallsClosed | StopReason::StopString => None,
+        StopReason::Runaway => Some("stopped: a tool call that never ends"),
         StopReason::TokenLimit => Some("stopped at -n"),
         StopReason::ContextFull => Some("stopped: the context is full"),
         StopReason::Cancelled => Some("interrupted"),

@@ -53,6 +53,20 @@ pub enum Error {
         /// The model's vocabulary.
         vocab_size: usize,
     },
+    /// A call was asked for that cannot be made.
+    #[error(
+        "the tool choice asks for {}, but the declared tools are [{}]: declare it, or choose another",
+        found.as_ref().map_or("any tool".to_owned(), |name| format!("`{name}`")), declared.join(", ")
+    )]
+    ToolChoice {
+        /// The tool asked for, or any.
+        found: Option<String>,
+        /// The tools there are.
+        declared: Vec<String>,
+    },
+    /// The turn cannot be held to a grammar.
+    #[error(transparent)]
+    Grammar(#[from] text::grammar::GrammarError),
     /// Nothing can be sampled.
     #[error("none of the {0} logits that may be chosen is a finite number. The computation or its input is broken")]
     NoFiniteLogit(usize),

@@ -29,6 +29,12 @@ pub enum StopReason {
     Cancelled,
     /// The receiver of the tokens wants no more.
     Receiver,
+    /// The block of calls was closed ([`crate::run_turn()`] only, as those below).
+    CallsClosed,
+    /// A stop string occurred in the content.
+    StopString,
+    /// A block of calls stayed open with markup that leads nowhere.
+    Runaway,
 }
 
 /// Continues `session`, whose next token follows from `logits`, and hands each new token to `receive`.

@@ -71,12 +71,15 @@ fn draw(tokenizer: &Tokenizer, constraint: &mut Constraint, random: &mut Random)
         let allowed: Vec<u32> =
             (0..tokenizer.vocab_size() as u32).filter(|&t| words[t as usize / 32] >> (t % 32) & 1 == 1).collect();
         assert!(!allowed.is_empty(), "nothing may follow {:?}", spelt(tokenizer, &drawn));
-        let closes = |token: &u32| {
-            tokenizer.is_control(*token)
-                || matches!(tokenizer.token_bytes(*token), b"</" | b"<" | b"/" | b"\"" | b"]" | b"}" | b"null")
+        let of = |chosen: &dyn Fn(&u32) -> bool| allowed.iter().copied().filter(|token| chosen(token)).collect();
+        let control: Vec<u32> = of(&|token| tokenizer.is_control(*token));
+        let closers: Vec<u32> =
+            of(&|token| matches!(tokenizer.token_bytes(*token), b"</" | b"<" | b"/" | b"\"" | b"]" | b"}" | b"null"));
+        let among = match random.below(3) {
+            0 if !control.is_empty() => &control,
+            0 if !closers.is_empty() => &closers,
+            _ => &allowed,
         };
-        let closers: Vec<u32> = allowed.iter().copied().filter(closes).collect();
-        let among = if !closers.is_empty() && random.below(3) == 0 { &closers } else { &allowed };
         let token = among[random.below(among.len())];
         if token == tokenizer.eos() {
             return drawn;
@@ -112,7 +115,6 @@ fn read_block(text: &str) -> Vec<(String, Map<String, Value>)> {
                 _ => {
                     let value: Value = serde_json::from_str(value).unwrap();
                     assert!(!value.is_string(), "a text is written as text");
-                    assert_eq!(after_value.find("\u{0}"), None);
                     value
                 }
             };
@@ -136,7 +138,7 @@ fn fits(value: &Value, schema: &Value, root: &Value) -> bool {
     }
     let is = |kind: &str| match kind {
         "string" => value.is_string(),
-        "integer" => value.is_i64() || value.is_u64() || value.as_f64().is_some_and(|x| x.fract() == 0.0),
+        "integer" => value.is_number() && !value.to_string().contains(['.', 'e', 'E']),
         "number" => value.is_number(),
         "boolean" => value.is_boolean(),
         "null" => value.is_null(),

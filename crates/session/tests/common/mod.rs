@@ -1,0 +1,189 @@
+//! A backend whose logits a test writes itself, so that a turn goes exactly as the test wants.
+
+use std::cell::RefCell;
+use std::io::{Read, Write};
+
+use gguf::Gguf;
+use model::{Activation, Backend, Batch, Cancel, Config, Error, Model, SubLayer};
+use session::{Context, Session};
+use text::{Tokenizer, TokenizerData};
+
+static NANO: &[u8] = include_bytes!("../../../../models/nano.gguf");
+
+/// Says after any tokens which logits follow.
+type Rule = Box<dyn Fn(&[u32]) -> Vec<f32>>;
+
+/// Runs no model: a session's state is its tokens, and the logits are the test's.
+pub struct Scripted {
+    config: Config,
+    rule: Rule,
+    /// Rows of each pass so far.
+    pub passes: RefCell<Vec<usize>>,
+}
+
+/// A pass: its rows, and the logits wanted.
+pub struct Pass {
+    batch: Batch,
+    past: Vec<u32>,
+}
+
+/// nano's tokenizer, whose control tokens have V4's names.
+pub fn tokenizer() -> Tokenizer {
+    let metadata = Gguf::parse("nano", NANO).unwrap().metadata;
+    let strings = |key: &str| metadata.str_array(key).unwrap().iter().map(str::to_owned).collect();
+    let types = metadata.i64_array("tokenizer.ggml.token_type").unwrap();
+    Tokenizer::new(TokenizerData {
+        tokens: strings("tokenizer.ggml.tokens"),
+        token_types: types.into_iter().map(|kind| kind as i32).collect(),
+        merges: strings("tokenizer.ggml.merges"),
+        pre: metadata.str("tokenizer.ggml.pre").unwrap().to_owned(),
+        bos: metadata.u32("tokenizer.ggml.bos_token_id").unwrap(),
+        eos: metadata.u32("tokenizer.ggml.eos_token_id").unwrap(),
+    })
+    .unwrap()
+}
+
+impl Scripted {
+    /// A backend with these logits.
+    pub fn new(rule: impl Fn(&[u32]) -> Vec<f32> + 'static) -> Scripted {
+        let config = Model::from_gguf(&Gguf::parse("nano", NANO).unwrap()).unwrap().config;
+        Scripted { config, rule: Box::new(rule), passes: RefCell::default() }
+    }
+
+    /// The logits after `tokens`.
+    pub fn rule(&self, tokens: &[u32]) -> Vec<f32> {
+        (self.rule)(tokens)
+    }
+
+    /// A backend that says `script` after `prompt` tokens and then ends the turn.
+    pub fn saying(prompt: usize, script: Vec<u32>, eos: u32) -> Scripted {
+        let vocab = tokenizer().vocab_size();
+        Scripted::new(move |tokens| one_hot(vocab, script.get(tokens.len() - prompt).copied().unwrap_or(eos)))
+    }
+
+    /// A session that has read `prompt`, and the logits after it.
+    pub fn read(&self, prompt: &[u32], context: usize) -> (Session<Scripted>, Vec<f32>) {
+        let mut session = Session::new(self, Context::new(&self.config, Some(context)).unwrap()).unwrap();
+        let logits = session.prefill(self, prompt, 512, &Cancel::default(), &mut |_| ()).unwrap();
+        self.passes.borrow_mut().clear();
+        (session, logits)
+    }
+}
+
+/// Logits that make one token all but certain.
+pub fn one_hot(vocab: usize, token: u32) -> Vec<f32> {
+    let mut logits = vec![0.0; vocab];
+    logits[token as usize] = 40.0;
+    logits
+}
+
+impl Backend for Scripted {
+    type State = Vec<u32>;
+    type Pass = Pass;
+    type Logits = Vec<f32>;
+    type Selection = ();
+    type Leases<'s> = ();
+
+    fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn new_state(&self) -> Result<Vec<u32>, Error> {
+        Ok(Vec::new())
+    }
+
+    fn position(&self, state: &Vec<u32>) -> usize {
+        state.len()
+    }
+
+    fn rewind(&self, state: &mut Vec<u32>, target: usize) -> usize {
+        state.truncate(target);
+        state.len()
+    }
+
+    fn export(&self, _: &Vec<u32>, _: &mut dyn Write) -> Result<(), Error> {
+        unimplemented!("no test saves a scripted session")
+    }
+
+    fn import(&self, _: &mut dyn Read) -> Result<Vec<u32>, Error> {
+        unimplemented!("no test loads a scripted session")
+    }
+
+    fn begin(&self, batch: Batch, states: &[&Vec<u32>]) -> Result<Pass, Error> {
+        self.passes.borrow_mut().push(batch.rows().len());
+        Ok(Pass { batch, past: states[0].clone() })
+    }
+
+    fn embed(&self, _: &mut Pass) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn hc_pre(&self, _: usize, _: SubLayer, _: &mut Pass) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn project(&self, _: usize, _: &mut Pass) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn compress(&self, _: usize, _: &[&Vec<u32>], _: &mut Pass) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn index(&self, _: usize, _: &[&Vec<u32>], _: &mut Pass) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn attend(&self, _: usize, _: &[&Vec<u32>], _: &mut Pass) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn attention_out(&self, _: usize, _: &mut Pass) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn hc_post(&self, _: usize, _: SubLayer, _: &mut Pass) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn route(&self, _: usize, _: &mut Pass) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn lease<'s>(&'s self, _: usize, (): &()) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn shared_expert(&self, _: usize, _: &mut Pass) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn routed_experts(&self, _: usize, (): (), (): (), _: &Cancel, _: &mut Pass) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn head(&self, pass: &mut Pass) -> Result<Vec<f32>, Error> {
+        let (mut tokens, mut logits) = (pass.past.clone(), Vec::new());
+        for row in pass.batch.rows() {
+            tokens.push(row.token);
+            if row.logits {
+                logits.extend((self.rule)(&tokens));
+            }
+        }
+        Ok(logits)
+    }
+
+    fn read_logits(&self, logits: Vec<f32>) -> Result<Vec<f32>, Error> {
+        Ok(logits)
+    }
+
+    fn commit(&self, pass: Pass, states: &mut [&mut Vec<u32>]) {
+        states[0].extend(pass.batch.rows().iter().map(|row| row.token));
+    }
+
+    fn read(&self, _: &Pass, _: Activation) -> Vec<f32> {
+        Vec::new()
+    }
+
+    fn write(&self, _: &mut Pass, _: Activation, _: &[f32]) {}
+}
