@@ -150,7 +150,7 @@ impl Backend for Scripted {
         Ok(())
     }
 
-    fn lease<'s>(&'s self, _: usize, (): &()) -> Result<(), Error> {
+    fn lease(&self, _: usize, (): &()) -> Result<(), Error> {
         Ok(())
     }
 
