@@ -18,7 +18,7 @@ use gguf::{Gguf, TensorInfo, TensorType, Value, Writer};
 use infall::load::ModelFile;
 use model::{Activation, Arithmetic, Backend, Cancel, Config, Error, Model, Observer, Row, Stage, forward};
 use quant::math;
-use store::Source;
+use store::{Extent, Source};
 
 /// Quantises the routed experts of a model anew.
 #[derive(Parser)]
@@ -63,7 +63,8 @@ impl<'a> Importance<'a> {
     fn new(model: &'a Model, source: &Source) -> Result<Importance<'a>> {
         let config = &model.config;
         let dequantised = |layer: &model::tensors::Experts, part: usize| -> Result<Vec<f32>> {
-            let bytes = source.read(layer.extents.parts[part])?;
+            let first = layer.extents.parts[part];
+            let bytes = source.read(Extent { bytes: first.bytes * config.experts as u64, ..first })?;
             let mut values = vec![0.0; config.experts * config.expert_width * config.d_model];
             quant::dequantize(layer.types[part], &bytes, &mut values);
             Ok(values)

@@ -14,6 +14,8 @@ use crate::weights::Matrix;
 pub struct Selection {
     experts: Vec<u32>,
     uses: Vec<Vec<Use>>,
+    /// Each row's place among its session's rows of the pass.
+    places: Vec<usize>,
 }
 
 /// One row's use of an expert.
@@ -24,18 +26,30 @@ struct Use {
 }
 
 impl Selection {
-    fn new(experts: &[u32], used: usize, count: usize) -> Selection {
+    fn new(experts: &[u32], used: usize, count: usize, places: Vec<usize>) -> Selection {
         let mut uses = vec![Vec::new(); count];
         for (i, &expert) in experts.iter().enumerate() {
             uses[expert as usize].push(Use { row: i / used, rank: i % used });
         }
         let chosen = (0..count as u32).filter(|&expert| !uses[expert as usize].is_empty()).collect();
-        Selection { experts: chosen, uses }
+        Selection { experts: chosen, uses, places }
     }
 
     /// The experts, each once, ascending.
     pub(crate) fn experts(&self) -> &[u32] {
         &self.experts
+    }
+
+    /// Rows of the pass.
+    pub(crate) fn rows(&self) -> usize {
+        self.places.len()
+    }
+
+    /// Every choice of an expert, with the place of the row that made it.
+    pub(crate) fn choices(&self) -> impl Iterator<Item = (u32, usize)> {
+        let uses =
+            self.experts.iter().flat_map(|&expert| self.uses[expert as usize].iter().map(move |one| (expert, one)));
+        uses.map(|(expert, one)| (expert, self.places[one.row]))
     }
 }
 
@@ -56,13 +70,14 @@ impl CpuBackend {
             match &w.routing {
                 Routing::Hash(table) => {
                     let listed = table.int_row(row.token as usize);
-                    experts.iter_mut().zip(listed).for_each(|(expert, &listed)| *expert = listed as u32);
+                    experts.iter_mut().zip(listed).for_each(|(expert, listed)| *expert = listed as u32);
                 }
                 Routing::Bias(bias) => best_experts(scores, bias.values(), experts),
             }
             weigh(scores, experts, config.route_scale, weights);
         }
-        Ok(Selection::new(&pass.experts, used, config.experts))
+        let places = pass.batch.runs().iter().flat_map(|run| 0..run.rows.len()).collect();
+        Ok(Selection::new(&pass.experts, used, config.experts, places))
     }
 
     pub(crate) fn stage_shared_expert(&self, layer: usize, pass: &mut Pass) -> Result<(), Error> {
@@ -88,7 +103,7 @@ impl CpuBackend {
         let (config, types) = (&self.config, self.expert_types[layer]);
         let (d, used) = (config.d_model, config.experts_used);
         let mut outputs = vec![0.0; pass.rows() * used * d];
-        while let Some(lease) = leases.next_ready() {
+        while let Some(lease) = leases.next_ready(cancel) {
             cancel.check()?;
             let lease = lease?;
             let uses = &selection.uses[lease.expert() as usize];

@@ -119,7 +119,7 @@ impl CpuBackend {
         let (level, config) = (self.workers.level, &self.config);
         for (row, streams) in pass.batch.rows().iter().zip(pass.streams.chunks_exact_mut(config.stream_width())) {
             let (first, others) = streams.split_at_mut(config.d_model);
-            self.weights.embedding.row(row.token as usize, level, first);
+            self.weights.embedding.fetch_row(row.token as usize, level, first)?;
             others.chunks_exact_mut(config.d_model).for_each(|stream| stream.copy_from_slice(first));
         }
         Ok(())

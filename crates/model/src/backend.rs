@@ -9,26 +9,10 @@
 //! Stages read sessions and write the pass; only [`Backend::commit`] changes sessions, after every layer has succeeded.
 
 use std::io::{Read, Write};
-use std::sync::atomic::{AtomicBool, Ordering};
+
+use store::Cancel;
 
 use crate::{Batch, Config, Error};
-
-/// A request to stop, checked before each layer and each expert.
-#[derive(Debug, Default)]
-pub struct Cancel(AtomicBool);
-
-impl Cancel {
-    /// Asks the pass to stop. Sessions are left as they were before it.
-    pub fn cancel(&self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-
-    /// # Errors
-    /// [`Error::Cancelled`] once [`Cancel::cancel`] was called.
-    pub fn check(&self) -> Result<(), Error> {
-        if self.0.load(Ordering::Relaxed) { Err(Error::Cancelled) } else { Ok(()) }
-    }
-}
 
 /// The two sub-layers of a layer, each wrapped in hyper-connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -80,7 +80,7 @@ pub enum Error {
     },
     /// Weights could not be fetched.
     #[error(transparent)]
-    Store(#[from] store::StoreError),
+    Store(store::StoreError),
     /// The rows of a pass do not make sense.
     #[error("row {row} of the pass cannot be computed: {what}")]
     Batch {
@@ -115,4 +115,19 @@ pub enum Error {
     /// The session's state cannot be written.
     #[error("writing the state failed: {0}")]
     Export(std::io::Error),
+}
+
+impl From<store::StoreError> for Error {
+    fn from(error: store::StoreError) -> Error {
+        match error {
+            store::StoreError::Cancelled(cancelled) => cancelled.into(),
+            error => Error::Store(error),
+        }
+    }
+}
+
+impl From<store::Cancelled> for Error {
+    fn from(_: store::Cancelled) -> Error {
+        Error::Cancelled
+    }
 }

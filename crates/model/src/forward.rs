@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
-use crate::backend::{Backend, Cancel, Stage, SubLayer};
+use store::Cancel;
+
+use crate::backend::{Backend, Stage, SubLayer};
 use crate::{Batch, Error, Row};
 
 /// Called after each stage: to look at activations, to trace, to inject faults. An error ends the pass.

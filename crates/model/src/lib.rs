@@ -17,7 +17,7 @@ mod snapshot;
 pub mod state;
 pub mod tensors;
 
-pub use backend::{Activation, Backend, Cancel, Stage, SubLayer};
+pub use backend::{Activation, Backend, Stage, SubLayer};
 pub use batch::{Batch, Row, Run};
 pub use config::{Config, Yarn};
 pub use error::Error;
@@ -25,4 +25,5 @@ pub use forward::{NoObserver, Observer, forward};
 pub use kv::{Arithmetic, KvLayout, Precision};
 pub use snapshot::SnapshotError;
 pub use state::State;
+pub use store::Cancel;
 pub use tensors::{Model, TensorRef};

@@ -287,7 +287,7 @@ impl Model {
             Ok::<_, std::convert::Infallible>(())
         });
         counted.expect("counting cannot fail");
-        bytes + self.experts.iter().flat_map(|layer| layer.extents.parts).map(|part| part.bytes).sum::<u64>()
+        bytes + self.experts.iter().map(|layer| layer.extents.total_bytes()).sum::<u64>()
     }
 }
 
@@ -469,6 +469,6 @@ impl Binder<'_> {
             stacked("down", d_model, expert_width)?,
         ];
         let types = [parts[0].ty, parts[1].ty, parts[2].ty];
-        Ok(Experts { extents: ExpertExtents { experts, parts: parts.map(|part| part.extent) }, types })
+        Ok(Experts { extents: ExpertExtents::stacked(experts, parts.map(|part| part.extent)), types })
     }
 }

@@ -1,97 +1,188 @@
-//! The expert store in host memory.
+//! The expert store in host memory: all experts resident, or as many as there are slots.
 
-use std::collections::VecDeque;
+use std::sync::Arc;
 
-use crate::{AlignedBytes, ExpertBytes, ExpertExtents, Extent, Lease, Source, StoreError};
+use crate::streamed::{Pending, Streamed};
+use crate::{
+    CacheCounts, Cancel, ExpertBytes, ExpertExtents, Extent, Lease, Loaded, Prefetch, Reader, StoreError, read_all,
+};
 
-struct Layer {
-    expert_bytes: [usize; 3],
-    parts: [AlignedBytes; 3],
+/// Routed experts in host memory.
+pub struct HostStore {
+    experts: Experts,
 }
 
-/// Routed experts in host memory, all of them resident.
-pub struct HostStore {
-    layers: Vec<Layer>,
+enum Experts {
+    Resident(Vec<ResidentLayer>),
+    Streamed(Arc<Streamed>),
+}
+
+/// The experts of a layer, all in memory: each part is in one of the stretches of the file that were read.
+struct ResidentLayer {
+    extents: ExpertExtents,
+    stretches: Vec<(Extent, Loaded)>,
+}
+
+/// How often things happened since the store was made. What a pass did is the difference of two.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StoreCounts {
+    /// Demand, eviction and prefetch.
+    pub cache: CacheCounts,
+    /// Bytes of experts that were read.
+    pub read_bytes: u64,
+    /// Time in which computing stood still because an expert was not there.
+    pub stall_us: u64,
 }
 
 impl HostStore {
-    /// Reads every expert of every layer. `loaded` is told the bytes of each tensor as it arrives.
+    /// Reads every expert of every layer. `loaded` is told of bytes as they arrive.
     ///
     /// # Errors
     /// Whatever reading the files gives; nothing is kept then.
     pub fn resident(
-        source: &Source,
+        reader: &dyn Reader,
         layers: &[ExpertExtents],
         loaded: &mut dyn FnMut(u64),
     ) -> Result<HostStore, StoreError> {
-        let mut read = |extent: Extent| -> Result<AlignedBytes, StoreError> {
-            let memory = source.read(extent)?;
-            loaded(extent.bytes);
-            Ok(memory)
+        let stretches: Vec<Vec<Extent>> = layers.iter().map(stretches).collect();
+        let mut memory = read_all(reader, &stretches.concat(), loaded)?.into_iter();
+        let layer = |(extents, stretches): (&ExpertExtents, Vec<Extent>)| ResidentLayer {
+            extents: *extents,
+            stretches: stretches.into_iter().zip(memory.by_ref()).collect(),
         };
-        let layers = layers.iter().map(|layer| {
-            let [a, b, c] = layer.parts;
-            Ok(Layer { expert_bytes: layer.expert_bytes(), parts: [read(a)?, read(b)?, read(c)?] })
-        });
-        Ok(HostStore { layers: layers.collect::<Result<_, StoreError>>()? })
+        Ok(HostStore { experts: Experts::Resident(layers.iter().zip(stretches).map(layer).collect()) })
+    }
+
+    /// Keeps `slots_of_class` experts of each [size class](crate::size_classes) and reads the others when they are wanted.
+    /// Every layer has the same number of experts.
+    ///
+    /// # Errors
+    /// [`StoreError::Memory`] if there is none for the slots.
+    pub fn streamed(
+        reader: Arc<dyn Reader>,
+        layers: &[ExpertExtents],
+        slots_of_class: &[usize],
+    ) -> Result<HostStore, StoreError> {
+        Ok(HostStore { experts: Experts::Streamed(Streamed::new(reader, layers, slots_of_class)?) })
     }
 
     /// Asks for `experts` (distinct numbers) of `layer`. Loading, where it is needed, begins now; the leases come one
-    /// by one from the returned value, each expert exactly once, in no order that a caller may rely on.
-    pub fn lease<'s>(&'s self, layer: usize, experts: &[u32]) -> HostLeases<'s> {
-        let experts = VecDeque::from(experts.to_vec());
-        HostLeases { layer: &self.layers[layer], experts }
+    /// by one from the returned value, each expert exactly once, in no order that a caller may rely on. `choices` says
+    /// which row chose what, for the policy: an expert, and the row's place among its session's rows of the pass.
+    pub fn lease<'s>(
+        &'s self,
+        layer: usize,
+        experts: &[u32],
+        choices: impl Iterator<Item = (u32, usize)>,
+    ) -> HostLeases<'s> {
+        let experts = experts.to_vec();
+        HostLeases(match &self.experts {
+            Experts::Resident(layers) => Leases::Resident(&layers[layer], experts.into_iter()),
+            Experts::Streamed(store) => Leases::Streamed(store.demand(layer, experts, choices)),
+        })
     }
 
-    /// Bytes of expert weights in memory.
-    pub fn resident_bytes(&self) -> u64 {
-        self.layers.iter().flat_map(|layer| &layer.parts).map(|part| part.len() as u64).sum()
+    /// Experts of `layer` that will or may be leased later in this pass. Changes speed only.
+    pub fn prefetch(&self, layer: usize, experts: &mut dyn Iterator<Item = u32>, prefetch: Prefetch) {
+        if let Experts::Streamed(store) = &self.experts {
+            store.prefetch(layer, experts, prefetch);
+        }
+    }
+
+    /// A pass begins: what was prefetched for an earlier one that did not end is held no longer.
+    pub fn pass_begins(&self) {
+        if let Experts::Streamed(store) = &self.experts {
+            store.event(|cache| cache.end_prefetch());
+        }
+    }
+
+    /// A pass has ended; `tokens` is the largest number of rows that one session had in it.
+    pub fn pass_ended(&self, tokens: usize) {
+        if let Experts::Streamed(store) = &self.experts {
+            store.event(|cache| cache.tokens_ended(tokens));
+        }
+    }
+
+    /// Whether experts are read while computing.
+    pub fn is_streamed(&self) -> bool {
+        matches!(self.experts, Experts::Streamed(_))
+    }
+
+    /// Bytes of memory for expert weights: all of them, or the slots.
+    pub fn memory_bytes(&self) -> u64 {
+        match &self.experts {
+            Experts::Resident(layers) => {
+                layers.iter().flat_map(|layer| &layer.stretches).map(|(extent, _)| extent.bytes).sum()
+            }
+            Experts::Streamed(store) => store.memory_bytes(),
+        }
+    }
+
+    /// How often things happened; all 0 where everything is resident.
+    pub fn counts(&self) -> StoreCounts {
+        match &self.experts {
+            Experts::Resident(_) => StoreCounts::default(),
+            Experts::Streamed(store) => store.counts(),
+        }
+    }
+}
+
+/// Where the experts of a layer lie in the file, as few stretches as they have, none twice.
+fn stretches(layer: &ExpertExtents) -> Vec<Extent> {
+    let whole = |part: usize| {
+        let first = layer.parts[part];
+        let last = layer.part(part, layer.experts as u32 - 1);
+        Extent { bytes: last.offset + last.bytes - first.offset, ..first }
+    };
+    let mut parts = [0, 1, 2].map(whole);
+    parts.sort_by_key(|part| (part.file, part.offset));
+    let mut stretches: Vec<Extent> = Vec::new();
+    for part in parts {
+        match stretches.last_mut() {
+            Some(last) if last.file == part.file && part.offset < last.offset + last.bytes => {
+                last.bytes = last.bytes.max(part.offset + part.bytes - last.offset);
+            }
+            _ => stretches.push(part),
+        }
+    }
+    stretches
+}
+
+impl ResidentLayer {
+    fn expert(&self, expert: u32) -> ExpertBytes<'_> {
+        let part = |part: usize| {
+            let wanted = self.extents.part(part, expert);
+            let holds = |extent: &Extent| {
+                extent.file == wanted.file && (extent.offset..extent.offset + extent.bytes).contains(&wanted.offset)
+            };
+            let (extent, bytes) = self.stretches.iter().find(|(extent, _)| holds(extent)).expect("every part was read");
+            &bytes[(wanted.offset - extent.offset) as usize..][..wanted.bytes as usize]
+        };
+        ExpertBytes::fixed(expert, [part(0), part(1), part(2)])
     }
 }
 
 /// Experts asked for and not yet handed out.
-pub struct HostLeases<'s> {
-    layer: &'s Layer,
-    experts: VecDeque<u32>,
+pub struct HostLeases<'s>(Leases<'s>);
+
+enum Leases<'s> {
+    Resident(&'s ResidentLayer, std::vec::IntoIter<u32>),
+    Streamed(Pending<'s>),
 }
 
 impl HostLeases<'_> {
-    /// The next expert that is ready, or `None` when all were handed out. It must be given back before the next is
-    /// asked for (the borrow says so), and so one slot is always enough.
+    /// The next expert that is ready, or `None` when all were handed out; waits if none is. It must be given back before
+    /// the next is asked for (the borrow says so), and so one slot is always enough.
     ///
     /// # Errors
-    /// The read of an expert failed; its weights were not handed out.
-    pub fn next_ready(&mut self) -> Option<Result<Lease<'_, ExpertBytes<'_>>, StoreError>> {
-        let expert = self.experts.pop_front()?;
-        let slice = |part: usize| {
-            let bytes = self.layer.expert_bytes[part];
-            &self.layer.parts[part][expert as usize * bytes..][..bytes]
-        };
-        Some(Ok(Lease::new(ExpertBytes::new(expert, [slice(0), slice(1), slice(2)]))))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_lease_shows_its_own_expert() {
-        let image: Vec<u8> = (0..=255).collect();
-        let source = Source::from_image("image", Vec::leak(image));
-        let extent = |offset, bytes| Extent { file: 0, offset, bytes };
-        let layer = ExpertExtents { experts: 4, parts: [extent(0, 40), extent(40, 40), extent(80, 20)] };
-        let mut loaded_bytes = 0;
-        let store = HostStore::resident(&source, &[layer], &mut |bytes| loaded_bytes += bytes).unwrap();
-        assert_eq!((loaded_bytes, store.resident_bytes()), (100, 100));
-        let mut leases = store.lease(0, &[1, 3]);
-        let mut seen = Vec::new();
-        while let Some(lease) = leases.next_ready() {
-            let lease = lease.unwrap();
-            let first = [0, 1, 2].map(|part| lease.part(part)[0]);
-            let bytes = [0, 1, 2].map(|part| lease.part(part).len());
-            seen.push((lease.expert(), first, bytes));
+    /// The read of an expert failed, or `cancel` came while waiting; its weights were not handed out.
+    pub fn next_ready(&mut self, cancel: &Cancel) -> Option<Result<Lease<'_, ExpertBytes<'_>>, StoreError>> {
+        match &mut self.0 {
+            Leases::Resident(layer, experts) => {
+                let expert = experts.next()?;
+                Some(Ok(Lease::fixed(layer.expert(expert))))
+            }
+            Leases::Streamed(pending) => pending.next_ready(cancel),
         }
-        assert_eq!(seen, [(1, [10, 50, 85], [10, 10, 5]), (3, [30, 70, 95], [10, 10, 5])]);
     }
 }

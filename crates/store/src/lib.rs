@@ -8,19 +8,27 @@
 //! The store knows bytes: files, offsets, lengths. What the bytes mean is the business of the crates above.
 
 pub mod budget;
+mod cache;
+mod cancel;
 mod host;
 mod lease;
 mod memory;
 pub mod plan;
 pub mod policy;
-pub mod replay;
 mod source;
+mod streamed;
+pub mod reader;
+pub mod replay;
 pub mod trace;
 
-pub use host::{HostLeases, HostStore};
-pub use lease::{ExpertBytes, ExpertExtents, Lease};
+pub use cache::{Cache, CacheCounts, Prefetch, SlotRead};
+pub use cancel::{Cancel, Cancelled};
+pub use host::{HostLeases, HostStore, StoreCounts};
+pub use lease::{ExpertBytes, ExpertExtents, Home, Lease};
 pub use memory::{ALIGNMENT_BYTES, AlignedBytes, check_available};
 pub use plan::{Needs, Plan, Request, Residency};
 pub use policy::{ExpertId, Policy};
+pub use reader::{Loaded, Reader, ReaderKind, open_reader, read_all};
 pub use source::{Extent, Source, StoreError};
+pub use streamed::size_classes;
 pub use trace::{TraceError, TraceHeader, TracePass, TraceReader, TraceWriter};

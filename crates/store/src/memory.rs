@@ -1,21 +1,28 @@
 //! Owned, page-aligned memory for weights.
 //!
-//! Page alignment lets direct I/O read into it and vector loads never straddle a page at its start.
+//! Page alignment lets direct I/O read into it. A block can be cut in two at a page border and joined again: a slab is
+//! cut into slots, a slot into the pieces that are read at the same time. Each piece is owned by whoever may write to it,
+//! so "nobody computes with bytes that are being read" is a matter of types.
 
-use bytemuck::{Pod, Zeroable};
+use std::sync::Arc;
+
+use memmap2::{MmapMut, MmapRaw};
 
 use crate::StoreError;
 
 /// Alignment of every [`AlignedBytes`], in bytes.
 pub const ALIGNMENT_BYTES: usize = 4096;
 
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C, align(4096))]
-struct Page([u8; ALIGNMENT_BYTES]);
+/// `bytes` rounded up to whole pages.
+pub(crate) const fn page_up(bytes: usize) -> usize {
+    bytes.next_multiple_of(ALIGNMENT_BYTES)
+}
 
-/// A block of zero-initialised bytes that starts on a page border.
+/// A block of bytes, zero at first, that starts on a page border and belongs to this value alone.
 pub struct AlignedBytes {
-    pages: Vec<Page>,
+    /// Shared by the blocks that were cut from one; it is given back when the last of them is gone.
+    mapping: Arc<MmapRaw>,
+    start: usize,
     len: usize,
 }
 
@@ -25,19 +32,38 @@ impl AlignedBytes {
     /// # Errors
     /// [`StoreError::Memory`] if the system refuses.
     pub fn zeroed(len: usize) -> Result<AlignedBytes, StoreError> {
-        let pages = bytemuck::allocation::try_zeroed_vec(len.div_ceil(ALIGNMENT_BYTES));
-        let refused = |()| StoreError::Memory { wanted_bytes: len as u64, available_bytes: available_bytes() };
-        Ok(AlignedBytes { pages: pages.map_err(refused)?, len })
+        let refused = |_| StoreError::Memory { wanted_bytes: len as u64, available_bytes: available_bytes() };
+        let mapping = MmapMut::map_anon(len.max(1)).map_err(refused)?;
+        Ok(AlignedBytes { mapping: Arc::new(MmapRaw::from(mapping)), start: 0, len })
     }
 
     /// The bytes.
     pub fn as_slice(&self) -> &[u8] {
-        &bytemuck::cast_slice(&self.pages)[..self.len]
+        // SAFETY: `start..start + len` lies inside the mapping, which lives as long as `self`. No other value covers any
+        // byte of it: `zeroed` makes one value for a whole new mapping, and `split_off` and `join` only move a border
+        // between two. So no `&mut` to these bytes exists while `self` is borrowed. The system zeroed them.
+        unsafe { std::slice::from_raw_parts(self.mapping.as_mut_ptr().add(self.start), self.len) }
     }
 
     /// The bytes, to be filled.
     pub fn as_mut_slice(&mut self) -> &mut [u8] {
-        &mut bytemuck::cast_slice_mut(&mut self.pages)[..self.len]
+        // SAFETY: as in `as_slice`; `&mut self` makes this the only borrow.
+        unsafe { std::slice::from_raw_parts_mut(self.mapping.as_mut_ptr().add(self.start), self.len) }
+    }
+
+    /// Keeps the first `at` bytes and returns the rest. Panics unless `at` is a page border within the block.
+    pub fn split_off(&mut self, at: usize) -> AlignedBytes {
+        assert!(at.is_multiple_of(ALIGNMENT_BYTES) && at <= self.len, "cutting {} bytes at {at}", self.len);
+        let rest = AlignedBytes { mapping: self.mapping.clone(), start: self.start + at, len: self.len - at };
+        self.len = at;
+        rest
+    }
+
+    /// The reverse of [`AlignedBytes::split_off`]. Panics if `next` is not what follows this block in memory.
+    pub fn join(&mut self, next: AlignedBytes) {
+        let follows = Arc::ptr_eq(&self.mapping, &next.mapping) && self.start + self.len == next.start;
+        assert!(follows, "only neighbours can be joined");
+        self.len += next.len;
     }
 }
 
@@ -94,5 +120,32 @@ mod tests {
             assert_eq!(bytes.as_mut_slice().as_ptr() as usize % ALIGNMENT_BYTES, 0);
             assert!(bytes.iter().all(|&b| b == 0));
         }
+    }
+
+    #[test]
+    fn what_was_cut_is_written_apart_and_joined_again() {
+        let mut first = AlignedBytes::zeroed(3 * ALIGNMENT_BYTES + 5).unwrap();
+        let mut second = first.split_off(ALIGNMENT_BYTES);
+        let mut third = second.split_off(2 * ALIGNMENT_BYTES);
+        assert_eq!([first.len(), second.len(), third.len()], [4096, 8192, 5]);
+        let thread = std::thread::spawn(move || {
+            second.as_mut_slice().fill(2);
+            second
+        });
+        first.as_mut_slice().fill(1);
+        third.as_mut_slice().fill(3);
+        let second = thread.join().unwrap();
+        first.join(second);
+        first.join(third);
+        assert_eq!(first.len(), 3 * ALIGNMENT_BYTES + 5);
+        let count = |value| first.iter().filter(|&&byte| byte == value).count();
+        assert_eq!([count(1), count(2), count(3)], [4096, 8192, 5]);
+    }
+
+    #[test]
+    #[should_panic(expected = "only neighbours")]
+    fn strangers_are_not_joined() {
+        let [mut a, b] = [1, 2].map(|pages| AlignedBytes::zeroed(pages * ALIGNMENT_BYTES).unwrap());
+        a.join(b);
     }
 }

@@ -2,10 +2,12 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::AlignedBytes;
+use crate::memory::page_up;
+use crate::{ALIGNMENT_BYTES, AlignedBytes, Cancelled};
 
 /// What can go wrong when weights are fetched. Every message names the file, what was asked and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -18,6 +20,15 @@ pub enum StoreError {
         /// What the system said.
         cause: std::io::Error,
     },
+    /// No thread could be started to read with.
+    #[error("cannot start a thread to read weights with: {cause}. End other programs or raise the limit of threads")]
+    Thread {
+        /// What the system said.
+        cause: std::io::Error,
+    },
+    /// The caller asked for the waiting to stop.
+    #[error(transparent)]
+    Cancelled(#[from] Cancelled),
     /// There is not enough memory for weights.
     #[error("the weights need {wanted_bytes} bytes of memory, but {}. All weights are held in memory: \
              use a smaller model or quantisation, a machine with more memory, or end other programs",
@@ -78,11 +89,24 @@ pub struct Extent {
     pub bytes: u64,
 }
 
+impl Extent {
+    /// Bytes between the page border before the extent and its start.
+    pub(crate) fn lead_bytes(&self) -> usize {
+        (self.offset % ALIGNMENT_BYTES as u64) as usize
+    }
+
+    /// Bytes of the whole pages that hold the extent.
+    pub(crate) fn cover_bytes(&self) -> usize {
+        page_up(self.lead_bytes() + self.bytes as usize)
+    }
+}
+
 /// Pieces of 4 KiB that [`Source::identity`] samples from each file.
 const SAMPLES: u64 = 64;
 
+#[derive(Clone)]
 enum Part {
-    File { path: PathBuf, file: File, bytes: u64 },
+    File { path: PathBuf, file: Arc<File>, bytes: u64 },
     Image { name: PathBuf, image: &'static [u8] },
 }
 
@@ -102,10 +126,11 @@ fn open_part(path: &Path, expected_bytes: u64) -> Result<Part, StoreError> {
     if bytes != expected_bytes {
         return Err(StoreError::Replaced { path: path.to_owned(), found_bytes: bytes, expected_bytes });
     }
-    Ok(Part::File { path: path.to_owned(), file, bytes })
+    Ok(Part::File { path: path.to_owned(), file: file.into(), bytes })
 }
 
 /// The files a model is read from, in the order its directory numbers them.
+#[derive(Clone)]
 pub struct Source {
     parts: Vec<Part>,
 }
@@ -149,30 +174,92 @@ impl Source {
         Source { parts: vec![Part::Image { name: name.into(), image }] }
     }
 
+    /// The same files opened once more so that reads go past the system's page cache. Such reads begin and end on page
+    /// borders, in the file and in memory.
+    ///
+    /// # Errors
+    /// Why that cannot be, in words: the system or the filesystem does not offer it, or the file at the path is no
+    /// longer the one that is open.
+    pub fn direct(&self) -> Result<Source, String> {
+        let open = |part: &Part| match part {
+            Part::Image { .. } => Ok(part.clone()),
+            Part::File { path, file, bytes } => match direct::open(path, file) {
+                Ok(file) => Ok(Part::File { path: path.clone(), file: file.into(), bytes: *bytes }),
+                Err(cause) => Err(format!("{} cannot be read directly ({cause})", path.display())),
+            },
+        };
+        Ok(Source { parts: self.parts.iter().map(open).collect::<Result<_, _>>()? })
+    }
+
+    /// One positional read of what the system gives at once: as many bytes as it says, 0 at the end of the file.
+    pub(crate) fn read_at(&self, file: usize, offset: u64, buf: &mut [u8]) -> std::io::Result<usize> {
+        match &self.parts[file] {
+            Part::Image { image, .. } => {
+                let rest = &image[image.len().min(usize::try_from(offset).unwrap_or(usize::MAX))..];
+                let bytes = rest.len().min(buf.len());
+                buf[..bytes].copy_from_slice(&rest[..bytes]);
+                Ok(bytes)
+            }
+            Part::File { file, .. } => loop {
+                match read_once(file, buf, offset) {
+                    Err(cause) if cause.kind() == std::io::ErrorKind::Interrupted => {}
+                    result => return result,
+                }
+            },
+        }
+    }
+
+    /// The open file behind a part, unless it is an image.
+    pub(crate) fn file(&self, file: usize) -> Option<&File> {
+        match &self.parts[file] {
+            Part::Image { .. } => None,
+            Part::File { file, .. } => Some(file),
+        }
+    }
+
+    /// Lets the system forget its own copy of an extent that was just read into memory of ours.
+    pub(crate) fn forget_cached(&self, extent: Extent) {
+        #[cfg(any(target_os = "linux", target_os = "android", target_os = "freebsd"))]
+        if let (Some(file), Some(bytes)) = (self.file(extent.file), std::num::NonZeroU64::new(extent.bytes)) {
+            // Advice: if it is not taken, memory is used twice and nothing else happens.
+            let _ = rustix::fs::fadvise(file, extent.offset, Some(bytes), rustix::fs::Advice::DontNeed);
+        }
+        #[cfg(not(any(target_os = "linux", target_os = "android", target_os = "freebsd")))]
+        let _ = extent;
+    }
+
+    /// The error for an extent that the file ended in.
+    pub(crate) fn short(&self, extent: Extent) -> StoreError {
+        let (path, found_bytes) = match &self.parts[extent.file] {
+            Part::Image { name, image } => (name, image.len() as u64),
+            Part::File { path, file, bytes } => (path, file.metadata().map_or(*bytes, |now| now.len())),
+        };
+        let Extent { offset, bytes: wanted_bytes, .. } = extent;
+        StoreError::Short { path: path.clone(), offset, wanted_bytes, found_bytes }
+    }
+
+    /// The error for an extent that the system refused to read.
+    pub(crate) fn refused(&self, extent: Extent, cause: std::io::Error) -> StoreError {
+        let (Part::Image { name: path, .. } | Part::File { path, .. }) = &self.parts[extent.file];
+        StoreError::Read { path: path.clone(), offset: extent.offset, wanted_bytes: extent.bytes, cause }
+    }
+
     /// Fills `buf` from `offset` of file number `file`.
     ///
     /// # Errors
     /// [`StoreError::Short`] if the file ends too early, [`StoreError::Read`] if the system refuses. `buf` is then
     /// undefined and must not be used.
     pub fn read_exact_at(&self, file: usize, offset: u64, buf: &mut [u8]) -> Result<(), StoreError> {
-        let wanted_bytes = buf.len() as u64;
-        let short =
-            |path: &Path, found_bytes| StoreError::Short { path: path.to_owned(), offset, wanted_bytes, found_bytes };
-        match &self.parts[file] {
-            Part::Image { name, image } => {
-                let start = usize::try_from(offset).unwrap_or(usize::MAX);
-                let found = image.get(start..).and_then(|rest| rest.get(..buf.len()));
-                buf.copy_from_slice(found.ok_or_else(|| short(name, image.len() as u64))?);
-                Ok(())
+        let extent = Extent { file, offset, bytes: buf.len() as u64 };
+        let mut done = 0;
+        while done < buf.len() {
+            match self.read_at(file, offset + done as u64, &mut buf[done..]) {
+                Ok(0) => return Err(self.short(extent)),
+                Ok(bytes) => done += bytes,
+                Err(cause) => return Err(self.refused(extent, cause)),
             }
-            Part::File { path, file, bytes } => positional_read(file, buf, offset).map_err(|cause| {
-                if cause.kind() == std::io::ErrorKind::UnexpectedEof {
-                    short(path, file.metadata().map_or(*bytes, |m| m.len()))
-                } else {
-                    StoreError::Read { path: path.clone(), offset, wanted_bytes, cause }
-                }
-            }),
         }
+        Ok(())
     }
 
     /// Reads a whole extent into memory of its own.
@@ -187,23 +274,52 @@ impl Source {
 }
 
 #[cfg(unix)]
-fn positional_read(file: &File, buf: &mut [u8], offset: u64) -> std::io::Result<()> {
-    std::os::unix::fs::FileExt::read_exact_at(file, buf, offset)
+fn read_once(file: &File, buf: &mut [u8], offset: u64) -> std::io::Result<usize> {
+    std::os::unix::fs::FileExt::read_at(file, buf, offset)
 }
 
 #[cfg(windows)]
-fn positional_read(file: &File, mut buf: &mut [u8], mut offset: u64) -> std::io::Result<()> {
-    use std::os::windows::fs::FileExt;
-    while !buf.is_empty() {
-        match file.seek_read(buf, offset)? {
-            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
-            n => {
-                buf = &mut buf[n..];
-                offset += n as u64;
-            }
+fn read_once(file: &File, buf: &mut [u8], offset: u64) -> std::io::Result<usize> {
+    std::os::windows::fs::FileExt::seek_read(file, buf, offset)
+}
+
+/// Opening files past the page cache.
+mod direct {
+    use std::fs::File;
+    use std::io::{Error, Result};
+    use std::path::Path;
+
+    /// `path` once more, if it still is the open `file` and gives a page.
+    #[cfg(target_os = "linux")]
+    pub(super) fn open(path: &Path, file: &File) -> Result<File> {
+        use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+        let flags = rustix::fs::OFlags::DIRECT.bits() as i32;
+        let direct = std::fs::OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+        let (ours, theirs) = (file.metadata()?, direct.metadata()?);
+        if (ours.dev(), ours.ino()) != (theirs.dev(), theirs.ino()) {
+            return Err(Error::other("another file is at this path now"));
         }
+        let mut page = crate::AlignedBytes::zeroed(crate::ALIGNMENT_BYTES).map_err(Error::other)?;
+        direct.read_at(page.as_mut_slice(), 0)?;
+        Ok(direct)
     }
-    Ok(())
+
+    #[cfg(target_os = "macos")]
+    pub(super) fn open(path: &Path, file: &File) -> Result<File> {
+        use std::os::unix::fs::MetadataExt;
+        let direct = File::open(path)?;
+        let (ours, theirs) = (file.metadata()?, direct.metadata()?);
+        if (ours.dev(), ours.ino()) != (theirs.dev(), theirs.ino()) {
+            return Err(Error::other("another file is at this path now"));
+        }
+        rustix::fs::fcntl_nocache(&direct, true)?;
+        Ok(direct)
+    }
+
+    #[cfg(not(any(target_os = "linux", target_os = "macos")))]
+    pub(super) fn open(_: &Path, _: &File) -> Result<File> {
+        Err(Error::other("this system offers no such reads here"))
+    }
 }
 
 #[cfg(test)]
