@@ -1,10 +1,12 @@
 //! Every command and flag. Help, and what docs/cli.md says, come from here.
 
+use std::fmt;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::{Deserialize, Serialize};
 use text::prompt::Encoding;
 
 const EXIT_CODES: &str = "\
@@ -32,6 +34,11 @@ pub enum Command {
     /// no terminal, reasoning goes to standard error, so that a file or a pipe gets the answer alone. A last line on
     /// standard error gives speed and memory.
     Run(Run),
+    /// Talk with a model
+    ///
+    /// Answers stream to standard output, reasoning dimmed above them. `/help` lists what can be typed besides messages.
+    /// Where standard input is no terminal, each line of it is a message or a command.
+    Chat(Chat),
     /// Show what a model file holds and whether it can be run
     ///
     /// Exits with 1 if the file would be refused.
@@ -46,6 +53,30 @@ pub struct Run {
     /// The prompt; `-` reads it from standard input (without its last line break)
     pub prompt: String,
     #[command(flatten)]
+    pub talk: Talk,
+    /// The prompt is the exact text the model reads, control tokens included; nothing is put around it, and what the
+    /// model writes is printed exactly, control tokens included
+    #[arg(long, conflicts_with_all = ["think", "nothink", "effort", "encoding", "system"])]
+    pub raw: bool,
+}
+
+/// Flags of `chat`.
+#[derive(Args)]
+pub struct Chat {
+    #[command(flatten)]
+    pub talk: Talk,
+    /// JSON file: an array of tools the model may call, as OpenAI's API has them; you are asked for their results
+    #[arg(long, value_name = "FILE")]
+    pub tools: Option<PathBuf>,
+    /// Go on with a conversation that `/save` wrote; what it holds is not read again
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["system", "tools"])]
+    pub load: Option<PathBuf>,
+}
+
+/// Flags of the commands that talk with a model.
+#[derive(Args)]
+pub struct Talk {
+    #[command(flatten)]
     pub machine: Machine,
     /// GGUF file of a DeepSeek V4 model; of a split model, any part (default: the built-in nano, a small test model)
     #[arg(short, long, value_name = "FILE")]
@@ -58,8 +89,15 @@ pub struct Run {
     #[arg(long, overrides_with = "nothink")]
     pub think: bool,
     /// Answer at once
-    #[arg(long)]
+    #[arg(long, conflicts_with = "effort")]
     pub nothink: bool,
+    /// Ask for more or less reasoning: a text before the prompt, which depends on the encoding (v4-2604 does not know
+    /// low, and high adds nothing there) (default: no such text)
+    #[arg(long, value_enum, value_name = "LEVEL")]
+    pub effort: Option<Effort>,
+    /// Instructions before the conversation; `@FILE` reads them from a file
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
     /// Sampling temperature; 0 always takes the likeliest token (default: 1; the built-in nano, being tiny: 0)
     #[arg(long = "temp", value_name = "T", allow_negative_numbers = true, value_parser = temperature)]
     pub temperature: Option<f32>,
@@ -69,19 +107,48 @@ pub struct Run {
     /// Sample among tokens at least this many times as likely as the likeliest
     #[arg(long, value_name = "P", default_value_t = 0.05, allow_negative_numbers = true, value_parser = share)]
     pub min_p: f32,
-    /// Seed of sampling; the same seed gives the same text (default: a new one, told in the last line)
+    /// Seed of sampling; the same seed gives the same text, each further reply of a chat takes the next one (default: new
+    /// ones, told below each reply)
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = whole::<u64>)]
     pub seed: Option<u64>,
-    /// Most tokens to generate (default: until the model ends or the context is full)
+    /// Most tokens to generate in a reply (default: until the model ends or the context is full)
     #[arg(short = 'n', value_name = "N", allow_negative_numbers = true, value_parser = whole::<usize>)]
     pub max_tokens: Option<usize>,
-    /// Tokens of context, prompt and answer together (default: what the model was made for)
+    /// Tokens of context, prompts and answers together (default: what the model was made for)
     #[arg(long = "ctx", value_name = "N", allow_negative_numbers = true, value_parser = whole::<usize>)]
     pub context_tokens: Option<usize>,
-    /// The prompt is the exact text the model reads, control tokens included; nothing is put around it, and what the
-    /// model writes is printed exactly, control tokens included
-    #[arg(long, conflicts_with_all = ["think", "nothink", "encoding"])]
-    pub raw: bool,
+}
+
+/// Names of [`text::prompt::Effort`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Effort {
+    /// The least.
+    Low,
+    /// Long.
+    High,
+    /// As long as it takes.
+    Max,
+}
+
+impl fmt::Display for Effort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Effort::Low => "low",
+            Effort::High => "high",
+            Effort::Max => "max",
+        })
+    }
+}
+
+impl From<Effort> for text::prompt::Effort {
+    fn from(effort: Effort) -> text::prompt::Effort {
+        match effort {
+            Effort::Low => text::prompt::Effort::Low,
+            Effort::High => text::prompt::Effort::High,
+            Effort::Max => text::prompt::Effort::Max,
+        }
+    }
 }
 
 /// Flags of `inspect`.

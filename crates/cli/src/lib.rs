@@ -2,16 +2,21 @@
 //!
 //! A library only so that measuring programs open models exactly as the program does ([`load`]).
 
+mod chat;
+mod engine;
+mod figures;
 mod flags;
 mod inspect;
 mod interrupt;
 pub mod load;
 mod logits;
+mod markdown;
 mod npy;
 mod output;
 mod run;
+mod screen;
+mod setup;
 mod terminal;
-mod words;
 
 use std::io::ErrorKind;
 use std::process::ExitCode;
@@ -32,6 +37,7 @@ enum Outcome {
 pub fn main() -> ExitCode {
     let outcome = match Flags::parse().command {
         Command::Run(flags) => run::run(&flags),
+        Command::Chat(flags) => chat::chat(&flags),
         Command::Inspect(flags) => inspect::inspect(&flags),
         Command::Logits(flags) => logits::logits(&flags),
     };
@@ -40,7 +46,7 @@ pub fn main() -> ExitCode {
         Ok(Outcome::Interrupted) => ExitCode::from(interrupt::EXIT_CODE),
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            terminal::note(&terminal::escape_controls(&format!("error: {error}")));
+            terminal::error(&error);
             ExitCode::FAILURE
         }
     }

@@ -62,6 +62,7 @@ impl Output {
                 builder.prefix(&prefix).suffix(".part").permissions(permissions.clone());
                 let part = builder.tempfile_in(folder(path)).map_err(unwritable())?;
                 buffered(part.as_file())?;
+                part.as_file().sync_all().map_err(unwritable())?;
                 part.persist(path).map_err(|error| unwritable()(error.error))?;
                 Ok(())
             }

@@ -1,55 +1,48 @@
 //! `infall run`: one prompt, one answer.
 
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::Read;
 use std::ops::ControlFlow;
-use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use cpu::CpuBackend;
-use model::{Arithmetic, Cancel};
-use session::{Context, Limits, Sampler, Sampling, Session, StopReason, generate};
-use text::Tokenizer;
-use text::prompt::{ControlTokens, Encoding, Message, Mode, PromptOptions, render};
+use model::Cancel;
+use session::{Context, Limits, Sampler, StopReason, TurnOptions, generate};
+use text::parse::ParseOptions;
+use text::prompt::{ControlTokens, Message, PromptOptions, render};
+use text::{Tokenizer, Utf8Stream};
 
-use crate::load::{self, ModelFile};
-use crate::terminal::{self, Unit};
-use crate::words::Words;
-use crate::{Outcome, flags, interrupt};
-
-/// Tokens of the prompt read in one pass: enough to use each weight many times, few enough for the bar to move.
-const CHUNK_TOKENS: usize = 256;
+use crate::engine::Engine;
+use crate::figures::Figures;
+use crate::load::ModelFile;
+use crate::screen::Screen;
+use crate::terminal::{Stream, WriteError, harmless};
+use crate::{Outcome, flags, interrupt, setup};
 
 /// Runs the command. What needs no weights is checked before they are loaded.
 pub fn run(flags: &flags::Run) -> anyhow::Result<Outcome> {
+    let talk = &flags.talk;
     let prompt = prompt_text(flags)?;
-    let file = ModelFile::open(flags.model.as_deref())?;
+    let file = ModelFile::open(talk.model.as_deref())?;
     let tokenizer = file.tokenizer()?;
     let control = ControlTokens::find(&tokenizer).map_err(|error| anyhow::anyhow!("{}: {error}", file.name))?;
-    let tokens = encode(flags, &tokenizer, &prompt)?;
-    let context = Context::new(&file.model.config, flags.context_tokens)?;
+    let tokens = encode(flags, &file, &tokenizer, &prompt)?;
+    let context = Context::new(&file.model.config, talk.context_tokens)?;
     context.check(0, tokens.len())?;
-    let seed = flags.seed.unwrap_or_else(new_seed);
-    let sampling = sampling(flags);
+    let (sampling, seed) = (setup::sampling(talk), talk.seed.unwrap_or_else(setup::new_seed));
     let sampler = Sampler::new(sampling, seed)?;
 
-    let backend = file.load(flags.machine.threads, Arithmetic::Official)?;
+    let mut engine = Engine::load(file, tokenizer, context, talk.machine.threads)?;
     let cancel = interrupt::cancel_on_interrupt()?;
-    let session = Session::new(&backend, context)?;
-    let mut turn = Turn { backend: &backend, tokenizer: &tokenizer, control, cancel: &cancel, session, sampler };
-    let mut figures = Figures::default();
-    let ended = turn.run(flags, &tokens, &mut figures);
-    match ended {
-        Ok(ended) => {
-            figures.print(&turn, ended, (sampling.temperature > 0.0).then_some(seed));
-            Ok(if ended == StopReason::Cancelled { Outcome::Interrupted } else { Outcome::Done })
-        }
-        Err(error) => Err(match error.downcast() {
-            Ok(session::Error::Model(error)) => load::in_file(&file.name, error),
-            Ok(error) => error.into(),
-            Err(error) => error,
-        }),
-    }
+    let max_tokens = talk.max_tokens.unwrap_or(usize::MAX);
+    let figures = if flags.raw {
+        let stop = control.stop_set();
+        answer_raw(&mut engine, &tokens, sampler, Limits { stop: &stop, max_tokens }, &cancel)?
+    } else {
+        let parse = ParseOptions { thinking: !talk.nothink, tools: None };
+        let options = TurnOptions { parse, sampling, seed, max_tokens, ..TurnOptions::default() };
+        engine.reply(&tokens, &options, &cancel, &mut Screen::new(false))?.figures
+    };
+    figures.print_for_prompt(&engine, (sampling.temperature > 0.0).then_some(seed));
+    Ok(if figures.ended == Some(StopReason::Cancelled) { Outcome::Interrupted } else { Outcome::Done })
 }
 
 /// The prompt as text, from the command line or from standard input.
@@ -86,153 +79,50 @@ fn read_standard_input(raw: bool) -> anyhow::Result<String> {
 }
 
 /// The prompt as the model reads it.
-fn encode(flags: &flags::Run, tokenizer: &Tokenizer, prompt: &str) -> anyhow::Result<Vec<u32>> {
+fn encode(flags: &flags::Run, file: &ModelFile, tokenizer: &Tokenizer, prompt: &str) -> anyhow::Result<Vec<u32>> {
     if flags.raw {
         return Ok(tokenizer.encode_with_control(prompt));
     }
-    let file_name = flags.model.as_deref().and_then(Path::file_name).unwrap_or_default().to_string_lossy();
-    let options = PromptOptions {
-        encoding: flags.encoding.unwrap_or_else(|| Encoding::guess(&file_name)),
-        mode: if flags.nothink { Mode::Chat } else { Mode::Thinking { effort: None } },
-        drop_reasoning: true,
-    };
-    let segments = render(tokenizer, &[Message::user(prompt)], &options)?;
-    Ok(tokenizer.encode_segments(&segments))
+    let encoding = setup::encoding(&flags.talk, file);
+    let options = PromptOptions { encoding, mode: setup::mode(&flags.talk), drop_reasoning: true };
+    let system = setup::system(&flags.talk)?.map(Message::system);
+    let messages: Vec<Message> = system.into_iter().chain([Message::user(prompt)]).collect();
+    Ok(tokenizer.encode_segments(&render(tokenizer, &messages, &options)?))
 }
 
-fn sampling(flags: &flags::Run) -> Sampling {
-    let default_temperature = if flags.model.is_none() { 0.0 } else { 1.0 };
-    Sampling {
-        temperature: flags.temperature.unwrap_or(default_temperature),
-        top_p: flags.top_p,
-        min_p: flags.min_p,
-        ..Sampling::default()
+/// Prints what the model generates exactly; a last line break is added only on a terminal.
+fn answer_raw(
+    engine: &mut Engine,
+    prompt: &[u32],
+    mut sampler: Sampler,
+    limits: Limits<'_>,
+    cancel: &Cancel,
+) -> anyhow::Result<Figures> {
+    let mut figures = Figures::default();
+    let Some(logits) = engine.read(prompt, cancel, &mut figures)? else { return Ok(figures) };
+    let (start, held) = (Instant::now(), engine.session.tokens().len());
+    let mut characters = Utf8Stream::default();
+    let mut unwritable = None;
+    let Engine { backend, session, tokenizer, .. } = engine;
+    let ended = generate(backend, session, logits, &mut sampler, limits, cancel, &mut |token| {
+        figures.answer_tokens += 1;
+        unwritable = write_raw(&characters.push(tokenizer.token_bytes(token))).err();
+        if unwritable.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    });
+    if let Some(error) = unwritable {
+        return Err(error.into());
     }
+    let line_end = if Stream::Out.is_terminal() { "\n" } else { "" };
+    write_raw(&(characters.finish() + line_end))?;
+    figures.ended = Some(ended.map_err(|error| engine.name(error))?);
+    figures.answer_passes = engine.session.tokens().len() - held;
+    figures.answer_time = start.elapsed();
+    Ok(figures)
 }
 
-/// A seed short enough to be typed again.
-fn new_seed() -> u64 {
-    RandomState::new().build_hasher().finish() >> 32
-}
-
-/// One prompt and its answer under way.
-struct Turn<'a> {
-    backend: &'a CpuBackend,
-    tokenizer: &'a Tokenizer,
-    control: ControlTokens,
-    cancel: &'a Cancel,
-    session: Session<CpuBackend>,
-    sampler: Sampler,
-}
-
-impl Turn<'_> {
-    fn run(&mut self, flags: &flags::Run, prompt: &[u32], figures: &mut Figures) -> anyhow::Result<StopReason> {
-        let start = Instant::now();
-        let logits = self.read_prompt(prompt);
-        figures.prompt_tokens = self.session.tokens().len();
-        figures.prompt_time = start.elapsed();
-        let logits = match logits {
-            Err(error) if error.is_cancelled() => return Ok(StopReason::Cancelled),
-            logits => logits?,
-        };
-        let start = Instant::now();
-        let mut words = if flags.raw { Words::raw() } else { Words::new(self.control, prompt) };
-        let ended = self.answer(flags, logits, figures, &mut words);
-        figures.answer_time = start.elapsed();
-        figures.answer_passes = self.session.tokens().len() - figures.prompt_tokens;
-        words.finish()?;
-        ended
-    }
-
-    fn read_prompt(&mut self, prompt: &[u32]) -> Result<Vec<f32>, session::Error> {
-        let bar = terminal::progress("reading", prompt.len() as u64, Unit::Tokens);
-        let read = &mut |tokens| bar.set_position(tokens as u64);
-        let logits = self.session.prefill(self.backend, prompt, CHUNK_TOKENS, self.cancel, read);
-        bar.finish_and_clear();
-        logits
-    }
-
-    /// Generates, and prints each token as it comes.
-    fn answer(
-        &mut self,
-        flags: &flags::Run,
-        logits: Vec<f32>,
-        figures: &mut Figures,
-        words: &mut Words,
-    ) -> anyhow::Result<StopReason> {
-        let stop = self.control.stop_set();
-        let limits = Limits { stop: &stop, max_tokens: flags.max_tokens.unwrap_or(usize::MAX) };
-        let mut unwritable = None;
-        let ended =
-            generate(self.backend, &mut self.session, logits, &mut self.sampler, limits, self.cancel, &mut |token| {
-                figures.answer_tokens += 1;
-                match words.push(token, self.tokenizer.token_bytes(token)) {
-                    Ok(()) => ControlFlow::Continue(()),
-                    Err(error) => {
-                        unwritable = Some(error);
-                        ControlFlow::Break(())
-                    }
-                }
-            })?;
-        unwritable.map_or(Ok(ended), |error| Err(error.into()))
-    }
-}
-
-/// What the last line tells.
-#[derive(Default)]
-struct Figures {
-    prompt_tokens: usize,
-    prompt_time: Duration,
-    answer_tokens: usize,
-    /// Forward passes of the answer: its last token needs none unless the turn went on to end itself.
-    answer_passes: usize,
-    answer_time: Duration,
-}
-
-impl Figures {
-    fn print(&self, turn: &Turn<'_>, ended: StopReason, seed: Option<u64>) {
-        let weights = turn.backend.weight_bytes();
-        let state = turn.session.state().bytes();
-        let session_bytes = state.rows + state.windows + state.inputs + state.checkpoints;
-        let mut parts = vec![
-            format!("prompt {}{}", tokens(self.prompt_tokens), speed(self.prompt_tokens, self.prompt_time)),
-            // One pass is no measure of a speed.
-            match self.answer_tokens {
-                0..2 => format!("generated {}", tokens(self.answer_tokens)),
-                count => format!("generated {}{}", tokens(count), speed(self.answer_passes, self.answer_time)),
-            },
-            format!(
-                "memory {} weights + {} session",
-                terminal::bytes(weights.fixed + weights.experts),
-                terminal::bytes(session_bytes as u64)
-            ),
-        ];
-        parts.extend(seed.map(|seed| format!("seed {seed}")));
-        parts.extend(why(ended).map(str::to_owned));
-        terminal::dim_note(&parts.join(" | "));
-    }
-}
-
-/// `12 tokens`.
-fn tokens(count: usize) -> String {
-    format!("{count} {}", if count == 1 { "token" } else { "tokens" })
-}
-
-/// ` at 34.5 t/s`, of `passed` tokens that went through the model; nothing where none did.
-fn speed(passed: usize, time: Duration) -> String {
-    match passed {
-        0 => String::new(),
-        _ => format!(" at {:.1} t/s", passed as f64 / time.as_secs_f64().max(1e-9)),
-    }
-}
-
-/// Why a turn ended, where the model did not end it.
-fn why(reason: StopReason) -> Option<&'static str> {
-    match reason {
-        StopReason::EndOfTurn(_) | StopReason::Receiver | StopReason::CallsClosed | StopReason::StopString => None,
-        StopReason::Runaway => Some("stopped: a tool call that never ends"),
-        StopReason::TokenLimit => Some("stopped at -n"),
-        StopReason::ContextFull => Some("stopped: the context is full"),
-        StopReason::Cancelled => Some("interrupted"),
+fn write_raw(text: &str) -> Result<(), WriteError> {
+    match Stream::Out.is_terminal() {
+        true => Stream::Out.write(&text.chars().map(harmless).collect::<String>()),
+        false => Stream::Out.write(text),
     }
 }

@@ -2,8 +2,11 @@
 
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
+use std::sync::Mutex;
+use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressState, ProgressStyle};
+use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcsetattr};
 
 /// Output that could not be written.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +67,17 @@ pub fn dim(text: &str) -> String {
     format!("\x1b[2m{text}\x1b[22m")
 }
 
+/// `c`, or a picture of it if it is a control character that could move the cursor or worse.
+pub fn harmless(c: char) -> char {
+    match c {
+        '\n' | '\t' => c,
+        '\0'..='\x1f' => char::from_u32(0x2400 + u32::from(c)).expect("U+2400 to U+241F are characters"),
+        '\x7f' => '\u{2421}',
+        '\u{80}'..='\u{9f}' => char::REPLACEMENT_CHARACTER,
+        c => c,
+    }
+}
+
 /// `text` with control characters as JSON escapes them (`\u001b`), so that text out of a file cannot drive the terminal
 /// or forge a line.
 pub fn escape_controls(text: &str) -> String {
@@ -81,9 +95,52 @@ pub fn dim_note(text: &str) {
     note(&if Stream::Err.is_colored() { dim(text) } else { text.into() });
 }
 
+/// What went wrong, on standard error.
+pub fn error(error: &anyhow::Error) {
+    note(&escape_controls(&format!("error: {error}")));
+}
+
 /// `bytes` for people.
 pub fn bytes(bytes: u64) -> String {
     indicatif::BinaryBytes(bytes).to_string()
+}
+
+/// Columns of the terminal that shows standard output.
+pub fn columns() -> Option<usize> {
+    let size = rustix::termios::tcgetwinsize(io::stdout()).ok()?;
+    Some(size.ws_col.into()).filter(|&columns| columns > 0)
+}
+
+/// How the terminal at standard input was before [`mute_keys`].
+static KEYS: Mutex<Option<Termios>> = Mutex::new(None);
+
+/// Keys typed from here on are not shown, so that they do not stand in the middle of a reply; they are not lost either.
+/// Nothing happens if standard input is no terminal.
+pub fn mute_keys() {
+    let Ok(before) = tcgetattr(io::stdin()) else { return };
+    let mut muted = before.clone();
+    muted.local_modes -= LocalModes::ECHO;
+    let _ = tcsetattr(io::stdin(), OptionalActions::Now, &muted);
+    *KEYS.lock().expect("nothing panics in between") = Some(before);
+}
+
+/// Undoes [`mute_keys`].
+pub fn unmute_keys() {
+    if let Some(before) = KEYS.lock().expect("nothing panics in between").take() {
+        let _ = tcsetattr(io::stdin(), OptionalActions::Now, &before);
+    }
+}
+
+/// A line on standard error, if that is a terminal, with the time since its beginning and its position in tokens.
+pub fn live_line(what: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template("{msg:.dim}{figures:.dim}").expect("the template is fixed");
+    let figures = |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+        let _ = write!(out, ", {:.0} s, {} tokens", state.elapsed().as_secs_f64(), state.pos());
+    };
+    let bar = ProgressBar::new_spinner().with_style(style.with_key("figures", figures));
+    let bar = bar.with_message(format!("▸ {what}"));
+    bar.enable_steady_tick(Duration::from_millis(100));
+    bar
 }
 
 /// What a progress bar counts.
@@ -100,11 +157,15 @@ pub enum Unit {
 pub fn progress(what: &'static str, total: u64, unit: Unit) -> ProgressBar {
     let (worth_showing, counters) = match unit {
         Unit::Bytes => (256 << 20, "{binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec}"),
-        Unit::Tokens => (256, "{pos}/{len} tokens"),
+        Unit::Tokens => (256, "{pos}/{len} tokens, {speed}"),
     };
     if total < worth_showing {
         return ProgressBar::hidden();
     }
     let style = ProgressStyle::with_template(&format!("{{msg}} {{wide_bar}} {counters}, {{eta}} left"));
-    ProgressBar::new(total).with_style(style.expect("the template is fixed")).with_message(what)
+    let speed = |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+        let _ = write!(out, "{:.1} t/s", state.per_sec());
+    };
+    let style = style.expect("the template is fixed").with_key("speed", speed);
+    ProgressBar::new(total).with_style(style).with_message(what)
 }

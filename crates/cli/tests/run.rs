@@ -20,6 +20,13 @@ fn as_str(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
+/// What stands on standard error below the line that names the model.
+fn below_model(err: &str) -> &str {
+    let (line, rest) = err.split_once('\n').unwrap();
+    assert!(line.starts_with("model: ") && line.contains(" | encoding v4-"), "{err}");
+    rest
+}
+
 fn tokens() -> Vec<u32> {
     (0..TOKENS as u32).map(|i| 3 + i * 37 % 500).collect()
 }
@@ -110,12 +117,12 @@ fn raw_is_the_exact_text() {
     let answer = run(&[&common[..], &["--nothink", "hi"]].concat());
     let spelt = "<｜begin▁of▁sentence｜><｜User｜>hi<｜Assistant｜></think>";
     let raw = run(&[&common[..], &["--raw", spelt]].concat());
-    let prompt_tokens = |err: &str| err.split(" tokens").next().unwrap().to_owned();
+    let prompt_tokens = |err: &str| err.lines().last().unwrap().split(" tokens").next().unwrap().to_owned();
     assert_eq!(prompt_tokens(&answer.err), prompt_tokens(&raw.err));
     let raw = String::from_utf8(raw.out).unwrap();
     assert!(raw.contains("</think>"), "what the model wrote, the tag included");
     let answer = String::from_utf8(answer.out).unwrap();
-    assert_eq!(answer, raw.replace("</think>", "") + "\n", "raw output ends where the model ended");
+    assert_eq!(answer, raw + "\n", "an answer without reasoning is what the model wrote");
 }
 
 #[test]
@@ -124,10 +131,14 @@ fn reasoning_stays_out_of_a_pipe() {
     let common = ["run", "-m", as_str(&model), "-n", "12", "--temp", "0", "hi"];
     let thinking = run(&common);
     assert!(thinking.out.is_empty(), "this random model never ends its reasoning");
-    assert!(thinking.err.starts_with("<think>\n") && thinking.err.contains("\n</think>\n"), "{}", thinking.err);
+    assert!(
+        below_model(&thinking.err).starts_with("<think>\n") && thinking.err.contains("\n</think>\n"),
+        "{}",
+        thinking.err
+    );
     let answering = run(&[&common[..], &["--nothink"]].concat());
-    assert!(!answering.out.is_empty() && answering.err.starts_with("prompt "), "{}", answering.err);
-    assert_eq!(answering.err.lines().count(), 1, "one line of figures: {}", answering.err);
+    assert!(!answering.out.is_empty() && below_model(&answering.err).starts_with("prompt "), "{}", answering.err);
+    assert_eq!(answering.err.lines().count(), 2, "the model and one line of figures: {}", answering.err);
     assert!(answering.err.contains("generated 12 tokens") && answering.err.contains("weights +"), "{}", answering.err);
 }
 
@@ -140,8 +151,56 @@ fn reasoning_and_answer_part_at_the_tag() {
     let raw = String::from_utf8(raw.success()).unwrap();
     let (reasoning, answer) = raw.split_once("</think>").expect("this random model happens to end its reasoning");
     let ran = run(&[&common[..], &["Hello"]].concat());
-    assert!(ran.err.starts_with(&format!("<think>\n{reasoning}\n</think>\n")), "{}", ran.err);
+    let shown = below_model(&ran.err);
+    assert!(shown.starts_with(&format!("<think>\n{reasoning}\n</think>\n")), "{}", ran.err);
     assert_eq!(String::from_utf8(ran.success()).unwrap(), format!("{}\n", answer.replace("</think>", "")));
+}
+
+/// The two encodings differ in the text that asks for an effort, and in nothing else.
+#[test]
+fn the_encoding_decides_what_an_effort_adds() {
+    let dir = tempfile::tempdir().unwrap();
+    let july = dir.path().join("tiny-0731.gguf");
+    std::fs::copy(tiny("tiny-q4"), &july).unwrap();
+    let prompt_tokens = |model: &Path, further: &[&str]| {
+        let ran = run(&[&["run", "-m", as_str(model), "-n", "0", "hi"], further].concat());
+        let count = below_model(&ran.err).split_whitespace().nth(1).unwrap().parse::<usize>().unwrap();
+        (ran.err.lines().next().unwrap().rsplit_once("encoding ").unwrap().1.to_owned(), count)
+    };
+    let april = tiny("tiny-q4");
+    let (line, plain) = prompt_tokens(&april, &[]);
+    assert_eq!(line, "v4-2604 (guessed from the file's name)");
+    assert_eq!(prompt_tokens(&july, &[]), ("v4-0731 (guessed from the file's name)".to_owned(), plain));
+    assert_eq!(prompt_tokens(&april, &["--effort", "high"]).1, plain);
+    let (line, high) = prompt_tokens(&april, &["--effort", "high", "--encoding", "v4-0731"]);
+    assert!(line == "v4-0731" && high > plain + 70, "{line}, {high} tokens");
+    assert_eq!(prompt_tokens(&july, &["--effort", "high"]).1, high);
+    assert_eq!(prompt_tokens(&april, &["--effort", "max"]).1, high, "one text under two names");
+    assert!(prompt_tokens(&july, &["--effort", "max"]).1 > high);
+    assert_eq!(prompt_tokens(&july, &["--effort", "low"]).1, plain);
+
+    let ran = run(&["run", "-m", as_str(&april), "--effort", "low", "hi"]);
+    assert!(ran.code == Some(1) && ran.err.contains("not known to weights of the encoding v4-2604"), "{}", ran.err);
+    let ran = run(&["run", "--nothink", "--effort", "max", "hi"]);
+    assert_eq!(ran.code, Some(2), "{}", ran.err);
+}
+
+#[test]
+fn a_system_text_comes_from_the_command_line_or_a_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("system.txt");
+    std::fs::write(&file, "Be brief.").unwrap();
+    let model = tiny("tiny-q4");
+    let answer = |system: &str| {
+        run(&["run", "-m", as_str(&model), "--nothink", "-n", "10", "--temp", "0", "--system", system, "hi"])
+    };
+    let spelt = "<｜begin▁of▁sentence｜>Be brief.<｜User｜>hi<｜Assistant｜></think>";
+    let raw = run(&["run", "-m", as_str(&model), "-n", "10", "--temp", "0", "--raw", spelt]).success();
+    let expected = String::from_utf8(raw).unwrap() + "\n";
+    assert_eq!(String::from_utf8(answer("Be brief.").success()).unwrap(), expected);
+    assert_eq!(String::from_utf8(answer(&format!("@{}", as_str(&file))).success()).unwrap(), expected);
+    let missing = answer("@/nowhere");
+    assert!(missing.code == Some(1) && missing.err.contains("cannot read /nowhere"), "{}", missing.err);
 }
 
 #[test]
@@ -178,7 +237,7 @@ fn a_reader_that_goes_away_ends_it_quietly() {
     let mut begun = [0; 20];
     child.stdout.take().unwrap().read_exact(&mut begun).unwrap();
     let ran = finish(child);
-    assert_eq!((ran.code, ran.err.as_str()), (Some(0), ""));
+    assert_eq!((ran.code, below_model(&ran.err)), (Some(0), ""));
 
     let model = tiny("tiny-q4");
     let closed = infall(&["inspect", as_str(&model)]).stdout(Stdio::piped()).spawn();
@@ -225,7 +284,7 @@ fn prompt_and_answer_together_fit_the_context() {
     let model = tiny("tiny-iq2");
     let common = ["run", "-m", as_str(&model), "--nothink", "--temp", "0", "Hello"];
     let prompt = run(&[&common[..], &["-n", "0"]].concat()).err;
-    let prompt: usize = prompt.split_whitespace().nth(1).unwrap().parse().unwrap();
+    let prompt: usize = below_model(&prompt).split_whitespace().nth(1).unwrap().parse().unwrap();
     for (answer, said) in [(0, "0 tokens |"), (1, "1 token |"), (2, "2 tokens at ")] {
         let context = (prompt + answer).to_string();
         let err = run(&[&common[..], &["--ctx", &context]].concat()).err;

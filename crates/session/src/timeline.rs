@@ -79,6 +79,18 @@ impl<B: Backend> Session<B> {
         &self.state
     }
 
+    /// Allows `context` from now on.
+    ///
+    /// # Errors
+    /// [`Error::PromptTooLong`] if the session holds more already.
+    pub fn set_context(&mut self, context: Context) -> Result<(), Error> {
+        if !self.tokens.is_empty() {
+            context.check(0, self.tokens.len())?;
+        }
+        self.context = context;
+        Ok(())
+    }
+
     /// Tokens that still fit.
     pub fn room_tokens(&self) -> usize {
         self.context.tokens - self.tokens.len()

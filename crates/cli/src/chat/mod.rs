@@ -1,0 +1,296 @@
+//! `infall chat`: a conversation at the terminal, or line by line from a pipe.
+
+mod calls;
+mod commands;
+mod conversation;
+mod lines;
+mod saved;
+
+use std::path::Path;
+
+use session::{Context, Sampler, StopReason};
+use text::prompt::{AssistantMessage, Call, ControlTokens, Message};
+
+use crate::engine::Engine;
+use crate::figures::{Figures, tokens};
+use crate::interrupt::Interrupts;
+use crate::load::ModelFile;
+use crate::screen::{Part, Screen};
+use crate::terminal::{self, Stream, dim_note, note};
+use crate::{Outcome, flags, setup};
+use commands::{COMMANDS, Command};
+use conversation::{Conversation, Said};
+use lines::{Input, Lines};
+
+/// Runs the command. What needs no weights is checked before they are loaded.
+pub fn chat(flags: &flags::Chat) -> anyhow::Result<Outcome> {
+    let conversation = begin(flags)?;
+    let lines = Lines::new();
+    let interrupts = Interrupts::new(!lines.is_interactive())?;
+    let mut chat = Chat { conversation, lines, interrupts, seed: flags.talk.seed, folds: false };
+    if let Some(path) = &flags.load {
+        chat.load(path)?;
+        chat.apply_given(&flags.talk)?;
+    }
+    chat.run()
+}
+
+fn begin(flags: &flags::Chat) -> anyhow::Result<Conversation> {
+    let talk = &flags.talk;
+    let system = setup::system(talk)?;
+    let tools = flags.tools.as_deref().map(setup::tools).transpose()?.unwrap_or_default();
+    let file = ModelFile::open(talk.model.as_deref())?;
+    let tokenizer = file.tokenizer()?;
+    ControlTokens::find(&tokenizer).map_err(|error| anyhow::anyhow!("{}: {error}", file.name))?;
+    let encoding = setup::encoding(talk, &file);
+    let context = Context::new(&file.model.config, talk.context_tokens)?;
+    let sampling = setup::sampling(talk);
+    Sampler::new(sampling, 0)?;
+    let instructions = Message::System { content: system.clone().unwrap_or_default(), tools, response_format: None };
+    let has_instructions = system.is_some() || !instructions.tools().is_empty();
+    let mut conversation = Conversation {
+        engine: Engine::load(file, tokenizer, context, talk.machine.threads)?,
+        messages: if has_instructions { vec![instructions] } else { Vec::new() },
+        encoding,
+        thinks: true,
+        effort: None,
+        sampling,
+        max_tokens: talk.max_tokens.unwrap_or(usize::MAX),
+        total: Figures::default(),
+        replies: 0,
+    };
+    conversation.set_thinking(!talk.nothink, talk.effort)?;
+    Ok(conversation)
+}
+
+/// The conversation and the people in it.
+struct Chat {
+    conversation: Conversation,
+    lines: Lines,
+    interrupts: Interrupts,
+    /// Of the next reply; `None` takes a new one each time.
+    seed: Option<u64>,
+    /// Whether reasoning is folded.
+    folds: bool,
+}
+
+/// Whether the chat goes on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Next {
+    Go,
+    End(Outcome),
+}
+
+impl Chat {
+    fn run(mut self) -> anyhow::Result<Outcome> {
+        if self.lines.is_interactive() {
+            dim_note("/help lists commands, Ctrl-C stops a reply, Ctrl-D ends");
+        }
+        loop {
+            let next = match self.lines.message()? {
+                Input::End => return Ok(Outcome::Done),
+                Input::Interrupt => {
+                    dim_note("Ctrl-D or /quit ends the chat");
+                    Ok(Next::Go)
+                }
+                Input::Text(text) if text.trim().is_empty() => Ok(Next::Go),
+                Input::Text(text) if text.starts_with('/') => match text.parse() {
+                    Ok(command) => self.obey(command),
+                    Err(error) => Err(anyhow::Error::from(error)),
+                },
+                Input::Text(text) => self.say(vec![Message::user(text)]),
+            };
+            match next {
+                Ok(Next::Go) => (),
+                Ok(Next::End(outcome)) => return Ok(outcome),
+                // A person reads it and goes on; a script must not go on as if nothing had happened.
+                Err(error) if self.lines.is_interactive() => terminal::error(&error),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn obey(&mut self, command: Command) -> anyhow::Result<Next> {
+        match command {
+            Command::Help => help(),
+            Command::Think(effort) => {
+                let effort = effort.or(self.conversation.effort);
+                self.conversation.set_thinking(true, effort)?;
+                let effort = effort.map_or(String::new(), |effort| format!(", effort {effort}"));
+                dim_note(&format!("reasons before answering{effort}"));
+            }
+            Command::Nothink => {
+                self.conversation.set_thinking(false, self.conversation.effort)?;
+                dim_note("answers at once");
+            }
+            Command::Fold => self.fold()?,
+            Command::Read(path) => {
+                let text = setup::read_text(&path)?;
+                dim_note(&format!(
+                    "sending {} ({} lines)",
+                    terminal::escape_controls(&path.display().to_string()),
+                    text.lines().count()
+                ));
+                return self.say(vec![Message::user(text)]);
+            }
+            Command::Context(size) => self.context(size)?,
+            Command::Save(path) => {
+                self.conversation.save(&path)?;
+                dim_note(&format!("saved {} and {}", self.messages(), tokens(self.held_tokens())));
+            }
+            Command::Load(path) => self.load(&path)?,
+            Command::Retry => return self.retry(),
+            Command::New => {
+                self.conversation.begin_anew();
+                dim_note("began anew");
+            }
+            Command::Stats => self.stats(),
+            Command::Quit => return Ok(Next::End(Outcome::Done)),
+        }
+        Ok(Next::Go)
+    }
+
+    /// Sends `news`, and the results of calls as long as the model makes some.
+    fn say(&mut self, news: Vec<Message>) -> anyhow::Result<Next> {
+        let (seed, mut screen) = (self.next_seed(), Screen::new(self.folds));
+        let said = self.interrupts.during(|cancel| self.conversation.say(news, seed, cancel, &mut screen))?;
+        self.after(said, seed)
+    }
+
+    /// Lets the model answer the last message anew.
+    fn retry(&mut self) -> anyhow::Result<Next> {
+        let (seed, mut screen) = (self.next_seed(), Screen::new(self.folds));
+        let said = self.interrupts.during(|cancel| self.conversation.retry(seed, cancel, &mut screen))?;
+        self.after(said, seed)
+    }
+
+    /// Shows what is left to show of a reply, and sees to its calls.
+    fn after(&mut self, said: Said, seed: u64) -> anyhow::Result<Next> {
+        for call in &said.calls {
+            Stream::Out.write(&format!("→ {}\n", calls::pretty(call)))?;
+        }
+        let is_random = self.conversation.sampling.temperature > 0.0;
+        said.figures.print_for_turn(&self.conversation.engine, is_random.then_some(seed));
+        if said.is_nothing {
+            dim_note("nothing was said yet: your message was taken back");
+        }
+        if said.malformed {
+            note("the model wrote a call that is cut off or not in its format: it was not made");
+        }
+        match said.figures.ended {
+            Some(StopReason::Cancelled) if !self.lines.is_interactive() => return Ok(Next::End(Outcome::Interrupted)),
+            Some(StopReason::ContextFull) => note(
+                "the context is full: /ctx N makes it larger (up to what the model was made for), /save FILE keeps the \
+                 conversation, /new begins anew",
+            ),
+            _ => (),
+        }
+        if !said.calls.is_empty() {
+            return self.results(&said.calls);
+        }
+        if self.lines.is_interactive() {
+            note("");
+        }
+        Ok(Next::Go)
+    }
+
+    /// Asks for the results of `calls` and sends them.
+    fn results(&mut self, calls: &[Call]) -> anyhow::Result<Next> {
+        let mut results = Vec::new();
+        for call in calls {
+            match self.lines.result(&calls::short(call))? {
+                Input::Text(content) => results.push(Message::Tool { call_id: call.id.clone(), content }),
+                Input::Interrupt => {
+                    dim_note("the calls stay without results");
+                    return Ok(Next::Go);
+                }
+                Input::End => return Ok(Next::End(Outcome::Done)),
+            }
+        }
+        self.say(results)
+    }
+
+    /// Folds or shows reasoning; what was folded last is shown.
+    fn fold(&mut self) -> anyhow::Result<()> {
+        self.folds = !self.folds;
+        if self.folds {
+            dim_note("reasoning is folded; /fold shows it");
+            return Ok(());
+        }
+        dim_note("reasoning is shown");
+        let last = self.conversation.messages.iter().rev().find_map(|message| match message {
+            Message::Assistant(AssistantMessage { reasoning, .. }) => Some(reasoning),
+            _ => None,
+        });
+        let mut screen = Screen::new(false);
+        screen.text(Part::Reasoning, last.map_or("", String::as_str))?;
+        Ok(screen.end()?)
+    }
+
+    fn context(&mut self, size: Option<usize>) -> anyhow::Result<()> {
+        if let Some(size) = size {
+            self.conversation.engine.set_context(size)?;
+        }
+        dim_note(&format!("context: {} of {}", self.held_tokens(), tokens(self.conversation.engine.context.tokens())));
+        Ok(())
+    }
+
+    fn load(&mut self, path: &Path) -> anyhow::Result<()> {
+        self.conversation.load(path)?;
+        dim_note(&format!("restored {} and {}, 0 read", self.messages(), tokens(self.held_tokens())));
+        Ok(())
+    }
+
+    /// Flags of the command line stand above what a loaded conversation says.
+    fn apply_given(&mut self, talk: &flags::Talk) -> anyhow::Result<()> {
+        let thinks = !talk.nothink && (talk.think || talk.effort.is_some() || self.conversation.thinks);
+        self.conversation.set_thinking(thinks, talk.effort.or(self.conversation.effort))
+    }
+
+    fn stats(&self) {
+        let Conversation { engine, total, replies, thinks, effort, .. } = &self.conversation;
+        let weights = engine.backend.weight_bytes();
+        let effort = effort.map_or(String::new(), |effort| format!(", effort {effort}"));
+        note(&format!("messages    {}", self.messages()));
+        note(&format!("context     {} of {}", self.held_tokens(), tokens(engine.context.tokens())));
+        note(&format!("reasoning   {}{effort}", if *thinks { "on" } else { "off" }));
+        note(&format!("replies     {replies}"));
+        note(&format!("read        {}", total.read()));
+        note(&format!("generated   {}", total.generated()));
+        note(&format!("weights     {}", terminal::bytes(weights.fixed + weights.experts)));
+        note(&format!("session     {}", terminal::bytes(engine.session_bytes())));
+    }
+
+    fn held_tokens(&self) -> usize {
+        self.conversation.engine.session.tokens().len()
+    }
+
+    /// `3 messages`.
+    fn messages(&self) -> String {
+        match self.conversation.messages.len() {
+            1 => "1 message".into(),
+            count => format!("{count} messages"),
+        }
+    }
+
+    fn next_seed(&mut self) -> u64 {
+        match &mut self.seed {
+            Some(next) => {
+                let seed = *next;
+                *next = seed.wrapping_add(1);
+                seed
+            }
+            None => setup::new_seed(),
+        }
+    }
+}
+
+fn help() {
+    for (name, argument, help) in COMMANDS {
+        note(&format!("{:<24}{help}", format!("{name} {argument}")));
+    }
+    dim_note(
+        "A line that ends in \\, or Alt-Enter, goes on in the next one. Pasted lines stay together. Ctrl-R searches the \
+         history, Tab completes commands and files.",
+    );
+}

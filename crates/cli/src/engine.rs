@@ -1,0 +1,149 @@
+//! A loaded model and one session: what answers prompts.
+
+use std::ops::ControlFlow;
+use std::time::Instant;
+
+use cpu::CpuBackend;
+use model::{Arithmetic, Cancel};
+use session::{Context, Session, StopReason, TurnEvent, TurnOptions, Vocabulary, run_turn};
+use text::Tokenizer;
+use text::parse::Turn;
+
+use crate::figures::Figures;
+use crate::load::{self, ModelFile};
+use crate::screen::Screen;
+use crate::terminal::{self, Unit};
+
+/// Tokens of the prompt read in one pass: enough to use each weight many times, few enough for the bar to move.
+const CHUNK_TOKENS: usize = 256;
+
+/// A model ready to answer, and what it has read so far.
+pub struct Engine {
+    /// The vocabulary.
+    pub tokenizer: Tokenizer,
+    /// What computes.
+    pub backend: CpuBackend,
+    /// What it has read.
+    pub session: Session<CpuBackend>,
+    /// How much it may read.
+    pub context: Context,
+    file: ModelFile,
+}
+
+/// What came of a prompt.
+pub struct Reply {
+    /// What the model said; `None` if reading the prompt was interrupted.
+    pub turn: Option<Turn>,
+    /// What it cost.
+    pub figures: Figures,
+}
+
+impl Engine {
+    /// Reads the weights.
+    ///
+    /// # Errors
+    /// They cannot be read, or there is no memory for them.
+    pub fn load(
+        file: ModelFile,
+        tokenizer: Tokenizer,
+        context: Context,
+        threads: Option<u16>,
+    ) -> anyhow::Result<Engine> {
+        let backend = file.load(threads, Arithmetic::Official)?;
+        let session = Session::new(&backend, context)?;
+        Ok(Engine { tokenizer, backend, session, context, file })
+    }
+
+    /// Reads `prompt`, of which the session may hold a beginning, and shows what the model says.
+    ///
+    /// # Errors
+    /// The prompt is too long, a pass failed, or what the model says cannot be shown. The session holds what was computed
+    /// before.
+    pub fn reply(
+        &mut self,
+        prompt: &[u32],
+        options: &TurnOptions,
+        cancel: &Cancel,
+        screen: &mut Screen,
+    ) -> anyhow::Result<Reply> {
+        let mut figures = Figures::default();
+        let Some(logits) = self.read(prompt, cancel, &mut figures)? else {
+            return Ok(Reply { turn: None, figures });
+        };
+        let vocabulary = Vocabulary::new(&self.tokenizer)?;
+        let (start, held) = (Instant::now(), self.session.tokens().len());
+        let mut unwritable = None;
+        let outcome = run_turn(&self.backend, &vocabulary, &mut self.session, logits, options, cancel, &mut |event| {
+            let shown = match event {
+                TurnEvent::Text(event) => screen.event(&event),
+                TurnEvent::Token { .. } => {
+                    screen.token();
+                    Ok(())
+                }
+            };
+            unwritable = shown.err();
+            if unwritable.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        screen.end()?;
+        if let Some(error) = unwritable {
+            return Err(error.into());
+        }
+        let outcome = outcome.map_err(|error| self.name(error))?;
+        figures.answer_tokens = outcome.generated_tokens;
+        figures.answer_passes = self.session.tokens().len() - held;
+        figures.answer_time = start.elapsed();
+        figures.ended = Some(outcome.reason);
+        Ok(Reply { turn: Some(outcome.turn), figures })
+    }
+
+    /// Reads what the session does not hold of `prompt`; returns the logits after it, or nothing if it was interrupted.
+    ///
+    /// # Errors
+    /// As [`Engine::reply`].
+    pub fn read(&mut self, prompt: &[u32], cancel: &Cancel, figures: &mut Figures) -> anyhow::Result<Option<Vec<f32>>> {
+        self.context.check(0, prompt.len())?;
+        let start = Instant::now();
+        let shared = self.session.tokens().iter().zip(prompt).take_while(|(held, wanted)| held == wanted).count();
+        figures.kept_tokens = self.session.reuse(&self.backend, prompt);
+        figures.again_tokens = shared - figures.kept_tokens;
+        let rest = &prompt[figures.kept_tokens..];
+        let bar = terminal::progress("reading", rest.len() as u64, Unit::Tokens);
+        let read = &mut |tokens| bar.set_position(tokens as u64);
+        let logits = self.session.prefill(&self.backend, rest, CHUNK_TOKENS, cancel, read);
+        bar.finish_and_clear();
+        figures.read_tokens = self.session.tokens().len() - figures.kept_tokens;
+        figures.read_time = start.elapsed();
+        match logits {
+            Err(error) if error.is_cancelled() => {
+                figures.ended = Some(StopReason::Cancelled);
+                Ok(None)
+            }
+            logits => logits.map(Some).map_err(|error| self.name(error)),
+        }
+    }
+
+    /// Allows `tokens` of context from now on.
+    ///
+    /// # Errors
+    /// The model was made for fewer, or the session holds more.
+    pub fn set_context(&mut self, tokens: usize) -> anyhow::Result<()> {
+        let context = Context::new(&self.file.model.config, Some(tokens))?;
+        self.session.set_context(context)?;
+        self.context = context;
+        Ok(())
+    }
+
+    /// Bytes that the session holds.
+    pub fn session_bytes(&self) -> u64 {
+        let state = self.session.state().bytes();
+        (state.rows + state.windows + state.inputs + state.checkpoints) as u64
+    }
+
+    /// `error` with the name of the model's file, where that helps.
+    pub fn name(&self, error: session::Error) -> anyhow::Error {
+        match error {
+            session::Error::Model(error) => load::in_file(&self.file.name, error),
+            error => error.into(),
+        }
+    }
+}

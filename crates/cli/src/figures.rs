@@ -1,0 +1,102 @@
+//! What a reply cost, for the line below it.
+
+use std::time::Duration;
+
+use session::StopReason;
+
+use crate::engine::Engine;
+use crate::terminal;
+
+/// Counts and times of one reply.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Figures {
+    /// Tokens of the prompt that the session held already.
+    pub kept_tokens: usize,
+    /// Tokens of the prompt that were read.
+    pub read_tokens: usize,
+    /// How many of these the session had held before, behind the place where the new prompt parts from it.
+    pub again_tokens: usize,
+    /// How long reading took.
+    pub read_time: Duration,
+    /// Tokens generated.
+    pub answer_tokens: usize,
+    /// Forward passes of the answer: its last token needs none unless the turn went on to end itself.
+    pub answer_passes: usize,
+    /// How long these took.
+    pub answer_time: Duration,
+    /// Why the reply ended; `None` while it goes on.
+    pub ended: Option<StopReason>,
+}
+
+impl Figures {
+    /// Prints the line of a single prompt. The `seed` is told where it had an effect.
+    pub fn print_for_prompt(&self, engine: &Engine, seed: Option<u64>) {
+        let weights = engine.backend.weight_bytes();
+        let memory = format!(
+            "memory {} weights + {} session",
+            terminal::bytes(weights.fixed + weights.experts),
+            terminal::bytes(engine.session_bytes())
+        );
+        self.print(vec![format!("prompt {}", self.read()), format!("generated {}", self.generated()), memory], seed);
+    }
+
+    /// Prints the line of a turn of a conversation.
+    pub fn print_for_turn(&self, engine: &Engine, seed: Option<u64>) {
+        let again = if self.again_tokens > 0 { format!(" ({} again)", self.again_tokens) } else { String::new() };
+        let kept = if self.kept_tokens > 0 { format!(", {} kept", self.kept_tokens) } else { String::new() };
+        let read = format!("{} read{again}{}{kept}", self.read_tokens, speed(self.read_tokens, self.read_time));
+        let generated = format!("{} generated{}", self.answer_tokens, self.answer_speed());
+        let context = format!("context {}/{}", engine.session.tokens().len(), engine.context.tokens());
+        self.print(vec![read, generated, context], seed);
+    }
+
+    /// `18 tokens at 320.0 t/s`.
+    pub fn read(&self) -> String {
+        tokens(self.read_tokens) + &speed(self.read_tokens, self.read_time)
+    }
+
+    /// `9 tokens at 205.1 t/s`.
+    pub fn generated(&self) -> String {
+        tokens(self.answer_tokens) + &self.answer_speed()
+    }
+
+    /// One pass is no measure of a speed.
+    fn answer_speed(&self) -> String {
+        if self.answer_tokens < 2 { String::new() } else { speed(self.answer_passes, self.answer_time) }
+    }
+
+    fn print(&self, mut parts: Vec<String>, seed: Option<u64>) {
+        parts.extend(seed.map(|seed| format!("seed {seed}")));
+        parts.extend(self.ended.and_then(why).map(str::to_owned));
+        terminal::dim_note(&parts.join(" | "));
+    }
+}
+
+/// `12 tokens`.
+pub fn tokens(count: usize) -> String {
+    format!("{count} {}", if count == 1 { "token" } else { "tokens" })
+}
+
+/// `3.2 s`.
+pub fn seconds(time: Duration) -> String {
+    format!("{:.1} s", time.as_secs_f64())
+}
+
+/// ` at 34.5 t/s`, of `passed` tokens that went through the model; nothing where none did.
+fn speed(passed: usize, time: Duration) -> String {
+    match passed {
+        0 => String::new(),
+        _ => format!(" at {:.1} t/s", passed as f64 / time.as_secs_f64().max(1e-9)),
+    }
+}
+
+/// Why a reply ended, where the model did not end it.
+fn why(reason: StopReason) -> Option<&'static str> {
+    match reason {
+        StopReason::EndOfTurn(_) | StopReason::Receiver | StopReason::CallsClosed | StopReason::StopString => None,
+        StopReason::Runaway => Some("stopped: a tool call that never ends"),
+        StopReason::TokenLimit => Some("stopped at -n"),
+        StopReason::ContextFull => Some("stopped: the context is full"),
+        StopReason::Cancelled => Some("interrupted"),
+    }
+}
