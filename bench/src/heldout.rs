@@ -34,6 +34,16 @@ impl Item {
         Ok(tokenizer.encode_segments(&segments))
     }
 
+    /// The prompt's ordinary text.
+    pub fn text(&self) -> String {
+        self.prompt.iter().filter(|(kind, _)| kind == "t").map(|(_, text)| text.as_str()).collect()
+    }
+
+    /// Whether the prompt opens a turn with reasoning.
+    pub fn thinking(&self) -> bool {
+        self.prompt.last().is_some_and(|(_, text)| text == "<think>")
+    }
+
     /// Tokens of the answer.
     pub fn answer(&self, tokenizer: &Tokenizer) -> Vec<u32> {
         tokenizer.encode_with_control(&self.answer)

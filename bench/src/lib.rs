@@ -1,5 +1,6 @@
 //! What the measuring programs share.
 
+pub mod calls;
 pub mod heldout;
 
 /// Processor and number of threads the system offers, for the head of a table.

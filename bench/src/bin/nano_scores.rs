@@ -1,20 +1,26 @@
 //! Scores of a nano model on its held-out sets (models/nano/heldout): answers that are exactly right, and perplexity.
 //!
-//! `cargo run --release -p infall-bench --bin nano_scores -- [-m FILE] [--take N] [--plain] models/nano/heldout`
+//! `cargo run --release -p infall-bench --bin nano_scores -- [-m FILE] [--take N] [--plain] [--grammar] models/nano/heldout`
 //!
 //! An answer counts if greedy decoding gives exactly the expected tokens, end of turn included. Because the backend is
 //! batch-invariant that is the same as: in one pass over prompt and answer, every token of the answer is the argmax
 //! after the tokens before it.
+//!
+//! With `--grammar` answers of the sets with tools are generated instead, freely and in grammar mode: which share of the blocks
+//! of calls fits their schemas, and which answers are exactly right. It fails if grammar mode lets a call through that does not
+//! fit, or costs an answer.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use bench::calls::{self, Scores};
 use bench::heldout::Item;
 use clap::Parser;
 use cpu::CpuBackend;
 use infall::load::ModelFile;
 use model::{Arithmetic, Backend, Cancel, NoObserver, Row, forward};
+use session::Vocabulary;
 use text::Tokenizer;
 
 /// Scores of a nano model on its held-out sets.
@@ -31,6 +37,9 @@ struct Arguments {
     /// Without the model's own low-precision roundings.
     #[arg(long)]
     plain: bool,
+    /// Generate calls, with and without grammar mode.
+    #[arg(long, conflicts_with = "gates")]
+    grammar: bool,
     /// Fail if a task scores below its gate.
     #[arg(long)]
     gates: bool,
@@ -101,6 +110,24 @@ fn sets(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
     Ok(sets)
 }
 
+/// Calls of the sets with tools, with and without grammar mode.
+fn call_scores(folder: &Path, take: usize, backend: &CpuBackend, tokenizer: &Tokenizer) -> Result<()> {
+    let vocabulary = Vocabulary::new(tokenizer)?;
+    println!("{:<16} {:>37} {:>37}", "", "free: fits schema, right", "grammar: fits schema, right");
+    for (task, path) in sets(folder)? {
+        let (mut free, mut held) = (Scores::default(), Scores::default());
+        for line in std::fs::read_to_string(&path)?.lines().take(take) {
+            let item = Item::parse(line).with_context(|| format!("bad item in {}", path.display()))?;
+            calls::score(backend, &vocabulary, &item, [&mut free, &mut held])?;
+        }
+        if free.items > 0 {
+            println!("{}", calls::line(&task, &free, &held));
+            calls::check(&task, &free, &held)?;
+        }
+    }
+    Ok(())
+}
+
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let file = ModelFile::open(arguments.model.as_deref())?;
@@ -109,6 +136,9 @@ fn main() -> Result<()> {
     let backend = file.load(None, arithmetic)?;
     let take = arguments.take.unwrap_or(usize::MAX);
     println!("{} ({arithmetic:?}, exact), {}", file.name, bench::machine());
+    if arguments.grammar {
+        return call_scores(&arguments.folder, take, &backend, &tokenizer);
+    }
     println!("{:<16} {:>6} {:>9} {:>8} {:>9}", "task", "items", "right", "gate", "s");
     let mut met = Vec::new();
     for (task, path) in sets(&arguments.folder)? {
