@@ -2,6 +2,28 @@
 
 pub mod calls;
 pub mod heldout;
+pub mod memory;
+
+use clap::Args;
+use model::Precision;
+
+/// Which precision to measure.
+#[derive(Args, Clone, Copy)]
+pub struct PrecisionFlags {
+    /// f32 activations times dequantised weights.
+    #[arg(long, conflicts_with = "fast")]
+    exact: bool,
+    /// Integer dots where weights are quantised; the default.
+    #[arg(long)]
+    fast: bool,
+}
+
+impl PrecisionFlags {
+    /// The precision asked for.
+    pub fn precision(self) -> Precision {
+        if self.exact { Precision::Exact } else { Precision::Fast }
+    }
+}
 
 /// Processor and number of threads the system offers, for the head of a table.
 pub fn machine() -> String {

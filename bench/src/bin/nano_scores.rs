@@ -1,6 +1,7 @@
 //! Scores of a nano model on its held-out sets (models/nano/heldout): answers that are exactly right, and perplexity.
 //!
-//! `cargo run --release -p infall-bench --bin nano_scores -- [-m FILE] [--take N] [--plain] [--grammar] models/nano/heldout`
+//! `cargo run --release -p infall-bench --bin nano_scores -- [-m FILE] [--take N] [--plain] [--exact] [--grammar] FOLDER`,
+//! the folder being models/nano/heldout.
 //!
 //! An answer counts if greedy decoding gives exactly the expected tokens, end of turn included. Because the backend is
 //! batch-invariant that is the same as: in one pass over prompt and answer, every token of the answer is the argmax
@@ -14,10 +15,11 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use bench::PrecisionFlags;
 use bench::calls::{self, Scores};
 use bench::heldout::Item;
 use clap::Parser;
-use cpu::CpuBackend;
+use cpu::{CpuBackend, Options};
 use infall::load::ModelFile;
 use model::{Arithmetic, Backend, Cancel, NoObserver, Row, forward};
 use session::Vocabulary;
@@ -40,6 +42,8 @@ struct Arguments {
     /// Generate calls, with and without grammar mode.
     #[arg(long, conflicts_with = "gates")]
     grammar: bool,
+    #[command(flatten)]
+    precision: PrecisionFlags,
     /// Fail if a task scores below its gate.
     #[arg(long)]
     gates: bool,
@@ -133,9 +137,10 @@ fn main() -> Result<()> {
     let file = ModelFile::open(arguments.model.as_deref())?;
     let tokenizer = file.tokenizer()?;
     let arithmetic = if arguments.plain { Arithmetic::Plain } else { Arithmetic::Official };
-    let backend = file.load(None, arithmetic)?;
+    let precision = arguments.precision.precision();
+    let backend = file.load_with(Options { arithmetic, precision, ..Options::default() })?;
     let take = arguments.take.unwrap_or(usize::MAX);
-    println!("{} ({arithmetic:?}, exact), {}", file.name, bench::machine());
+    println!("{} ({arithmetic:?}, {precision:?}), {}", file.name, bench::machine());
     if arguments.grammar {
         return call_scores(&arguments.folder, take, &backend, &tokenizer);
     }

@@ -1,0 +1,19 @@
+//! How fast memory can be read: what weights that are used once can be measured against.
+
+use std::thread;
+use std::time::Instant;
+
+/// Bytes a second of the best of several sweeps over `bytes` bytes, shared by `threads` threads.
+pub fn read_bytes_per_second(bytes: usize, threads: usize) -> f64 {
+    let words: Vec<u64> = (0..bytes as u64 / 8).collect();
+    let sweep = || {
+        let start = Instant::now();
+        thread::scope(|scope| {
+            for words in words.chunks(words.len().div_ceil(threads)) {
+                scope.spawn(|| std::hint::black_box(words.iter().fold(0, |sum: u64, word| sum ^ word)));
+            }
+        });
+        start.elapsed().as_secs_f64()
+    };
+    bytes as f64 / (0..8).map(|_| sweep()).fold(f64::INFINITY, f64::min)
+}
