@@ -7,8 +7,9 @@
 //! activation. Its pairwise sums stay within i16, for magnitudes of weights are at most 128 and of activations 127.
 
 use super::IntegerSimd;
-use super::blocks::{LongBlock, ShortBlock};
+use super::blocks::{LongBlock, ShortBlock, iq2_indices};
 use crate::blocks::*;
+use crate::iq2_grid::{GRID, SIGNS};
 use crate::simd::Avx2;
 use std::arch::x86_64::*;
 use std::array::from_fn;
@@ -54,26 +55,58 @@ fn long<W: LongBlock>(simd: Avx2, weights: &[W], x: &[ActivationQ8K], batch: usi
     tiles(weights, x, batch, out, |w: [&W; ROWS], x, sums| {
         let d = _mm_mul_ps(halves(w.map(|w| w.d())), _mm_set1_ps(W::FACTOR));
         let dmin = halves(w.map(|w| w.dmin()));
-        let w = w.map(|w| Unpacked::new(simd, w));
-        for (x, sum) in x.iter().zip(sums) {
-            let mut dots = [_mm256_setzero_si256(); ROWS];
-            for (g, values) in x.q.as_chunks().0.iter().enumerate() {
-                let values = load(simd, values);
-                for (dot, w) in dots.iter_mut().zip(&w) {
-                    let values = if W::SIGNED { _mm256_sign_epi8(values, w.codes[g]) } else { values };
-                    let pairs = _mm256_maddubs_epi16(w.magnitudes[g], values);
-                    *dot = _mm256_add_epi32(*dot, _mm256_madd_epi16(pairs, w.scales[g]));
-                }
-            }
+        let add = |dots, minimums: [__m256i; ROWS], x: &ActivationQ8K, sum: &mut __m128| {
             let d_x = _mm_set1_ps(x.d);
             *sum = _mm_fmadd_ps(_mm_mul_ps(d, d_x), across(dots), *sum);
             if W::MINIMUMS {
-                let values = load_i16(&x.sums);
-                let minimums = from_fn(|i| _mm256_madd_epi16(w[i].minimums, values));
+                let x = load_i16(&x.sums);
+                let minimums = minimums.map(|minimums| _mm256_madd_epi16(minimums, x));
                 *sum = _mm_fnmadd_ps(_mm_mul_ps(dmin, d_x), across(minimums), *sum);
             }
+        };
+        if let ([x], [sum]) = (x, &mut *sums) {
+            // Used once, a block need not be written down.
+            let dots = w.map(|w| {
+                let (codes, scales) = (w.registers(simd), spread(widen(&w.scales())));
+                let group = |g: usize| dot_group::<W>(simd, magnitudes::<W>(codes[g]), codes[g], scales[g], x, g);
+                (1..8).fold(group(0), |dot, g| _mm256_add_epi32(dot, group(g)))
+            });
+            return add(dots, w.map(|w| widen(&w.minimums())), x, sum);
+        }
+        let w = w.map(|w| Unpacked::new(simd, w));
+        for (x, sum) in x.iter().zip(sums) {
+            let mut dots = [_mm256_setzero_si256(); ROWS];
+            for g in 0..8 {
+                for (dot, w) in dots.iter_mut().zip(&w) {
+                    let group = dot_group::<W>(simd, w.magnitudes[g], w.codes[g], w.scales[g], x, g);
+                    *dot = _mm256_add_epi32(*dot, group);
+                }
+            }
+            add(dots, w.each_ref().map(|w| w.minimums), x, sum);
         }
     });
+}
+
+/// Σ scale·code·x of 32 values, in eight parts.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn dot_group<W: LongBlock>(
+    simd: Avx2,
+    magnitudes: __m256i,
+    codes: __m256i,
+    scales: __m256i,
+    x: &ActivationQ8K,
+    g: usize,
+) -> __m256i {
+    let x = load(simd, &x.q.as_chunks().0[g]);
+    let x = if W::SIGNED { _mm256_sign_epi8(x, codes) } else { x };
+    _mm256_madd_epi16(_mm256_maddubs_epi16(magnitudes, x), scales)
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn magnitudes<W: LongBlock>(codes: __m256i) -> __m256i {
+    if W::SIGNED { _mm256_abs_epi8(codes) } else { codes }
 }
 
 /// Calls `add(blocks, activations, sums)` for every block of every four weight rows and up to `BATCH` rows of
@@ -118,8 +151,12 @@ impl Unpacked {
     #[inline]
     fn new<W: LongBlock>(simd: Avx2, w: &W) -> Unpacked {
         let codes = w.registers(simd);
-        let magnitudes = if W::SIGNED { codes.map(|codes| _mm256_abs_epi8(codes)) } else { codes };
-        Unpacked { magnitudes, codes, scales: spread(widen(&w.scales())), minimums: widen(&w.minimums()) }
+        Unpacked {
+            magnitudes: codes.map(|codes| magnitudes::<W>(codes)),
+            codes,
+            scales: spread(widen(&w.scales())),
+            minimums: widen(&w.minimums()),
+        }
     }
 }
 
@@ -179,12 +216,30 @@ pub(super) fn load(_: Avx2, bytes: &[i8; 32]) -> __m256i {
     unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
 }
 
-/// Four entries of a table, one after the other.
+/// The codes of an IQ2_XXS block: points of the code book under patterns of signs.
 #[inline(always)]
-pub(super) fn look_up<const N: usize>(_: Avx2, table: &[[i8; 8]; N], indices: [usize; 4]) -> __m256i {
-    let [a, b, c, d] = indices.map(|i| i64::from_le_bytes(bytemuck::cast(table[i])));
+pub(super) fn iq2_registers(_: Avx2, groups: &[[u8; 8]; 8]) -> [__m256i; 8] {
     // SAFETY: the first argument exists only where `detect` found AVX2.
-    unsafe { _mm256_set_epi64x(d, c, b, a) }
+    unsafe { iq2_codes(groups) }
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn iq2_codes(groups: &[[u8; 8]; 8]) -> [__m256i; 8] {
+    from_fn(|g| {
+        let (points, patterns) = iq2_indices(&groups[g]);
+        _mm256_sign_epi8(look_up(&GRID, points), look_up(&SIGNS, patterns))
+    })
+}
+
+/// Four entries of a table, one after the other. Broadcasts and blends, for inserts would all wait for one port.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn look_up<const N: usize>(table: &[[i8; 8]; N], indices: [usize; 4]) -> __m256i {
+    let entry = |l: usize| _mm256_set1_epi64x(i64::from_le_bytes(bytemuck::cast(table[indices[l]])));
+    let low = _mm256_blend_epi32::<0b1100>(entry(0), entry(1));
+    let high = _mm256_blend_epi32::<0b1100_0000>(entry(2), entry(3));
+    _mm256_blend_epi32::<0b1111_0000>(low, high)
 }
 
 /// The entries of a table for the low nibbles of 16 bytes, then for the high ones.
@@ -198,11 +253,4 @@ pub(super) fn look_up_nibbles(_: Avx2, table: &[i8; 16], bytes: &[u8; 16]) -> __
         let nibbles = _mm256_set_m128i(_mm_srli_epi16::<4>(low), low);
         _mm256_shuffle_epi8(table, _mm256_and_si256(nibbles, _mm256_set1_epi8(15)))
     }
-}
-
-/// `magnitudes` under the signs of `signs`.
-#[inline(always)]
-pub(super) fn with_signs(_: Avx2, magnitudes: __m256i, signs: __m256i) -> __m256i {
-    // SAFETY: the first argument exists only where `detect` found AVX2.
-    unsafe { _mm256_sign_epi8(magnitudes, signs) }
 }

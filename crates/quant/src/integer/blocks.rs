@@ -212,16 +212,13 @@ impl LongBlock for Iq2Xxs {
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn registers(&self, simd: Avx2) -> [__m256i; 8] {
-        std::array::from_fn(|g| {
-            let (points, patterns) = iq2_indices(&self.groups[g]);
-            avx2::with_signs(simd, avx2::look_up(simd, &GRID, points), avx2::look_up(simd, &SIGNS, patterns))
-        })
+        avx2::iq2_registers(simd, &self.groups)
     }
 }
 
 /// Indices of a group's four code-book points and of their sign patterns.
 #[inline(always)]
-fn iq2_indices(group: &[u8; 8]) -> ([usize; 4], [usize; 4]) {
+pub(super) fn iq2_indices(group: &[u8; 8]) -> ([usize; 4], [usize; 4]) {
     let [points @ .., s0, s1, s2, s3] = *group;
     let word = u32::from_le_bytes([s0, s1, s2, s3]);
     (points.map(usize::from), std::array::from_fn(|l| (word >> (7 * l) & 127) as usize))
