@@ -5,7 +5,7 @@ use std::path::Path;
 use cpu::{CpuBackend, Options};
 use gguf::{Gguf, Metadata};
 use model::{Arithmetic, Config, Model, Precision};
-use store::Source;
+use store::{ReaderKind, Source};
 use text::{Tokenizer, TokenizerData};
 
 use crate::terminal::{self, Unit};
@@ -73,7 +73,11 @@ impl ModelFile {
     ///
     /// # Errors
     /// As there.
-    pub fn load_with(&self, options: Options) -> anyhow::Result<CpuBackend> {
+    pub fn load_with(&self, mut options: Options) -> anyhow::Result<CpuBackend> {
+        if self.name == NANO_NAME {
+            // It is in memory: there is no file that the system could read for us.
+            options.reader = ReaderKind::Buffered;
+        }
         let bar = terminal::progress("loading", self.weight_bytes(), Unit::Bytes);
         let backend = CpuBackend::load(&self.model, &self.source, options, &mut |bytes| bar.inc(bytes));
         bar.finish_and_clear();
