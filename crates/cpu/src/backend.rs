@@ -8,7 +8,9 @@ use model::rope::Rope;
 use model::tensors::{Model, Routing, Tensors};
 use model::{Activation, Arithmetic, Backend, Batch, Config, Error, KvLayout, Precision, State, SubLayer};
 use quant::simd::{self, Level};
-use store::{Cancel, ExpertExtents, HostLeases, HostStore, Prefetch, Reader, ReaderKind, Source, StoreCounts};
+use store::{
+    Cancel, ExpertExtents, HostLeases, HostStore, Prefetch, Reader, ReaderKind, Residency, Source, StoreCounts,
+};
 
 use crate::experts::Selection;
 use crate::parallel::Workers;
@@ -16,7 +18,7 @@ use crate::pass::Pass;
 use crate::weights::{self, Weight};
 
 /// How a backend is to run. None of it but `arithmetic` and `precision` changes a bit of the output.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Options {
     /// Threads to compute with; at 0, one for each that the machine has.
     pub threads: usize,
@@ -26,30 +28,10 @@ pub struct Options {
     pub precision: Precision,
     /// Instruction set; the fastest of the machine unless a test asks for another.
     pub level: Level,
-    /// Where routed experts live.
+    /// Where routed experts live. If they are streamed, rows of the token embedding are read as tokens come, too.
     pub residency: Residency,
     /// What weights are read with. Where it cannot be had, a simpler one is used ([`CpuBackend::note`] says so).
     pub reader: ReaderKind,
-}
-
-/// Where routed experts live.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Residency {
-    /// All of them in memory.
-    Resident,
-    /// In so many slots, shared out over the size classes by [`slots_of_classes`]; the others are read when they are
-    /// wanted. Rows of the token embedding are read as tokens come.
-    Streamed {
-        /// Slots in all.
-        slots: usize,
-    },
-}
-
-/// How many of `slots` each size class gets: in proportion to its layers, and at least one.
-pub fn slots_of_classes(class_of_layer: &[usize], slots: usize) -> Vec<usize> {
-    let classes = class_of_layer.iter().max().map_or(0, |class| class + 1);
-    let layers = |class: usize| class_of_layer.iter().filter(|&&other| other == class).count();
-    (0..classes).map(|class| (slots * layers(class) / class_of_layer.len()).max(1)).collect()
 }
 
 /// In passes of so many rows nearly all experts of a layer are chosen, so the whole next layer is read ahead into empty
@@ -97,28 +79,22 @@ impl CpuBackend {
         loaded: &mut dyn FnMut(u64),
     ) -> Result<CpuBackend, Error> {
         let extents: Vec<ExpertExtents> = model.experts.iter().map(|layer| layer.extents).collect();
-        let (class_of_layer, slot_bytes) = store::size_classes(&extents);
-        let resident = options.residency == Residency::Resident;
-        let slots = match options.residency {
-            Residency::Resident => Vec::new(),
-            Residency::Streamed { slots } => slots_of_classes(&class_of_layer, slots),
+        let all_bytes: u64 = extents.iter().map(ExpertExtents::total_bytes).sum();
+        let expert_bytes = match &options.residency {
+            Residency::Resident => all_bytes,
+            Residency::Streamed { slots } => store::slots_bytes(&extents, slots),
         };
-        let expert_bytes: u64 = match resident {
-            true => extents.iter().map(ExpertExtents::total_bytes).sum(),
-            false => slots.iter().zip(&slot_bytes).map(|(&slots, &bytes)| (slots * bytes) as u64).sum(),
-        };
-        let all_experts_bytes: u64 = extents.iter().map(ExpertExtents::total_bytes).sum();
-        store::check_available(model.weight_bytes() - all_experts_bytes + expert_bytes)?;
+        store::check_available(model.weight_bytes() - all_bytes + expert_bytes)?;
         let (reader, note) = store::open_reader(source, options.reader)?;
         Ok(CpuBackend {
             config: model.config.clone(),
             layout: Arc::new(KvLayout::new(&model.config, source.identity()?, options.arithmetic, options.precision)),
             ropes: [Rope::plain(&model.config), Rope::yarn(&model.config)],
-            weights: weights::load(model, source, &*reader, resident, options.level, loaded)?,
+            weights: weights::load(model, source, &*reader, &options.residency, options.level, loaded)?,
             expert_types: model.experts.iter().map(|layer| layer.types).collect(),
-            experts: match resident {
-                true => HostStore::resident(&*reader, &extents, loaded)?,
-                false => HostStore::streamed(reader.clone(), &extents, &slots)?,
+            experts: match &options.residency {
+                Residency::Resident => HostStore::resident(&*reader, &extents, loaded)?,
+                Residency::Streamed { slots } => HostStore::streamed(reader.clone(), &extents, slots)?,
             },
             workers: Workers::new(options.threads, options.level, options.precision)?,
             reader,

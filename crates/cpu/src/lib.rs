@@ -16,7 +16,7 @@ pub mod rows;
 mod vectors;
 mod weights;
 
-pub use backend::{CpuBackend, Options, Residency, WeightBytes, slots_of_classes};
+pub use backend::{CpuBackend, Options, WeightBytes};
 pub use experts::Selection;
 pub use memory::{PassShape, pass_bytes, static_bytes};
 pub use pass::Pass;

@@ -4,7 +4,7 @@ use gguf::TensorType;
 use model::tensors::{Routing, Tensors};
 use model::{Error, Model, TensorRef};
 use quant::simd::Level;
-use store::{AlignedBytes, Extent, Loaded, Reader, Source};
+use store::{AlignedBytes, Extent, Loaded, Reader, Residency, Source};
 
 /// A matrix of `rows` rows of `cols` elements, as a kernel takes it.
 #[derive(Clone, Copy)]
@@ -117,17 +117,18 @@ fn ints(bytes: &[u8]) -> impl Iterator<Item = i32> {
     bytes.as_chunks().0.iter().map(|&bytes| i32::from_le_bytes(bytes))
 }
 
-/// Reads every weight but the routed experts. `loaded` is told of bytes as they arrive. Without `embedding` the rows of the
-/// token embedding stay in the file until a token asks for one.
+/// Reads every weight but the routed experts. `loaded` is told of bytes as they arrive. If experts are
+/// streamed, rows of the token embedding stay in the file until a token asks for one.
 pub(crate) fn load(
     model: &Model,
     source: &Source,
     reader: &dyn Reader,
-    embedding: bool,
+    residency: &Residency,
     level: Level,
     loaded: &mut dyn FnMut(u64),
 ) -> Result<Tensors<Weight>, Error> {
-    let in_file = |tensor: &TensorRef| !embedding && tensor.extent == model.tensors.embedding.extent;
+    let in_file =
+        |tensor: &TensorRef| *residency != Residency::Resident && tensor.extent == model.tensors.embedding.extent;
     let mut extents = Vec::new();
     model.tensors.try_map(&mut |tensor: &TensorRef| {
         extents.extend((!in_file(tensor)).then_some(tensor.extent));

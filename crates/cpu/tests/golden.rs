@@ -33,7 +33,7 @@ fn hash(options: Options, chunk: usize, tokens: &[u32]) -> u64 {
 fn nano_has_the_pinned_bits() {
     for (options, expected) in [(exact(), OFFICIAL), (plain(), PLAIN), (fast(), FAST)] {
         for (chunk, threads) in [(64, 2), (300, 1)] {
-            let found = hash(Options { threads, ..options }, chunk, &tokens());
+            let found = hash(Options { threads, ..options.clone() }, chunk, &tokens());
             assert_eq!(found, expected, "{options:?}, chunks of {chunk}: {found:#018x}");
         }
     }
@@ -42,6 +42,6 @@ fn nano_has_the_pinned_bits() {
 #[test]
 fn nano_has_the_pinned_bits_without_vector_instructions() {
     for (options, expected) in [(exact(), OFFICIAL), (fast(), FAST)] {
-        assert_eq!(hash(Options { level: Level::Scalar, ..options }, 300, &tokens()), expected, "{options:?}");
+        assert_eq!(hash(Options { level: Level::Scalar, ..options.clone() }, 300, &tokens()), expected, "{options:?}");
     }
 }

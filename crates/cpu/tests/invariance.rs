@@ -63,7 +63,7 @@ fn threads_change_no_bit() {
     let tokens = &References::open("pro-iq2.refs").tokens()[..300];
     for options in [exact(), fast()] {
         let of = |threads| {
-            let backend = load("pro-iq2", Options { threads, ..options });
+            let backend = load("pro-iq2", Options { threads, ..options.clone() });
             (logits(&backend, tokens, &[240, 1]), backend.shared_regions())
         };
         let (expected, shared) = of(1);
@@ -84,7 +84,7 @@ fn instruction_sets_change_no_bit() {
     assert_eq!(levels.contains(&Level::Avx2), is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"));
     let check = |name: &str, options: Options| {
         let tokens = &References::open(&format!("{name}.refs")).tokens()[..140];
-        let of = |level| logits(&load(name, Options { level, ..options }), tokens, &[70]);
+        let of = |level| logits(&load(name, Options { level, ..options.clone() }), tokens, &[70]);
         let scalar = of(Level::Scalar);
         for &level in &levels {
             assert_same(&of(level), &scalar, 512, &format!("{name}, {:?} at {level:?}", options.precision));

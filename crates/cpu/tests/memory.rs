@@ -13,7 +13,7 @@ static ALLOCATOR: PeakAlloc = PeakAlloc;
 /// Peak of one pass beyond what was held before it, and what was planned.
 fn pass(name: &str, options: Options, chunk: usize, wanted_rows: usize) -> (f64, f64) {
     let threads = options.threads;
-    let backend = load(name, options);
+    let backend = load(name, options.clone());
     let config = backend.config();
     let layout = KvLayout::new(config, 0, options.arithmetic, options.precision);
     let mut state = backend.new_state().unwrap();
@@ -39,7 +39,7 @@ fn a_pass_takes_what_was_planned() {
     for name in ["tiny-q8", "pro-iq2", "mixed3-mixed"] {
         for (chunk, wanted, threads) in [(1, 1, 1), (17, 17, 1), (128, 1, 2), (256, 256, 2)] {
             for options in [exact(), fast()].map(|options| Options { threads, ..options }) {
-                let (peak, planned) = pass(name, options, chunk, wanted);
+                let (peak, planned) = pass(name, options.clone(), chunk, wanted);
                 println!("{name} {chunk} rows, {options:?}: {peak} B of {planned} B, {:.3}", peak / planned);
                 assert!(peak <= planned, "more than planned");
                 assert!(chunk < 128 || peak > planned * 0.94, "far less than planned");

@@ -81,6 +81,8 @@ struct Entry {
     held: bool,
     /// Prefetched and never demanded.
     unused: bool,
+    /// Its read was begun for a request that still waits.
+    read_for_want: bool,
 }
 
 struct Class {
@@ -180,6 +182,7 @@ impl Cache {
         }
         match entry.place {
             Place::Queued(Queue::Demand) => entry.place = Place::Absent,
+            Place::Reading(_) => entry.read_for_want = false,
             Place::Ready(_) => self.policy.may_evict(id),
             _ => {}
         }
@@ -202,8 +205,9 @@ impl Cache {
         self.give_up(id);
     }
 
-    /// The read into `slot` has ended; the expert it was for, and whether somebody wants it. After a failure the slot is
-    /// empty.
+    /// The read into `slot` has ended; the expert it was for, and whether somebody waits for its result. After a failure
+    /// the slot is empty. A read that failed and was begun before anybody who waits now had asked is made again: an error
+    /// belongs to the request in whose time it began.
     pub fn read_ended(&mut self, slot: u32, succeeded: bool) -> (ExpertId, bool) {
         let id = self.occupants[slot as usize].expect("a slot that is read into has an occupant");
         assert_eq!(self.entry(id).place, Place::Reading(slot), "{id:?} was not being read");
@@ -221,6 +225,10 @@ impl Cache {
             self.entry(id).unused = false;
             self.occupants[slot as usize] = None;
             self.class(id).empty.push(slot);
+            if !self.entry(id).read_for_want {
+                self.retry(id);
+                return (id, false);
+            }
         }
         (id, wanted)
     }
@@ -271,6 +279,7 @@ impl Cache {
         self.reading += 1;
         let entry = self.entry(id);
         entry.place = Place::Reading(slot);
+        entry.read_for_want = !prefetch;
         if prefetch {
             (entry.held, entry.unused) = (true, true);
             self.reading_held += 1;

@@ -28,6 +28,12 @@ pub fn size_classes(layers: &[ExpertExtents]) -> (Vec<usize>, Vec<usize>) {
     (layers.iter().map(class).collect(), slot_bytes)
 }
 
+/// Bytes of memory for so many slots of each [size class](size_classes).
+pub fn slots_bytes(layers: &[ExpertExtents], slots_of_class: &[usize]) -> u64 {
+    let (_, slot_bytes) = size_classes(layers);
+    slot_bytes.iter().zip(slots_of_class).map(|(&bytes, &slots)| bytes as u64 * slots as u64).sum()
+}
+
 /// A store with slots.
 pub(crate) struct Streamed {
     layers: Vec<ExpertExtents>,

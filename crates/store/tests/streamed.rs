@@ -1,0 +1,325 @@
+//! The streaming store with every reader: the right bytes at any number of slots, and what happens when the disk does not
+//! do what it should.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Barrier};
+use std::time::{Duration, Instant};
+
+use store::reader::{Faults, SimulatedDisk, Simulation};
+use store::{
+    Cancel, ExpertExtents, Extent, HostStore, Prefetch, ReaderKind, Source, StoreError, open_reader, read_all,
+};
+use tempfile::TempDir;
+
+const EXPERTS: usize = 16;
+/// Bytes of the parts of layers 0 and 1, and of layer 2: two size classes, and no part begins on a page border.
+const PART_BYTES: [[u64; 3]; 3] = [[10_000, 10_000, 300], [10_000, 10_000, 300], [9_000, 20_000, 4_096]];
+
+/// A file of stacked parts, in which a byte tells where it is.
+struct Weights {
+    _dir: TempDir,
+    path: PathBuf,
+    layers: Vec<ExpertExtents>,
+}
+
+fn byte_at(offset: u64) -> u8 {
+    (offset.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8
+}
+
+impl Weights {
+    fn new() -> Weights {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, mut end) = (dir.path().join("weights"), 77);
+        let mut stacked = |bytes: u64| {
+            let extent = Extent { file: 0, offset: end, bytes: bytes * EXPERTS as u64 };
+            end += extent.bytes + 100;
+            extent
+        };
+        let layers = PART_BYTES.map(|parts| ExpertExtents::stacked(EXPERTS, parts.map(&mut stacked)));
+        let bytes: Vec<u8> = (0..end - 100).map(byte_at).collect();
+        std::fs::write(&path, bytes).unwrap();
+        Weights { _dir: dir, path, layers: layers.to_vec() }
+    }
+
+    fn source(&self) -> Source {
+        source(&self.path)
+    }
+
+    fn streamed(&self, kind: ReaderKind, slots: [usize; 2]) -> HostStore {
+        let (reader, note) = open_reader(&self.source(), kind).unwrap();
+        if let Some(note) = note {
+            println!("another reader than asked for: {note}");
+        }
+        HostStore::streamed(reader, &self.layers, &slots).unwrap()
+    }
+
+    /// Leases experts and compares every byte; how many came before an error.
+    fn take(&self, store: &HostStore, layer: usize, experts: &[u32], cancel: &Cancel) -> Result<usize, StoreError> {
+        let mut leases = store.lease(layer, experts, experts.iter().map(|&expert| (expert, 0)));
+        let mut came = Vec::new();
+        while let Some(lease) = leases.next_ready(cancel) {
+            let lease = lease?;
+            for part in 0..3 {
+                let extent = self.layers[layer].part(part, lease.expert());
+                let right = lease.part(part).iter().zip(extent.offset..).all(|(&byte, offset)| byte == byte_at(offset));
+                assert!(
+                    right && lease.part(part).len() as u64 == extent.bytes,
+                    "expert {} part {part}",
+                    lease.expert()
+                );
+            }
+            came.push(lease.expert());
+        }
+        came.sort_unstable();
+        let mut wanted = experts.to_vec();
+        wanted.sort_unstable();
+        assert_eq!(came, wanted, "each expert once");
+        Ok(came.len())
+    }
+
+    /// Everything, in an order that reuses slots.
+    fn take_all(&self, store: &HostStore) -> Result<(), StoreError> {
+        let experts: Vec<u32> = (0..EXPERTS as u32).collect();
+        for round in 0..3 {
+            for layer in [0, 1, 2, 1] {
+                let some: Vec<u32> = experts.iter().copied().filter(|expert| expert % 3 != round).collect();
+                self.take(store, layer, &some, &Cancel::default())?;
+            }
+            store.pass_ended(1);
+        }
+        Ok(())
+    }
+}
+
+fn source(path: &Path) -> Source {
+    Source::open([(path, path.metadata().unwrap().len())]).unwrap()
+}
+
+/// Faults of a test, for the time the program runs.
+fn faults() -> &'static Faults {
+    Box::leak(Box::new(Faults::none()))
+}
+
+fn simulated(faults: &'static Faults) -> ReaderKind {
+    ReaderKind::Simulated(Simulation { faults, ..Simulation::reordering(7) })
+}
+
+fn readers() -> [ReaderKind; 4] {
+    [ReaderKind::Buffered, ReaderKind::Direct, ReaderKind::Uring, simulated(faults())]
+}
+
+#[test]
+fn every_reader_brings_every_expert_at_any_number_of_slots() {
+    let weights = Weights::new();
+    for kind in readers() {
+        for slots in [[1, 1], [2, 1], [3, 7], [32, 16]] {
+            let store = weights.streamed(kind, slots);
+            weights.take_all(&store).unwrap();
+            let counts = store.counts();
+            let demanded = counts.cache.hits + counts.cache.misses;
+            assert_eq!(demanded, 3 * 4 * EXPERTS as u64 * 2 / 3, "{kind:?} {slots:?}");
+            assert!(
+                counts.cache.misses > 0 && (counts.cache.hits > 0 || slots[0] < 3),
+                "{kind:?} {slots:?}: {counts:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn bytes_read_are_those_of_the_misses() {
+    let weights = Weights::new();
+    let store = weights.streamed(ReaderKind::Direct, [1, 1]);
+    for layer in [0, 2] {
+        weights.take(&store, layer, &[1, 2, 3], &Cancel::default()).unwrap();
+    }
+    let per_expert = |layer: usize| PART_BYTES[layer].iter().sum::<u64>();
+    let counts = store.counts();
+    assert_eq!((counts.cache.misses, counts.read_bytes), (6, 3 * (per_expert(0) + per_expert(2))));
+}
+
+#[test]
+fn resident_and_streamed_show_the_same_bytes() {
+    let weights = Weights::new();
+    for kind in readers() {
+        let (reader, _) = open_reader(&weights.source(), kind).unwrap();
+        let mut loaded_bytes = 0;
+        let store = HostStore::resident(&*reader, &weights.layers, &mut |bytes| loaded_bytes += bytes).unwrap();
+        let expected: u64 = weights.layers.iter().map(ExpertExtents::total_bytes).sum();
+        assert_eq!((loaded_bytes, store.memory_bytes()), (expected, expected));
+        weights.take_all(&store).unwrap();
+        assert_eq!(store.counts(), Default::default());
+    }
+}
+
+/// Gate, up and down of an expert together, experts a whole number of pages apart: one read for each.
+#[test]
+fn a_repacked_layer_is_read_in_one_piece() {
+    let weights = Weights::new();
+    let parts = [(4096, 5000), (9096, 5000), (14_096, 100)].map(|(offset, bytes)| Extent { file: 0, offset, bytes });
+    let layer = ExpertExtents { experts: EXPERTS, parts, strides_bytes: [12_288; 3] };
+    let weights = Weights { layers: vec![layer], ..weights };
+    for kind in readers() {
+        let (reader, _) = open_reader(&weights.source(), kind).unwrap();
+        let resident = HostStore::resident(&*reader, &weights.layers, &mut |_| {}).unwrap();
+        let streamed = HostStore::streamed(reader, &weights.layers, &[2]).unwrap();
+        for store in [resident, streamed] {
+            weights.take(&store, 0, &[0, 5, 15, 7], &Cancel::default()).unwrap();
+        }
+    }
+}
+
+#[test]
+fn large_tensors_are_read_in_pieces() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("weights");
+    std::fs::write(&path, (0..(9 << 20) + 12_345).map(byte_at).collect::<Vec<_>>()).unwrap();
+    let extents = [(5, 9 << 20), (0, 0), (4096, 4096), (100, 8 << 20), ((9 << 20) + 12_000, 345)]
+        .map(|(offset, bytes)| Extent { file: 0, offset, bytes });
+    for kind in readers() {
+        let (reader, _) = open_reader(&source(&path), kind).unwrap();
+        let mut loaded_bytes = 0;
+        let loaded = read_all(&*reader, &extents, &mut |bytes| loaded_bytes += bytes).unwrap();
+        for (extent, bytes) in extents.iter().zip(&loaded) {
+            assert_eq!(bytes.len() as u64, extent.bytes);
+            assert!(bytes.iter().zip(extent.offset..).all(|(&byte, offset)| byte == byte_at(offset)), "{extent:?}");
+        }
+        assert_eq!(loaded_bytes, extents.iter().map(|extent| extent.bytes).sum::<u64>());
+    }
+}
+
+#[test]
+fn a_broken_read_is_an_error_and_the_next_request_is_right() {
+    let (weights, faults) = (Weights::new(), faults());
+    for slots in [[1, 1], [3, 2], [32, 16]] {
+        for failing_reads in [1, 2, 9] {
+            let store = weights.streamed(simulated(faults), slots);
+            faults.failing_reads.store(failing_reads, Ordering::Relaxed);
+            let experts: Vec<u32> = (0..EXPERTS as u32).collect();
+            let layer = failing_reads as usize % 3;
+            let error = weights.take(&store, layer, &experts, &Cancel::default()).unwrap_err();
+            assert!(matches!(&error, StoreError::Read { path, .. } if *path == weights.path), "{error}");
+            faults.failing_reads.store(0, Ordering::Relaxed);
+            weights.take_all(&store).unwrap();
+        }
+    }
+    // While weights that every token uses are loaded.
+    faults.failing_reads.store(1, Ordering::Relaxed);
+    let (reader, _) = open_reader(&weights.source(), simulated(faults)).unwrap();
+    let error = HostStore::resident(&*reader, &weights.layers, &mut |_| {}).err().unwrap();
+    assert!(matches!(error, StoreError::Read { .. }), "{error}");
+}
+
+#[test]
+fn a_file_truncated_in_use_is_an_error_that_says_so() {
+    for kind in readers() {
+        let weights = Weights::new();
+        let store = weights.streamed(kind, [2, 2]);
+        weights.take(&store, 0, &[1], &Cancel::default()).unwrap();
+        let whole = weights.path.metadata().unwrap().len();
+        let cut = weights.layers[2].part(1, 8).offset + 10;
+        let file = std::fs::File::options().write(true).open(&weights.path).unwrap();
+        file.set_len(cut).unwrap();
+        let error = weights.take(&store, 2, &[2, 8], &Cancel::default()).unwrap_err();
+        assert!(matches!(&error, StoreError::Short { found_bytes, .. } if *found_bytes == cut), "{kind:?}: {error}");
+        // What is still there is right, and so is the rest once it is back.
+        weights.take(&store, 1, &[3, 4, 5], &Cancel::default()).unwrap();
+        drop(file);
+        std::fs::write(&weights.path, (0..whole).map(byte_at).collect::<Vec<_>>()).unwrap();
+        weights.take_all(&store).unwrap();
+    }
+}
+
+#[test]
+fn a_file_replaced_in_use_goes_on_being_read() {
+    for kind in readers() {
+        let weights = Weights::new();
+        let store = weights.streamed(kind, [2, 2]);
+        let other = weights.path.with_extension("new");
+        std::fs::write(&other, vec![0; 1000]).unwrap();
+        std::fs::rename(&other, &weights.path).unwrap();
+        // The open file is the old one, whatever is at the path now.
+        weights.take_all(&store).unwrap();
+    }
+}
+
+#[test]
+fn a_slow_disk_is_waited_for_in_its_own_time() {
+    let weights = Weights::new();
+    let simulation = Simulation { latency_us: 5_000_000, ..Simulation::reordering(3) };
+    let disk = Arc::new(SimulatedDisk::new(weights.source(), simulation));
+    let store = HostStore::streamed(disk.clone(), &weights.layers, &[3, 2]).unwrap();
+    let began = Instant::now();
+    weights.take_all(&store).unwrap();
+    assert!(disk.now_us() > 5_000_000 && began.elapsed() < Duration::from_secs(5), "{} us", disk.now_us());
+}
+
+#[test]
+fn waiting_for_a_stuck_disk_can_be_cancelled() {
+    let (weights, faults) = (Weights::new(), faults());
+    let store = weights.streamed(simulated(faults), [3, 2]);
+    weights.take(&store, 0, &[1, 2], &Cancel::default()).unwrap();
+    faults.stuck.store(true, Ordering::Relaxed);
+    let cancel = Cancel::default();
+    let waited = std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| weights.take(&store, 0, &[1, 2, 3, 4], &cancel).unwrap_err());
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(!waiting.is_finished(), "a stuck disk brings nothing");
+        let cancelled = Instant::now();
+        cancel.cancel();
+        assert!(matches!(waiting.join().unwrap(), StoreError::Cancelled(_)));
+        cancelled.elapsed()
+    });
+    // It looks every 50 ms; the rest is for a machine that is busy.
+    assert!(waited < Duration::from_secs(1), "{waited:?}");
+    faults.stuck.store(false, Ordering::Relaxed);
+    weights.take_all(&store).unwrap();
+}
+
+#[test]
+fn leases_dropped_anywhere_lose_nothing() {
+    let weights = Weights::new();
+    for kind in readers() {
+        let store = weights.streamed(kind, [3, 1]);
+        for taken in 0..6 {
+            let mut leases = store.lease(taken % 3, &[1, 3, 5, 7, 9, 11], [].into_iter());
+            for _ in 0..taken {
+                leases.next_ready(&Cancel::default()).unwrap().unwrap();
+            }
+            store.prefetch((taken + 1) % 3, &mut (0..9), Prefetch::Certain);
+            drop(leases);
+            store.pass_begins();
+        }
+        weights.take_all(&store).unwrap();
+    }
+}
+
+#[test]
+fn requests_at_the_same_time_share_the_slots() {
+    let weights = Weights::new();
+    for kind in [ReaderKind::Buffered, ReaderKind::Direct, ReaderKind::Uring] {
+        for slots in [[1, 1], [3, 2]] {
+            let store = weights.streamed(kind, slots);
+            let start = Barrier::new(3);
+            std::thread::scope(|scope| {
+                for _ in 0..3 {
+                    scope.spawn(|| {
+                        start.wait();
+                        weights.take_all(&store).unwrap();
+                    });
+                }
+            });
+        }
+    }
+}
+
+#[test]
+fn a_store_can_be_dropped_while_it_reads() {
+    let weights = Weights::new();
+    for kind in readers() {
+        let store = weights.streamed(kind, [8, 8]);
+        store.prefetch(0, &mut (0..8), Prefetch::Certain);
+        drop(store.lease(2, &[1, 2, 3, 4], [].into_iter()));
+    }
+}
