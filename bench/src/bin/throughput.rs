@@ -54,7 +54,7 @@ fn pass(backend: &CpuBackend, state: &mut State, count: usize, vocab: usize) -> 
 fn token_bytes(model: &Model) -> u64 {
     let expert = model.experts.iter().flat_map(|layer| layer.extents.expert_bytes()).sum::<usize>() as u64;
     let experts = expert * model.config.experts_used as u64;
-    cpu::static_bytes(model) - model.tensors.embedding.extent.bytes + experts
+    cpu::static_bytes(model, true) + experts
 }
 
 fn main() -> Result<()> {

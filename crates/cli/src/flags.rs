@@ -7,7 +7,10 @@ use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
+use store::plan::{Cache, Request};
 use text::prompt::Encoding;
+
+use crate::sizes;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -45,6 +48,13 @@ pub enum Command {
     Inspect(Inspect),
     /// Write the logits of every position of a token sequence to a NumPy file
     Logits(Logits),
+    /// Show what memory a model takes here, and how many of its experts are kept in it
+    ///
+    /// Reads the header only; a file that holds no more than its header will do.
+    Plan(Plan),
+    /// Look at recorded routes
+    #[command(subcommand)]
+    Routes(Routes),
 }
 
 /// Flags of `run`.
@@ -188,6 +198,66 @@ pub struct Logits {
     pub arithmetic: Arithmetic,
     #[command(flatten)]
     pub machine: Machine,
+}
+
+/// Flags of `plan`.
+#[derive(Args)]
+pub struct Plan {
+    /// GGUF file of a DeepSeek V4 model; of a split model, any part
+    #[arg(short, long, value_name = "FILE")]
+    pub model: PathBuf,
+    /// Tokens of context (default: what the model was made for)
+    #[arg(long = "ctx", value_name = "N", allow_negative_numbers = true, value_parser = whole::<usize>)]
+    pub context_tokens: Option<usize>,
+    #[command(flatten)]
+    pub placement: Placement,
+    #[command(flatten)]
+    pub machine: Machine,
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Commands of `routes`.
+#[derive(Subcommand)]
+pub enum Routes {
+    /// Show how often experts would have been in memory, by the share of them that fits and by the rule of eviction
+    Replay(Replay),
+}
+
+/// Flags of `routes replay`.
+#[derive(Args)]
+pub struct Replay {
+    /// File that --record-routes wrote
+    pub file: PathBuf,
+    /// Write a plot of the hit rates
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Where routed experts are to be; changes speed, never a bit of the output.
+#[derive(Args)]
+pub struct Placement {
+    /// Read experts from the file when they are needed, even if all fit in memory (default: if they do not fit)
+    #[arg(long)]
+    pub stream: bool,
+    /// Room for experts when they are streamed: an amount of memory such as 8GiB, or a number of experts (default: what
+    /// memory allows)
+    #[arg(long, value_name = "BYTES|N", allow_negative_numbers = true, value_parser = sizes::cache)]
+    pub cache: Option<Cache>,
+    /// Most memory for everything, such as 16GiB (default: 7/8 of what is free)
+    #[arg(long, value_name = "BYTES", allow_negative_numbers = true, value_parser = sizes::bytes)]
+    pub memory: Option<u64>,
+}
+
+impl Placement {
+    /// The same for [`store::plan`].
+    pub fn request(&self) -> Request {
+        Request { memory_bytes: self.memory, cache: self.cache, stream: self.stream }
+    }
 }
 
 /// Flags of every command that computes.

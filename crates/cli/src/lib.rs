@@ -13,9 +13,12 @@ mod logits;
 mod markdown;
 mod npy;
 mod output;
+mod plan;
+mod routes;
 mod run;
 mod screen;
 mod setup;
+mod sizes;
 mod terminal;
 
 use std::io::ErrorKind;
@@ -40,6 +43,8 @@ pub fn main() -> ExitCode {
         Command::Chat(flags) => chat::chat(&flags),
         Command::Inspect(flags) => inspect::inspect(&flags),
         Command::Logits(flags) => logits::logits(&flags),
+        Command::Plan(flags) => plan::plan(&flags),
+        Command::Routes(flags::Routes::Replay(flags)) => routes::replay(&flags),
     };
     match outcome {
         Ok(Outcome::Done) => ExitCode::SUCCESS,

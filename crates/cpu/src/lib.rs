@@ -11,6 +11,7 @@ mod hyper;
 mod memory;
 mod parallel;
 mod pass;
+mod record;
 pub mod rows;
 #[cfg(test)]
 mod vectors;
@@ -21,3 +22,4 @@ pub use experts::Selection;
 pub use memory::{PassShape, pass_bytes, static_bytes};
 pub use pass::Pass;
 pub use quant::simd::Level;
+pub use record::{Recorder, trace_header};

@@ -19,15 +19,16 @@ pub struct PassShape {
     pub threads: usize,
 }
 
-/// Bytes of all weights but the routed experts once they are loaded: vectors as f32, matrices as the file has them.
-pub fn static_bytes(model: &Model) -> u64 {
+/// Bytes of all weights but the routed experts once they are loaded: vectors as f32, matrices as the file has them. When
+/// experts are streamed, the token embedding is not loaded: its rows are read one by one.
+pub fn static_bytes(model: &Model, streamed: bool) -> u64 {
     let mut bytes = 0;
     let counted = model.tensors.try_map(&mut |tensor: &TensorRef| {
         bytes += if tensor.rows == 1 { tensor.cols as u64 * 4 } else { tensor.extent.bytes };
         Ok::<_, std::convert::Infallible>(())
     });
     counted.expect("counting cannot fail");
-    bytes
+    if streamed { bytes - model.tensors.embedding.extent.bytes } else { bytes }
 }
 
 /// The most bytes that a pass of one session holds at any moment: what lives as long as the pass, what each thread

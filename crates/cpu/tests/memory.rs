@@ -6,6 +6,7 @@ use common::{exact, fast, load, rows};
 use cpu::{Options, PassShape, pass_bytes};
 use model::{Backend, Cancel, KvLayout, NoObserver, forward};
 use peak_alloc::PeakAlloc;
+use store::Residency;
 
 #[global_allocator]
 static ALLOCATOR: PeakAlloc = PeakAlloc;
@@ -53,6 +54,11 @@ fn static_weights_are_counted_from_the_header() {
     for name in ["tiny-q8", "pro-iq2", "mixed3-mixed"] {
         let file = gguf::Gguf::open(&common::test_data(&format!("oracle/{name}.gguf"))).unwrap();
         let model = model::Model::from_gguf(&file).unwrap();
-        assert_eq!(cpu::static_bytes(&model), load(name, Options::default()).weight_bytes().fixed, "{name}");
+        let extents: Vec<_> = model.experts.iter().map(|layer| layer.extents).collect();
+        let slots = vec![2; store::size_classes(&extents).1.len()];
+        for (streamed, residency) in [(false, Residency::Resident), (true, Residency::Streamed { slots })] {
+            let loaded = load(name, Options { residency, ..Options::default() }).weight_bytes();
+            assert_eq!(cpu::static_bytes(&model, streamed), loaded.fixed, "{name}, streamed: {streamed}");
+        }
     }
 }

@@ -29,7 +29,7 @@ pub struct Needs {
     pub pass_rows: usize,
     /// Activations of such a pass.
     pub pass_bytes: u64,
-    /// All routed experts when they are resident.
+    /// What is in memory only when nothing streams: all routed experts, and what else is then loaded whole.
     pub resident_bytes: u64,
     /// When experts stream: what the reader needs besides slots, into which all experts are read, ahead of time or not.
     pub read_bytes: u64,
@@ -202,7 +202,7 @@ impl Plan {
         if request.stream || request.cache.is_some() || !within(plan.total_bytes()) {
             let slots = needs.streamed(request, limit)?;
             plan.items = needs.fixed();
-            plan.items.push((Purpose::Reads, needs.read_bytes));
+            plan.items.extend((needs.read_bytes > 0).then_some((Purpose::Reads, needs.read_bytes)));
             plan.items.extend(needs.slot_items(&slots));
             plan.warnings.extend(needs.few_slots(&slots));
             plan.residency = Residency::Streamed { slots };
@@ -297,23 +297,9 @@ impl Needs {
         self.share(|slots, next| self.slots_bytes(slots) + self.classes[next].slot_bytes <= bytes)
     }
 
-    /// One slot of each class, then one after the other, each to the class that has fewest for its layers
-    /// (Sainte-Laguë's method: growing never takes a slot away again), as long as `may_add` allows, and no class gets
-    /// more than it has experts.
     fn share(&self, may_add: impl Fn(&[usize], usize) -> bool) -> Vec<usize> {
-        let mut slots = vec![1; self.classes.len()];
-        loop {
-            let with_room = (0..slots.len()).filter(|&class| slots[class] < self.classes[class].layers * self.experts);
-            // The largest layers / (2 slots + 1); the first of equals.
-            let next = with_room.reduce(|a, b| {
-                let worth = |class: usize, other: usize| self.classes[class].layers * (2 * slots[other] + 1);
-                if worth(b, a) > worth(a, b) { b } else { a }
-            });
-            match next {
-                Some(next) if may_add(&slots, next) => slots[next] += 1,
-                _ => return slots,
-            }
-        }
+        let layers: Vec<usize> = self.classes.iter().map(|class| class.layers).collect();
+        share(&layers, self.experts, may_add)
     }
 
     fn slot_items<'a>(&'a self, slots: &'a [usize]) -> impl Iterator<Item = (Purpose, u64)> + 'a {
@@ -328,6 +314,30 @@ impl Needs {
         let (found, wanted) = (slots.iter().sum(), one_token.iter().sum());
         let more_bytes = self.slots_bytes(&one_token).saturating_sub(self.slots_bytes(slots));
         (found < wanted).then_some(Warning::FewSlots { slots: found, wanted, more_bytes })
+    }
+}
+
+/// Shares `slots` slots over size classes as a plan does; `layers` of each class have `experts` experts each.
+pub fn share_slots(layers: &[usize], experts: usize, slots: u64) -> Vec<usize> {
+    share(layers, experts, |shared, _| (shared.iter().sum::<usize>() as u64) < slots)
+}
+
+/// One slot of each class, then one after the other, each to the class that has fewest for its layers (Sainte-Laguë's
+/// method: growing never takes a slot away again), as long as `may_add` allows, and no class gets more than it has
+/// experts.
+fn share(layers: &[usize], experts: usize, may_add: impl Fn(&[usize], usize) -> bool) -> Vec<usize> {
+    let mut slots = vec![1; layers.len()];
+    loop {
+        let with_room = (0..slots.len()).filter(|&class| slots[class] < layers[class] * experts);
+        // The largest layers / (2 slots + 1); the first of equals.
+        let next = with_room.reduce(|a, b| {
+            let worth = |class: usize, other: usize| layers[class] * (2 * slots[other] + 1);
+            if worth(b, a) > worth(a, b) { b } else { a }
+        });
+        match next {
+            Some(next) if may_add(&slots, next) => slots[next] += 1,
+            _ => return slots,
+        }
     }
 }
 
