@@ -104,6 +104,8 @@ pub fn open_reader(source: &Source, kind: ReaderKind) -> Result<(Arc<dyn Reader>
                 Ok((Arc::new(Pool::buffered(source.clone(), POOL_THREADS)?), Some(note)))
             }
         },
+        // What is in memory already has no file to give to the kernel.
+        ReaderKind::Uring if source.file(0).is_none() => open_reader(source, ReaderKind::Buffered),
         #[cfg(target_os = "linux")]
         ReaderKind::Uring => match source.direct().map(|source| Uring::new(source, URING_DEPTH)) {
             Ok(Ok(reader)) => Ok((Arc::new(reader), None)),

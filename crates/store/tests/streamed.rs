@@ -128,6 +128,17 @@ fn every_reader_brings_every_expert_at_any_number_of_slots() {
 }
 
 #[test]
+fn a_model_that_is_part_of_the_program_streams_too() {
+    let weights = Weights::new();
+    let image = Vec::leak(std::fs::read(&weights.path).unwrap());
+    for kind in readers() {
+        let (reader, note) = open_reader(&Source::from_image("built in", image), kind).unwrap();
+        assert_eq!(note, None);
+        weights.take_all(&HostStore::streamed(reader, &weights.layers, &[2, 1]).unwrap()).unwrap();
+    }
+}
+
+#[test]
 fn bytes_read_are_those_of_the_misses() {
     let weights = Weights::new();
     let store = weights.streamed(ReaderKind::Direct, [1, 1]);
