@@ -140,10 +140,9 @@ fn streaming_changes_no_bit_of_nano() {
     cells(2);
 }
 
-/// An exact path asked for whole routed tensors that nothing had mapped, and died under streaming. Here there is no other
-/// way to an expert than a lease. The bug, put in by hand: reading an expert in `stage_routed_experts` from a tensor mapped
-/// for Fast only, instead of from its lease, does not compile, as `HostStore` gives out nothing but leases; leaving out the
-/// experts that are not in a slot when `lease` is called (`next_ready` returning `None` for them) fails this test.
+/// An exact path asked for whole routed tensors that nothing had mapped, and died under streaming. Here there is no way to
+/// an expert but its lease. Put in by hand, a store that hands out only what is already in a slot (`next_ready` returns
+/// `None` instead of waiting) fails this test.
 #[test]
 fn r455_exact_path_streams() {
     let (model, _) = open("tiny-iq2");

@@ -228,9 +228,9 @@ fn drain(cache: &mut Cache) -> Vec<SlotRead> {
 }
 
 /// A slot was reused while a kernel still read it, and logits changed with the size of the cache. Here the slot of a leased
-/// expert is no candidate. With `Place::Ready(slot) | Place::Leased(slot)` in `take_slot`, without its assertion, and
-/// with `may_evict` called when a lease begins, the cache evicts it and this test fails; so does, with the same cache,
-/// the streaming store, whose memory of that slot is in the lease.
+/// expert is no candidate. Put in by hand (`may_evict` called when a lease begins, `Place::Leased` accepted in `take_slot`
+/// without its assertion), the bug fails this test, the random one above, and tests of the streaming store: there the
+/// memory of that slot is in the lease, so that the store finds nothing to read into and stops.
 #[test]
 fn r384_no_slot_reused_in_flight() {
     let mut cache = cache(2, 2);
