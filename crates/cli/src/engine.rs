@@ -89,7 +89,7 @@ impl Engine {
             return Err(error.into());
         }
         let outcome = outcome.map_err(|error| self.name(error))?;
-        figures.answer_tokens = outcome.generated_tokens;
+        figures.answer_tokens = outcome.tokens.len();
         figures.answer_passes = self.session.tokens().len() - held;
         figures.answer_time = start.elapsed();
         figures.ended = Some(outcome.reason);
