@@ -13,10 +13,10 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use bench::heldout::Item;
 use clap::Parser;
-use cpu::{CpuBackend, Pass};
+use cpu::{CpuBackend, Options, Pass};
 use gguf::{Gguf, TensorInfo, TensorType, Value, Writer};
 use infall::load::ModelFile;
-use model::{Activation, Arithmetic, Backend, Cancel, Config, Error, Model, Observer, Row, Stage, forward};
+use model::{Activation, Backend, Cancel, Config, Error, Model, Observer, Precision, Row, Stage, forward};
 use quant::math;
 use store::{Extent, Source};
 
@@ -116,7 +116,8 @@ impl Observer<CpuBackend> for Importance<'_> {
 
 /// Runs every calibration item through the model.
 fn calibrate(file: &ModelFile, path: &PathBuf, importance: &mut Importance<'_>) -> Result<usize> {
-    let (tokenizer, backend) = (file.tokenizer()?, file.load(None, Arithmetic::Official)?);
+    let exact = Options { precision: Precision::Exact, ..Options::default() };
+    let (tokenizer, backend) = (file.tokenizer()?, file.load_with(exact)?);
     let (text, mut count) = (std::fs::read_to_string(path)?, 0);
     for line in text.lines() {
         let tokens = Item::parse(line)?.whole(&tokenizer)?;

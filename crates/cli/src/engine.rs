@@ -4,18 +4,19 @@ use std::ops::ControlFlow;
 use std::time::Instant;
 
 use cpu::CpuBackend;
-use model::{Arithmetic, Cancel};
+use model::{Cancel, NoObserver};
 use session::{Context, Session, StopReason, TurnEvent, TurnOptions, Vocabulary, run_turn};
 use text::Tokenizer;
 use text::parse::Turn;
 
 use crate::figures::Figures;
 use crate::load::{self, ModelFile};
+use crate::output::Output;
+use crate::placement::{PASS_ROWS, Setting, Work};
+use crate::record::Recording;
 use crate::screen::Screen;
+use crate::stats::Traffic;
 use crate::terminal::{self, Unit};
-
-/// Tokens of the prompt read in one pass: enough to use each weight many times, few enough for the bar to move.
-const CHUNK_TOKENS: usize = 256;
 
 /// A model ready to answer, and what it has read so far.
 pub struct Engine {
@@ -27,7 +28,10 @@ pub struct Engine {
     pub session: Session<CpuBackend>,
     /// How much it may read.
     pub context: Context,
+    /// How it runs.
+    pub setting: Setting,
     file: ModelFile,
+    recording: Option<Recording>,
 }
 
 /// What came of a prompt.
@@ -39,19 +43,45 @@ pub struct Reply {
 }
 
 impl Engine {
-    /// Reads the weights.
+    /// Reads the weights, and tells how they are used where that is out of the ordinary.
     ///
     /// # Errors
     /// They cannot be read, or there is no memory for them.
-    pub fn load(
-        file: ModelFile,
-        tokenizer: Tokenizer,
-        context: Context,
-        threads: Option<u16>,
-    ) -> anyhow::Result<Engine> {
-        let backend = file.load(threads, Arithmetic::Official)?;
+    pub fn load(file: ModelFile, tokenizer: Tokenizer, context: Context, work: &Work) -> anyhow::Result<Engine> {
+        let (backend, setting) = file.load(work)?;
+        if !setting.is_default() {
+            terminal::dim_note(&setting.line());
+        }
         let session = Session::new(&backend, context)?;
-        Ok(Engine { tokenizer, backend, session, context, file })
+        Ok(Engine { tokenizer, backend, session, context, setting, file, recording: None })
+    }
+
+    /// Goes on with another session.
+    pub fn set_session(&mut self, session: Session<CpuBackend>) {
+        self.session = session;
+        if let Some(recording) = &self.recording {
+            self.session.observe(recording.observer());
+        }
+    }
+
+    /// Writes the routes of every pass from now on to `output`.
+    ///
+    /// # Errors
+    /// It cannot be written to.
+    pub fn record_routes(&mut self, output: Output) -> anyhow::Result<()> {
+        let recording = Recording::begin(output, self.file.trace_header()?)?;
+        self.session.observe(recording.observer());
+        self.recording = Some(recording);
+        Ok(())
+    }
+
+    /// Lets the file of routes, if one is written, take its place.
+    ///
+    /// # Errors
+    /// It could not be written.
+    pub fn end_recording(&mut self) -> anyhow::Result<()> {
+        self.session.observe(Box::new(NoObserver));
+        self.recording.take().map_or(Ok(()), Recording::end)
     }
 
     /// Reads `prompt`, of which the session may hold a beginning, and shows what the model says.
@@ -71,7 +101,7 @@ impl Engine {
             return Ok(Reply { turn: None, figures });
         };
         let vocabulary = Vocabulary::new(&self.tokenizer)?;
-        let (start, held) = (Instant::now(), self.session.tokens().len());
+        let (start, held, before) = (Instant::now(), self.session.tokens().len(), self.backend.stats());
         let mut unwritable = None;
         let outcome = run_turn(&self.backend, &vocabulary, &mut self.session, logits, options, cancel, &mut |event| {
             let shown = match event {
@@ -89,9 +119,9 @@ impl Engine {
             return Err(error.into());
         }
         let outcome = outcome.map_err(|error| self.name(error))?;
-        figures.answer_tokens = outcome.tokens.len();
-        figures.answer_passes = self.session.tokens().len() - held;
-        figures.answer_time = start.elapsed();
+        figures.answer_tokens = outcome.generated_tokens;
+        let passes = self.session.tokens().len() - held;
+        figures.decode = Traffic::between(before, self.backend.stats(), passes, start.elapsed());
         figures.ended = Some(outcome.reason);
         Ok(Reply { turn: Some(outcome.turn), figures })
     }
@@ -102,17 +132,17 @@ impl Engine {
     /// As [`Engine::reply`].
     pub fn read(&mut self, prompt: &[u32], cancel: &Cancel, figures: &mut Figures) -> anyhow::Result<Option<Vec<f32>>> {
         self.context.check(0, prompt.len())?;
-        let start = Instant::now();
+        let (start, before) = (Instant::now(), self.backend.stats());
         let shared = self.session.tokens().iter().zip(prompt).take_while(|(held, wanted)| held == wanted).count();
         figures.kept_tokens = self.session.reuse(&self.backend, prompt);
         figures.again_tokens = shared - figures.kept_tokens;
         let rest = &prompt[figures.kept_tokens..];
         let bar = terminal::progress("reading", rest.len() as u64, Unit::Tokens);
         let read = &mut |tokens| bar.set_position(tokens as u64);
-        let logits = self.session.prefill(&self.backend, rest, CHUNK_TOKENS, cancel, read);
+        let logits = self.session.prefill(&self.backend, rest, PASS_ROWS, cancel, read);
         bar.finish_and_clear();
-        figures.read_tokens = self.session.tokens().len() - figures.kept_tokens;
-        figures.read_time = start.elapsed();
+        let passes = self.session.tokens().len() - figures.kept_tokens;
+        figures.prefill = Traffic::between(before, self.backend.stats(), passes, start.elapsed());
         match logits {
             Err(error) if error.is_cancelled() => {
                 figures.ended = Some(StopReason::Cancelled);

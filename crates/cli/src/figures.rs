@@ -5,6 +5,7 @@ use std::time::Duration;
 use session::StopReason;
 
 use crate::engine::Engine;
+use crate::stats::Traffic;
 use crate::terminal;
 
 /// Counts and times of one reply.
@@ -12,18 +13,14 @@ use crate::terminal;
 pub struct Figures {
     /// Tokens of the prompt that the session held already.
     pub kept_tokens: usize,
-    /// Tokens of the prompt that were read.
-    pub read_tokens: usize,
+    /// Passes over the tokens of the prompt that were read.
+    pub prefill: Traffic,
     /// How many of these the session had held before, behind the place where the new prompt parts from it.
     pub again_tokens: usize,
-    /// How long reading took.
-    pub read_time: Duration,
     /// Tokens generated.
     pub answer_tokens: usize,
-    /// Forward passes of the answer: its last token needs none unless the turn went on to end itself.
-    pub answer_passes: usize,
-    /// How long these took.
-    pub answer_time: Duration,
+    /// Passes of the answer: its last token needs none unless the turn went on to end itself.
+    pub decode: Traffic,
     /// Why the reply ended; `None` while it goes on.
     pub ended: Option<StopReason>,
 }
@@ -44,7 +41,7 @@ impl Figures {
     pub fn print_for_turn(&self, engine: &Engine, seed: Option<u64>) {
         let again = if self.again_tokens > 0 { format!(" ({} again)", self.again_tokens) } else { String::new() };
         let kept = if self.kept_tokens > 0 { format!(", {} kept", self.kept_tokens) } else { String::new() };
-        let read = format!("{} read{again}{}{kept}", self.read_tokens, speed(self.read_tokens, self.read_time));
+        let read = format!("{} read{again}{}{kept}", self.prefill.tokens, speed(&self.prefill));
         let generated = format!("{} generated{}", self.answer_tokens, self.answer_speed());
         let context = format!("context {}/{}", engine.session.tokens().len(), engine.context.tokens());
         self.print(vec![read, generated, context], seed);
@@ -52,7 +49,7 @@ impl Figures {
 
     /// `18 tokens at 320.0 t/s`.
     pub fn read(&self) -> String {
-        tokens(self.read_tokens) + &speed(self.read_tokens, self.read_time)
+        tokens(self.prefill.tokens) + &speed(&self.prefill)
     }
 
     /// `9 tokens at 205.1 t/s`.
@@ -62,7 +59,7 @@ impl Figures {
 
     /// One pass is no measure of a speed.
     fn answer_speed(&self) -> String {
-        if self.answer_tokens < 2 { String::new() } else { speed(self.answer_passes, self.answer_time) }
+        if self.answer_tokens < 2 { String::new() } else { speed(&self.decode) }
     }
 
     fn print(&self, mut parts: Vec<String>, seed: Option<u64>) {
@@ -82,11 +79,11 @@ pub fn seconds(time: Duration) -> String {
     format!("{:.1} s", time.as_secs_f64())
 }
 
-/// ` at 34.5 t/s`, of `passed` tokens that went through the model; nothing where none did.
-fn speed(passed: usize, time: Duration) -> String {
-    match passed {
+/// ` at 34.5 t/s`, of tokens that went through the model; nothing where none did.
+fn speed(passes: &Traffic) -> String {
+    match passes.tokens {
         0 => String::new(),
-        _ => format!(" at {:.1} t/s", passed as f64 / time.as_secs_f64().max(1e-9)),
+        tokens => format!(" at {:.1} t/s", tokens as f64 / passes.time.as_secs_f64().max(1e-9)),
     }
 }
 

@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use model::Precision;
 use serde::{Deserialize, Serialize};
-use store::plan::{Cache, Request};
+use store::plan::Cache;
 use text::prompt::Encoding;
 
 use crate::sizes;
@@ -52,6 +53,9 @@ pub enum Command {
     ///
     /// Reads the header only; a file that holds no more than its header will do.
     Plan(Plan),
+    /// Check that a model does what it should
+    #[command(subcommand)]
+    Check(Check),
     /// Look at recorded routes
     #[command(subcommand)]
     Routes(Routes),
@@ -64,6 +68,8 @@ pub struct Run {
     pub prompt: String,
     #[command(flatten)]
     pub talk: Talk,
+    #[command(flatten)]
+    pub stats: Stats,
     /// The prompt is the exact text the model reads, control tokens included; nothing is put around it, and what the
     /// model writes is printed exactly, control tokens included
     #[arg(long, conflicts_with_all = ["think", "nothink", "effort", "encoding", "system"])]
@@ -127,6 +133,8 @@ pub struct Talk {
     /// Tokens of context, prompts and answers together (default: what the model was made for)
     #[arg(long = "ctx", value_name = "N", allow_negative_numbers = true, value_parser = whole::<usize>)]
     pub context_tokens: Option<usize>,
+    #[command(flatten)]
+    pub record: Record,
 }
 
 /// Names of [`text::prompt::Effort`].
@@ -189,15 +197,16 @@ pub struct Logits {
     /// Tokens of one pass; changes speed and memory, never a bit of the output
     #[arg(long, value_name = "N", default_value = "256", allow_negative_numbers = true, value_parser = positive)]
     pub chunk: NonZeroUsize,
-    /// Compute with float32 activations and dequantised weights in one fixed order: today the only precision there is
-    #[arg(long)]
-    pub exact: bool,
     /// With the low-precision roundings the weights were trained with (official), or without (plain), as some other
     /// engines compute
     #[arg(long, value_enum, default_value_t = Arithmetic::Official)]
     pub arithmetic: Arithmetic,
     #[command(flatten)]
     pub machine: Machine,
+    #[command(flatten)]
+    pub stats: Stats,
+    #[command(flatten)]
+    pub record: Record,
 }
 
 /// Flags of `plan`.
@@ -210,12 +219,42 @@ pub struct Plan {
     #[arg(long = "ctx", value_name = "N", allow_negative_numbers = true, value_parser = whole::<usize>)]
     pub context_tokens: Option<usize>,
     #[command(flatten)]
-    pub placement: Placement,
-    #[command(flatten)]
     pub machine: Machine,
     /// Print one JSON object instead of a table
     #[arg(long)]
     pub json: bool,
+}
+
+/// Commands of `check`.
+#[derive(Subcommand)]
+pub enum Check {
+    /// Ask for a tool call, give its result, and check what the model makes of both
+    ///
+    /// Runs with fast and then with exact arithmetic, unless a flag names one of them. Exits with 1 if a check fails.
+    ToolCallQuality(ToolCallQuality),
+}
+
+/// Flags of `check tool-call-quality`.
+#[derive(Args)]
+pub struct ToolCallQuality {
+    /// GGUF file of a DeepSeek V4 model; of a split model, any part (default: the built-in nano)
+    #[arg(short, long, value_name = "FILE")]
+    pub model: Option<PathBuf>,
+    #[command(flatten)]
+    pub machine: Machine,
+    /// Print one JSON object instead of a table, with what the model wrote and what experts cost
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl ToolCallQuality {
+    /// What was asked for, or both.
+    pub fn precisions(&self) -> Vec<Precision> {
+        match self.machine.exact || self.machine.fast {
+            true => vec![self.machine.precision()],
+            false => vec![Precision::Fast, Precision::Exact],
+        }
+    }
 }
 
 /// Commands of `routes`.
@@ -238,9 +277,16 @@ pub struct Replay {
     pub json: bool,
 }
 
-/// Where routed experts are to be; changes speed, never a bit of the output.
+/// Flags of every command that computes. Only the precision changes a bit of the output.
 #[derive(Args)]
-pub struct Placement {
+pub struct Machine {
+    /// Compute with float32 activations and dequantised weights in one fixed order: slower, and the same bits on every
+    /// machine
+    #[arg(long, conflicts_with = "fast")]
+    pub exact: bool,
+    /// Compute with 8-bit activations and integer dots where weights are quantised (the default)
+    #[arg(long)]
+    pub fast: bool,
     /// Read experts from the file when they are needed, even if all fit in memory (default: if they do not fit)
     #[arg(long)]
     pub stream: bool,
@@ -251,21 +297,35 @@ pub struct Placement {
     /// Most memory for everything, such as 16GiB (default: 7/8 of what is free)
     #[arg(long, value_name = "BYTES", allow_negative_numbers = true, value_parser = sizes::bytes)]
     pub memory: Option<u64>,
-}
-
-impl Placement {
-    /// The same for [`store::plan`].
-    pub fn request(&self) -> Request {
-        Request { memory_bytes: self.memory, cache: self.cache, stream: self.stream }
-    }
-}
-
-/// Flags of every command that computes.
-#[derive(Args)]
-pub struct Machine {
     /// Threads to compute with; changes speed, never a bit of the output (default: one a core)
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
+}
+
+impl Machine {
+    /// What was asked for, or the default.
+    pub fn precision(&self) -> Precision {
+        if self.exact { Precision::Exact } else { Precision::Fast }
+    }
+}
+
+/// Flags of the commands that count what experts cost.
+#[derive(Args)]
+pub struct Stats {
+    /// Print at the end how many experts were found in memory, what was read and how long computing waited for it
+    #[arg(long)]
+    pub stats: bool,
+    /// Write the same as JSON
+    #[arg(long, value_name = "FILE")]
+    pub stats_json: Option<PathBuf>,
+}
+
+/// Flag of the commands that record routes.
+#[derive(Args)]
+pub struct Record {
+    /// Write which experts each token chose, for `infall routes replay`
+    #[arg(long = "record-routes", value_name = "FILE")]
+    pub routes: Option<PathBuf>,
 }
 
 /// Names of [`model::Arithmetic`].

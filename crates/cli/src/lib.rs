@@ -3,6 +3,7 @@
 //! A library only so that measuring programs open models exactly as the program does ([`load`]).
 
 mod chat;
+mod check;
 mod engine;
 mod figures;
 mod flags;
@@ -13,12 +14,15 @@ mod logits;
 mod markdown;
 mod npy;
 mod output;
+mod placement;
 mod plan;
+mod record;
 mod routes;
 mod run;
 mod screen;
 mod setup;
 mod sizes;
+mod stats;
 mod terminal;
 
 use std::io::ErrorKind;
@@ -43,6 +47,7 @@ pub fn main() -> ExitCode {
         Command::Chat(flags) => chat::chat(&flags),
         Command::Inspect(flags) => inspect::inspect(&flags),
         Command::Logits(flags) => logits::logits(&flags),
+        Command::Check(flags::Check::ToolCallQuality(flags)) => check::tool_call_quality(&flags),
         Command::Plan(flags) => plan::plan(&flags),
         Command::Routes(flags::Routes::Replay(flags)) => routes::replay(&flags),
     };

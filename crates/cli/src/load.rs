@@ -4,10 +4,11 @@ use std::path::Path;
 
 use cpu::{CpuBackend, Options};
 use gguf::{Gguf, Metadata};
-use model::{Arithmetic, Config, Model, Precision};
-use store::{ReaderKind, Source};
+use model::{Config, Model};
+use store::{Plan, ReaderKind, Residency, Source, StoreError, TraceHeader, budget};
 use text::{Tokenizer, TokenizerData};
 
+use crate::placement::{self, Setting, Work};
 use crate::terminal::{self, Unit};
 
 /// The model that is part of the program (models/nano).
@@ -56,23 +57,34 @@ impl ModelFile {
         tokenizer(&self.name, &self.header.metadata, &self.model.config)
     }
 
-    /// Reads all weights, to compute with `threads` threads or as many as the machine has. On a terminal a bar shows how
-    /// far that is.
+    /// Reads the weights that are to be in memory, as the plan for `work` says, and tells what it warns of and why another
+    /// reader than the fastest is used where that matters.
+    ///
+    /// # Errors
+    /// There is no plan, a read failed, or a weight holds what no model can have.
+    pub(crate) fn load(&self, work: &Work) -> anyhow::Result<(CpuBackend, Setting)> {
+        let needs = placement::needs(&self.header, &self.model, work);
+        let plan = Plan::new(&needs, work.request, budget::available().as_ref())
+            .map_err(|error| anyhow::anyhow!("{}: {error}", self.name))?;
+        plan.warnings.iter().for_each(|warning| terminal::note(&format!("warning: {warning}")));
+        let backend = self.load_with(Options {
+            threads: work.shape.threads,
+            arithmetic: work.arithmetic,
+            precision: work.precision,
+            residency: plan.residency.clone(),
+            ..Options::default()
+        })?;
+        if let (Residency::Streamed { .. }, Some(note)) = (&plan.residency, backend.note()) {
+            terminal::dim_note(note);
+        }
+        let setting = Setting::new(work.precision, &plan, &backend);
+        Ok((backend, setting))
+    }
+
+    /// Reads the weights with any options of the backend. On a terminal a bar shows how far that is.
     ///
     /// # Errors
     /// A read failed, or a weight holds what no model can have.
-    pub fn load(&self, threads: Option<u16>, arithmetic: Arithmetic) -> anyhow::Result<CpuBackend> {
-        let mut options = Options { arithmetic, precision: Precision::Exact, ..Options::default() };
-        if let Some(threads) = threads {
-            options.threads = threads.into();
-        }
-        self.load_with(options)
-    }
-
-    /// [`ModelFile::load`] with every option of the backend.
-    ///
-    /// # Errors
-    /// As there.
     pub fn load_with(&self, mut options: Options) -> anyhow::Result<CpuBackend> {
         if self.name == NANO_NAME {
             // It is in memory: there is no file that the system could read for us.
@@ -82,6 +94,19 @@ impl ModelFile {
         let backend = CpuBackend::load(&self.model, &self.source, options, &mut |bytes| bar.inc(bytes));
         bar.finish_and_clear();
         backend.map_err(|error| in_file(&self.name, error))
+    }
+
+    /// The header of a file of routes of this model.
+    ///
+    /// # Errors
+    /// A read failed.
+    pub(crate) fn trace_header(&self) -> Result<TraceHeader, StoreError> {
+        cpu::trace_header(&self.model, &self.source)
+    }
+
+    /// Where it is, for what must not be written over.
+    pub(crate) fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.header.files.iter().map(|part| part.path.as_path())
     }
 
     /// Bytes of the tensors that are loaded.

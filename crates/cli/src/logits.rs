@@ -2,12 +2,17 @@
 
 use std::io::Write;
 use std::path::Path;
+use std::time::Instant;
 
-use cpu::CpuBackend;
-use model::{Backend, Cancel, NoObserver, Row, forward};
+use cpu::{CpuBackend, PassShape};
+use model::{Backend, Cancel, NoObserver, Observer, Row, forward};
+use store::StoreCounts;
 
 use crate::load::{self, ModelFile};
 use crate::output::Output;
+use crate::placement::Work;
+use crate::record::Recording;
+use crate::stats::{Report, Traffic};
 use crate::terminal::{self, Unit, WriteError};
 use crate::{Outcome, flags, interrupt, npy};
 
@@ -16,12 +21,27 @@ use crate::{Outcome, flags, interrupt, npy};
 pub fn logits(flags: &flags::Logits) -> anyhow::Result<Outcome> {
     let file = ModelFile::open(Some(&flags.model))?;
     let tokens = read_tokens(&flags.tokens, &file)?;
-    let parts = file.header.files.iter().map(|part| part.path.as_path());
-    let out = Output::new(&flags.out, parts.chain([flags.tokens.as_path()]))?;
-    let backend = file.load(flags.machine.threads, flags.arithmetic.into())?;
+    let output = |path: &Path| Output::new(path, file.paths().chain([flags.tokens.as_path()]));
+    let (out, routes) = (output(&flags.out)?, flags.record.routes.as_deref().map(output).transpose()?);
+    let report = Report::new(&flags.stats, &file)?;
+
+    let (backend, setting) = file.load(&work(flags, tokens.len()))?;
+    terminal::dim_note(&setting.line());
     let cancel = interrupt::cancel_on_interrupt()?;
-    match out.write(|out| write_all(flags, &backend, &tokens, &cancel, out)) {
-        Ok(()) => Ok(Outcome::Done),
+    let recording = match routes {
+        Some(output) => Some(Recording::begin(output, file.trace_header()?)?),
+        None => None,
+    };
+    let mut observer = recording.as_ref().map_or_else(|| Box::new(NoObserver) as _, Recording::observer);
+    let start = Instant::now();
+    match out.write(|out| write_all(flags, &backend, &tokens, &cancel, &mut *observer, out)) {
+        Ok(()) => {
+            drop(observer);
+            recording.map_or(Ok(()), Recording::end)?;
+            let all = Traffic::between(StoreCounts::default(), backend.stats(), tokens.len(), start.elapsed());
+            report.tell(&setting, &all, &Traffic::default())?;
+            Ok(Outcome::Done)
+        }
         Err(_) if cancel.check().is_err() => Ok(Outcome::Interrupted),
         Err(error) => Err(match error.downcast() {
             Ok(error) => load::in_file(&file.name, error),
@@ -30,11 +50,19 @@ pub fn logits(flags: &flags::Logits) -> anyhow::Result<Outcome> {
     }
 }
 
+fn work(flags: &flags::Logits, tokens: usize) -> Work {
+    let work = Work::new(&flags.machine, tokens);
+    let rows = flags.chunk.get().min(tokens);
+    let shape = PassShape { rows, wanted_rows: rows, ..work.shape };
+    Work { arithmetic: flags.arithmetic.into(), shape, ..work }
+}
+
 fn write_all(
     flags: &flags::Logits,
     backend: &CpuBackend,
     tokens: &[u32],
     cancel: &Cancel,
+    observer: &mut dyn Observer<CpuBackend>,
     out: &mut dyn Write,
 ) -> anyhow::Result<()> {
     let unwritable = || WriteError::to(&flags.out);
@@ -44,7 +72,7 @@ fn write_all(
     for chunk in tokens.chunks(flags.chunk.get()) {
         let rows = (state.position()..).zip(chunk);
         let rows = rows.map(|(position, &token)| Row { session: 0, position, token, logits: true }).collect();
-        let logits = forward(backend, rows, &mut [&mut state], cancel, &mut NoObserver)?;
+        let logits = forward(backend, rows, &mut [&mut state], cancel, observer)?;
         npy::write_values(out, &logits).map_err(unwritable())?;
         bar.inc(chunk.len() as u64);
     }

@@ -5,6 +5,8 @@ use std::io::{BufWriter, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use tempfile::TempPath;
+
 use crate::terminal::WriteError;
 
 /// Where results go. Until they are complete, nothing of that name comes to be or changes.
@@ -41,32 +43,73 @@ impl Output {
         Ok(Output { name: path.to_owned(), target })
     }
 
+    /// As the user wrote it.
+    pub fn name(&self) -> &Path {
+        &self.name
+    }
+
     /// Writes what `fill` writes. A regular file grows under a temporary name beside its own (`NAME.….part`) and is
     /// renamed at the end; if something fails, it is removed and an older file of that name stays.
     ///
     /// # Errors
     /// Those of `fill`, or the output cannot be written to.
     pub fn write(self, fill: impl FnOnce(&mut dyn Write) -> anyhow::Result<()>) -> anyhow::Result<()> {
-        let unwritable = || WriteError::to(&self.name);
-        let buffered = |file: &File| {
-            let mut out = BufWriter::new(file);
-            fill(&mut out)?;
-            out.flush().map_err(unwritable())?;
-            anyhow::Ok(())
-        };
-        match &self.target {
-            Target::Direct(file) => buffered(file),
+        let mut part = self.open()?;
+        fill(&mut part)?;
+        part.keep()
+    }
+
+    /// Begins to write, as [`Output::write`] does; what is dropped before [`Part::keep`] leaves nothing.
+    ///
+    /// # Errors
+    /// The output cannot be written to.
+    pub fn open(self) -> anyhow::Result<Part> {
+        let (file, target) = match self.target {
+            Target::Direct(file) => (file, None),
             Target::File(path, permissions) => {
                 let prefix = path.file_name().unwrap_or_default().to_string_lossy().into_owned() + ".";
                 let mut builder = tempfile::Builder::new();
-                builder.prefix(&prefix).suffix(".part").permissions(permissions.clone());
-                let part = builder.tempfile_in(folder(path)).map_err(unwritable())?;
-                buffered(part.as_file())?;
-                part.as_file().sync_all().map_err(unwritable())?;
-                part.persist(path).map_err(|error| unwritable()(error.error))?;
-                Ok(())
+                builder.prefix(&prefix).suffix(".part").permissions(permissions);
+                let part = builder.tempfile_in(folder(&path)).map_err(WriteError::to(&self.name))?;
+                let (file, part) = part.into_parts();
+                (file, Some((part, path)))
             }
+        };
+        Ok(Part { name: self.name, file: BufWriter::new(file), target })
+    }
+}
+
+/// An output that is being written.
+pub struct Part {
+    name: PathBuf,
+    file: BufWriter<File>,
+    /// The temporary name, and the one to take; `None` for what is written to directly.
+    target: Option<(TempPath, PathBuf)>,
+}
+
+impl Part {
+    /// It is whole, and takes its place.
+    ///
+    /// # Errors
+    /// The output cannot be written to.
+    pub fn keep(mut self) -> anyhow::Result<()> {
+        let unwritable = || WriteError::to(&self.name);
+        self.file.flush().map_err(unwritable())?;
+        if let Some((part, path)) = self.target {
+            self.file.get_ref().sync_all().map_err(unwritable())?;
+            part.persist(path).map_err(|error| unwritable()(error.error))?;
         }
+        Ok(())
+    }
+}
+
+impl Write for Part {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.file.write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.file.flush()
     }
 }
 

@@ -5,24 +5,17 @@ use std::fs::File;
 use std::io::BufReader;
 use std::path::Path;
 
-use cpu::PassShape;
 use gguf::Gguf;
 use indicatif::HumanCount;
-use model::state::StateBytes;
-use model::{Arithmetic, KvLayout, Model, Precision};
+use model::Model;
 use serde_json::json;
 use session::Context;
-use store::plan::{Purpose, SizeClass};
-use store::{ExpertExtents, Needs, Plan, Residency, budget};
+use store::plan::Purpose;
+use store::{Plan, Residency, budget};
 
+use crate::placement::{self, Work};
 use crate::terminal::{self, Stream};
 use crate::{Outcome, flags, load};
-
-/// Rows of the passes that a prompt is read in. The same for every plan: memory never changes how a model computes.
-const PASS_ROWS: usize = 256;
-
-/// Code, tables, stacks of threads, buffers of files: what the program takes for any model.
-const PROGRAM_BYTES: u64 = 32 << 20;
 
 /// Runs the command.
 pub fn plan(flags: &flags::Plan) -> anyhow::Result<Outcome> {
@@ -30,9 +23,8 @@ pub fn plan(flags: &flags::Plan) -> anyhow::Result<Outcome> {
     let header = read_header(&flags.model)?;
     let model = Model::from_gguf(&header).map_err(|error| load::in_file(&name, error))?;
     let context = Context::new(&model.config, flags.context_tokens)?;
-    let needs = needs(&header, &model, context.tokens(), flags.machine.threads);
-    let available = budget::available();
-    let plan = Plan::new(&needs, flags.placement.request(), available.as_ref())
+    let work = Work::new(&flags.machine, context.tokens());
+    let plan = Plan::new(&placement::needs(&header, &model, &work), work.request, budget::available().as_ref())
         .map_err(|error| anyhow::anyhow!("{name}: {error}"))?;
     let text = if flags.json { json_text(&plan) } else { table(&plan) };
     Stream::Out.write(&text)?;
@@ -47,48 +39,6 @@ fn read_header(path: &Path) -> Result<Gguf, gguf::Error> {
         let Ok(file) = File::open(path) else { return Err(error) };
         Gguf::read(&path.display().to_string(), BufReader::new(file), any_length).map_err(|_| error)
     })
-}
-
-/// What a model needs to run here for a session of `context_tokens`.
-fn needs(header: &Gguf, model: &Model, context_tokens: usize, threads: Option<u16>) -> Needs {
-    let config = &model.config;
-    // The precision that takes more.
-    let layout = KvLayout::new(config, 0, Arithmetic::Official, Precision::Fast);
-    let threads = threads.map_or_else(|| cpu::Options::default().threads, usize::from);
-    let pass_rows = PASS_ROWS.min(context_tokens);
-    let shape = PassShape { rows: pass_rows, wanted_rows: 1, end_tokens: context_tokens, threads };
-    let extents: Vec<ExpertExtents> = model.experts.iter().map(|layer| layer.extents).collect();
-    let [resident, streamed] = [false, true].map(|streamed| cpu::static_bytes(model, streamed));
-    Needs {
-        program_bytes: PROGRAM_BYTES + header_bytes(header),
-        static_bytes: streamed,
-        context_tokens,
-        state_bytes: StateBytes::at_most(&layout, context_tokens).total() as u64,
-        pass_rows,
-        pass_bytes: cpu::pass_bytes(config, &layout, shape),
-        resident_bytes: extents.iter().map(ExpertExtents::total_bytes).sum::<u64>() + resident - streamed,
-        read_bytes: 0,
-        experts: config.experts,
-        experts_used: config.experts_used,
-        classes: size_classes(&extents),
-    }
-}
-
-/// Layers whose experts need slots of the same size.
-fn size_classes(layers: &[ExpertExtents]) -> Vec<SizeClass> {
-    let (class_of_layer, slot_bytes) = store::size_classes(layers);
-    let layers_of = |class: usize| class_of_layer.iter().filter(|&&other| other == class).count();
-    let class = |(class, &bytes): (usize, &usize)| SizeClass { slot_bytes: bytes as u64, layers: layers_of(class) };
-    slot_bytes.iter().enumerate().map(class).collect()
-}
-
-/// The directory of tensors and the vocabulary, as they stand in the header and as the tokenizer holds them: each string
-/// a few times, and an entry in a table.
-fn header_bytes(header: &Gguf) -> u64 {
-    const STRING_BYTES: u64 = 300;
-    let strings = |key: &str| header.metadata.str_array(key).map_or(0, |strings| strings.len() as u64);
-    let strings = strings("tokenizer.ggml.tokens") + strings("tokenizer.ggml.merges");
-    (strings + header.tensors.len() as u64) * STRING_BYTES
 }
 
 fn table(plan: &Plan) -> String {

@@ -13,7 +13,10 @@ use text::{Tokenizer, Utf8Stream};
 use crate::engine::Engine;
 use crate::figures::Figures;
 use crate::load::ModelFile;
+use crate::output::Output;
+use crate::placement::Work;
 use crate::screen::Screen;
+use crate::stats::{Report, Traffic};
 use crate::terminal::{Stream, WriteError, harmless};
 use crate::{Outcome, flags, interrupt, setup};
 
@@ -30,9 +33,14 @@ pub fn run(flags: &flags::Run) -> anyhow::Result<Outcome> {
     let (sampling, seed) = (setup::sampling(talk), talk.seed.unwrap_or_else(setup::new_seed));
     let sampler = Sampler::new(sampling, seed)?;
 
-    let mut engine = Engine::load(file, tokenizer, context, talk.machine.threads)?;
-    let cancel = interrupt::cancel_on_interrupt()?;
+    let report = Report::new(&flags.stats, &file)?;
+    let routes = talk.record.routes.as_deref().map(|path| Output::new(path, file.paths())).transpose()?;
+
     let max_tokens = talk.max_tokens.unwrap_or(usize::MAX);
+    let end_tokens = tokens.len().saturating_add(max_tokens).min(context.tokens());
+    let mut engine = Engine::load(file, tokenizer, context, &Work::new(&talk.machine, end_tokens))?;
+    let cancel = interrupt::cancel_on_interrupt()?;
+    routes.map_or(Ok(()), |output| engine.record_routes(output))?;
     let figures = if flags.raw {
         let stop = control.stop_set();
         answer_raw(&mut engine, &tokens, sampler, Limits { stop: &stop, max_tokens }, &cancel)?
@@ -41,7 +49,9 @@ pub fn run(flags: &flags::Run) -> anyhow::Result<Outcome> {
         let options = TurnOptions { parse, sampling, seed, max_tokens, ..TurnOptions::default() };
         engine.reply(&tokens, &options, &cancel, &mut Screen::new(false))?.figures
     };
+    engine.end_recording()?;
     figures.print_for_prompt(&engine, (sampling.temperature > 0.0).then_some(seed));
+    report.tell(&engine.setting, &figures.prefill, &figures.decode)?;
     Ok(if figures.ended == Some(StopReason::Cancelled) { Outcome::Interrupted } else { Outcome::Done })
 }
 
@@ -100,7 +110,7 @@ fn answer_raw(
 ) -> anyhow::Result<Figures> {
     let mut figures = Figures::default();
     let Some(logits) = engine.read(prompt, cancel, &mut figures)? else { return Ok(figures) };
-    let (start, held) = (Instant::now(), engine.session.tokens().len());
+    let (start, held, before) = (Instant::now(), engine.session.tokens().len(), engine.backend.stats());
     let mut characters = Utf8Stream::default();
     let mut unwritable = None;
     let Engine { backend, session, tokenizer, .. } = engine;
@@ -115,8 +125,8 @@ fn answer_raw(
     let line_end = if Stream::Out.is_terminal() { "\n" } else { "" };
     write_raw(&(characters.finish() + line_end))?;
     figures.ended = Some(ended.map_err(|error| engine.name(error))?);
-    figures.answer_passes = engine.session.tokens().len() - held;
-    figures.answer_time = start.elapsed();
+    let passes = engine.session.tokens().len() - held;
+    figures.decode = Traffic::between(before, engine.backend.stats(), passes, start.elapsed());
     Ok(figures)
 }
 

@@ -11,7 +11,8 @@ use gguf::{Gguf, Strings, TensorType, Value};
 
 /// Checks one refusal: `words` must occur in it.
 fn refused(case: &str, ran: &Ran, words: &[&str]) -> Result<(), String> {
-    let lines: Vec<&str> = ran.err.lines().filter(|line| !line.starts_with("model: ")).collect();
+    let is_setting = |line: &&str| line.starts_with("model: ") || line.starts_with("precision ");
+    let lines: Vec<&str> = ran.err.lines().filter(|line| !is_setting(line)).collect();
     let is_paragraph = lines.len() == 1 && lines[0].starts_with("error: ") && lines[0].len() > 40;
     let missing: Vec<&&str> = words.iter().filter(|word| !ran.err.contains(**word)).collect();
     match ran.code {

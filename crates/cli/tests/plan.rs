@@ -43,7 +43,7 @@ fn refusals_name_what_works() {
         let ran = run(&[&args, further].concat());
         (ran.code, ran.err)
     };
-    let (code, error) = refused(&["--memory", "8GiB"]);
+    let (code, error) = refused(&["--memory", "7GiB"]);
     assert_eq!(code, Some(1));
     let smallest = error.split("Allow at least ").nth(1).unwrap().split(' ').next().unwrap().to_owned();
     assert_eq!(refused(&["--memory", &smallest]).0, Some(0));

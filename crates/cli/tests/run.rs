@@ -20,11 +20,11 @@ fn as_str(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// What stands on standard error below the line that names the model.
+/// What stands on standard error below the lines that name the model and, if it is exact, the precision.
 fn below_model(err: &str) -> &str {
     let (line, rest) = err.split_once('\n').unwrap();
     assert!(line.starts_with("model: ") && line.contains(" | encoding v4-"), "{err}");
-    rest
+    rest.strip_prefix("precision exact | experts resident\n").unwrap_or(rest)
 }
 
 fn tokens() -> Vec<u32> {
@@ -146,7 +146,7 @@ fn reasoning_stays_out_of_a_pipe() {
 #[test]
 fn reasoning_and_answer_part_at_the_tag() {
     let model = tiny("tiny-iq2");
-    let common = ["run", "-m", as_str(&model), "-n", "80", "--temp", "0"];
+    let common = ["run", "--exact", "-m", as_str(&model), "-n", "80", "--temp", "0"];
     let raw = run(&[&common[..], &["--raw", "<｜begin▁of▁sentence｜><｜User｜>Hello<｜Assistant｜><think>"]].concat());
     let raw = String::from_utf8(raw.success()).unwrap();
     let (reasoning, answer) = raw.split_once("</think>").expect("this random model happens to end its reasoning");
@@ -252,7 +252,7 @@ fn a_reader_that_goes_away_ends_it_quietly() {
 #[test]
 fn standard_error_that_cannot_be_written_loses_no_answer() {
     let model = tiny("tiny-iq2");
-    let args = ["run", "-m", as_str(&model), "-n", "80", "--temp", "0", "Hello"];
+    let args = ["run", "--exact", "-m", as_str(&model), "-n", "80", "--temp", "0", "Hello"];
     let expected = run(&args).success();
     assert!(expected.len() > 1, "this random model happens to end its reasoning");
     let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
@@ -310,7 +310,7 @@ fn interrupted_logits_leave_the_folder_as_it_was() {
     }
     signal(child.id(), "INT");
     let ran = finish(child);
-    assert_eq!((ran.code, ran.err.as_str()), (Some(130), ""));
+    assert_eq!((ran.code, ran.err.as_str()), (Some(130), "precision fast | experts resident\n"));
     assert_eq!((entries(), std::fs::read(&out).unwrap().as_slice()), (2, b"older".as_slice()));
 }
 

@@ -1,6 +1,7 @@
 //! The forward pass, top to bottom (docs/spec/model.md §2).
 
 use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use store::Cancel;
 
@@ -14,6 +15,9 @@ pub trait Observer<B: Backend + ?Sized> {
     /// # Errors
     /// Whatever should end the pass.
     fn after(&mut self, layer: Option<usize>, stage: Stage, backend: &B, pass: &B::Pass) -> Result<(), Error>;
+
+    /// Called with the logits of the pass, after everything else.
+    fn logits(&mut self, _logits: &B::Logits) {}
 }
 
 /// Looks at nothing.
@@ -22,6 +26,17 @@ pub struct NoObserver;
 impl<B: Backend + ?Sized> Observer<B> for NoObserver {
     fn after(&mut self, _: Option<usize>, _: Stage, _: &B, _: &B::Pass) -> Result<(), Error> {
         Ok(())
+    }
+}
+
+/// An observer that its owner looks into later.
+impl<B: Backend + ?Sized, O: Observer<B>> Observer<B> for Arc<Mutex<O>> {
+    fn after(&mut self, layer: Option<usize>, stage: Stage, backend: &B, pass: &B::Pass) -> Result<(), Error> {
+        self.lock().unwrap_or_else(PoisonError::into_inner).after(layer, stage, backend, pass)
+    }
+
+    fn logits(&mut self, logits: &B::Logits) {
+        self.lock().unwrap_or_else(PoisonError::into_inner).logits(logits);
     }
 }
 
@@ -114,6 +129,7 @@ impl<B: Backend> Walk<'_, B> {
     fn head(&mut self, pass: &mut B::Pass) -> Result<B::Logits, Error> {
         let logits = self.backend.head(pass)?;
         self.observer.after(None, Stage::Head, self.backend, pass)?;
+        self.observer.logits(&logits);
         Ok(logits)
     }
 

@@ -1,6 +1,6 @@
 //! One timeline: tokens, and the state of a backend that has seen exactly these.
 
-use model::{Backend, Cancel, Config, NoObserver, Row, forward};
+use model::{Backend, Cancel, Config, NoObserver, Observer, Row, forward};
 
 use crate::Error;
 
@@ -53,6 +53,7 @@ pub struct Session<B: Backend> {
     tokens: Vec<u32>,
     state: B::State,
     context: Context,
+    observer: Box<dyn Observer<B> + Send>,
 }
 
 impl<B: Backend> Session<B> {
@@ -61,12 +62,17 @@ impl<B: Backend> Session<B> {
     /// # Errors
     /// The backend has no memory for it.
     pub fn new(backend: &B, context: Context) -> Result<Session<B>, Error> {
-        Ok(Session { tokens: Vec::new(), state: backend.new_state()?, context })
+        Ok(Session::from_parts(Vec::new(), backend.new_state()?, context))
     }
 
     /// A session whose `state` has seen exactly `tokens`.
     pub(crate) fn from_parts(tokens: Vec<u32>, state: B::State, context: Context) -> Session<B> {
-        Session { tokens, state, context }
+        Session { tokens, state, context, observer: Box::new(NoObserver) }
+    }
+
+    /// Lets `observer` look at every pass from now on.
+    pub fn observe(&mut self, observer: Box<dyn Observer<B> + Send>) {
+        self.observer = observer;
     }
 
     /// Every token seen, first to last.
@@ -157,7 +163,7 @@ impl<B: Backend> Session<B> {
         let (start, end) = (self.tokens.len(), self.tokens.len() + tokens.len());
         let row = |(position, &token)| Row { session: 0, position, token, logits: last_logits && position + 1 == end };
         let rows = (start..end).zip(tokens).map(row).collect();
-        let logits = forward(backend, rows, &mut [&mut self.state], cancel, &mut NoObserver)?;
+        let logits = forward(backend, rows, &mut [&mut self.state], cancel, &mut *self.observer)?;
         self.tokens.extend_from_slice(tokens);
         backend.read_logits(logits)
     }

@@ -159,18 +159,16 @@ impl Conversation {
         let (saved, session) = Saved::read(path, &self.engine.backend, self.engine.context)?;
         self.set_thinking(saved.thinks, saved.effort)?;
         self.messages = saved.messages;
-        self.engine.session = session;
+        self.engine.set_session(session);
         Ok(())
     }
 
     fn count(&mut self, figures: &Figures) {
         self.replies += 1;
         self.total.kept_tokens += figures.kept_tokens;
-        self.total.read_tokens += figures.read_tokens;
         self.total.again_tokens += figures.again_tokens;
-        self.total.read_time += figures.read_time;
+        self.total.prefill.add(&figures.prefill);
         self.total.answer_tokens += figures.answer_tokens;
-        self.total.answer_passes += figures.answer_passes;
-        self.total.answer_time += figures.answer_time;
+        self.total.decode.add(&figures.decode);
     }
 }

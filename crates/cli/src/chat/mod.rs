@@ -15,9 +15,11 @@ use crate::engine::Engine;
 use crate::figures::{Figures, tokens};
 use crate::interrupt::Interrupts;
 use crate::load::ModelFile;
+use crate::output::Output;
+use crate::placement::Work;
 use crate::screen::{Part, Screen};
 use crate::terminal::{self, Stream, dim_note, note};
-use crate::{Outcome, flags, setup};
+use crate::{Outcome, flags, setup, stats};
 use commands::{COMMANDS, Command};
 use conversation::{Conversation, Said};
 use lines::{Input, Lines};
@@ -32,7 +34,9 @@ pub fn chat(flags: &flags::Chat) -> anyhow::Result<Outcome> {
         chat.load(path)?;
         chat.apply_given(&flags.talk)?;
     }
-    chat.run()
+    let outcome = chat.run()?;
+    chat.conversation.engine.end_recording()?;
+    Ok(outcome)
 }
 
 fn begin(flags: &flags::Chat) -> anyhow::Result<Conversation> {
@@ -48,8 +52,11 @@ fn begin(flags: &flags::Chat) -> anyhow::Result<Conversation> {
     Sampler::new(sampling, 0)?;
     let instructions = Message::System { content: system.clone().unwrap_or_default(), tools, response_format: None };
     let has_instructions = system.is_some() || !instructions.tools().is_empty();
+    let routes = talk.record.routes.as_deref().map(|path| Output::new(path, file.paths())).transpose()?;
+    let mut engine = Engine::load(file, tokenizer, context, &Work::new(&talk.machine, context.tokens()))?;
+    routes.map_or(Ok(()), |output| engine.record_routes(output))?;
     let mut conversation = Conversation {
-        engine: Engine::load(file, tokenizer, context, talk.machine.threads)?,
+        engine,
         messages: if has_instructions { vec![instructions] } else { Vec::new() },
         encoding,
         thinks: true,
@@ -82,7 +89,7 @@ enum Next {
 }
 
 impl Chat {
-    fn run(mut self) -> anyhow::Result<Outcome> {
+    fn run(&mut self) -> anyhow::Result<Outcome> {
         if self.lines.is_interactive() {
             dim_note("/help lists commands, Ctrl-C stops a reply, Ctrl-D ends");
         }
@@ -259,6 +266,8 @@ impl Chat {
         note(&format!("generated   {}", total.generated()));
         note(&format!("weights     {}", terminal::bytes(weights.fixed + weights.experts)));
         note(&format!("session     {}", terminal::bytes(engine.session_bytes())));
+        note(&format!("computing   {}", engine.setting.line()));
+        stats::print(&engine.setting, &total.prefill, &total.decode);
     }
 
     fn held_tokens(&self) -> usize {

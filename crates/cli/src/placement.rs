@@ -1,0 +1,153 @@
+//! Where a model's weights will be: decided by the plan, told in one line.
+
+use cpu::{CpuBackend, PassShape};
+use gguf::Gguf;
+use model::state::StateBytes;
+use model::{Arithmetic, KvLayout, Model, Precision};
+use serde::Serialize;
+use store::plan::{Purpose, SizeClass};
+use store::{ExpertExtents, Needs, Plan, Request, Residency};
+
+use crate::{flags, terminal};
+
+/// Rows of the passes that a prompt is read in: enough to use each weight many times, few enough for the bar to move. The
+/// same for every plan: memory never changes how a model computes.
+pub const PASS_ROWS: usize = 256;
+
+/// Code, tables, stacks of threads, buffers of files: what the program takes for any model.
+const PROGRAM_BYTES: u64 = 32 << 20;
+
+/// What a model is loaded for.
+#[derive(Clone, Copy)]
+pub struct Work {
+    /// How quantised weights are multiplied.
+    pub precision: Precision,
+    /// With or without the model's own low-precision roundings.
+    pub arithmetic: Arithmetic,
+    /// The largest pass.
+    pub shape: PassShape,
+    /// What was asked of the plan.
+    pub request: Request,
+}
+
+impl Work {
+    /// A session of up to `context_tokens`, as the flags say.
+    pub fn new(machine: &flags::Machine, context_tokens: usize) -> Work {
+        let threads = machine.threads.map_or_else(|| cpu::Options::default().threads, usize::from);
+        Work {
+            precision: machine.precision(),
+            arithmetic: Arithmetic::Official,
+            shape: PassShape {
+                rows: PASS_ROWS.min(context_tokens),
+                wanted_rows: 1,
+                end_tokens: context_tokens,
+                threads,
+            },
+            request: Request { memory_bytes: machine.memory, cache: machine.cache, stream: machine.stream },
+        }
+    }
+}
+
+/// What a model needs to run here.
+pub fn needs(header: &Gguf, model: &Model, work: &Work) -> Needs {
+    let config = &model.config;
+    let layout = KvLayout::new(config, 0, work.arithmetic, work.precision);
+    let extents: Vec<ExpertExtents> = model.experts.iter().map(|layer| layer.extents).collect();
+    let [resident, streamed] = [false, true].map(|streamed| cpu::static_bytes(model, streamed));
+    Needs {
+        program_bytes: PROGRAM_BYTES + header_bytes(header),
+        static_bytes: streamed,
+        context_tokens: work.shape.end_tokens,
+        state_bytes: StateBytes::at_most(&layout, work.shape.end_tokens).total() as u64,
+        pass_rows: work.shape.rows,
+        pass_bytes: cpu::pass_bytes(config, &layout, work.shape),
+        resident_bytes: extents.iter().map(ExpertExtents::total_bytes).sum::<u64>() + resident - streamed,
+        read_bytes: 0,
+        experts: config.experts,
+        experts_used: config.experts_used,
+        classes: size_classes(&extents),
+    }
+}
+
+/// Layers whose experts need slots of the same size.
+fn size_classes(layers: &[ExpertExtents]) -> Vec<SizeClass> {
+    let (class_of_layer, slot_bytes) = store::size_classes(layers);
+    let layers_of = |class: usize| class_of_layer.iter().filter(|&&other| other == class).count();
+    let class = |(class, &bytes): (usize, &usize)| SizeClass { slot_bytes: bytes as u64, layers: layers_of(class) };
+    slot_bytes.iter().enumerate().map(class).collect()
+}
+
+/// The directory of tensors and the vocabulary, as they stand in the header and as the tokenizer holds them: each string
+/// a few times, and an entry in a table.
+fn header_bytes(header: &Gguf) -> u64 {
+    const STRING_BYTES: u64 = 300;
+    let strings = |key: &str| header.metadata.str_array(key).map_or(0, |strings| strings.len() as u64);
+    let strings = strings("tokenizer.ggml.tokens") + strings("tokenizer.ggml.merges");
+    (strings + header.tensors.len() as u64) * STRING_BYTES
+}
+
+/// How a loaded model runs.
+#[derive(Clone, Debug, Serialize)]
+pub struct Setting {
+    /// `fast` or `exact`.
+    pub precision: &'static str,
+    /// `resident` or `streamed`.
+    pub experts: &'static str,
+    /// Where experts are read into; `None` where they are resident.
+    pub slots: Option<Slots>,
+    /// What they are read with.
+    pub reader: &'static str,
+}
+
+/// Slots of all size classes together.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Slots {
+    /// How many.
+    pub slots: usize,
+    /// Experts that share them.
+    pub of_experts: usize,
+    /// Bytes of memory.
+    pub bytes: u64,
+}
+
+impl Setting {
+    /// Of a model that was loaded by `plan`.
+    pub fn new(precision: Precision, plan: &Plan, backend: &CpuBackend) -> Setting {
+        let mut total = Slots { slots: 0, of_experts: 0, bytes: 0 };
+        for (purpose, class_bytes) in &plan.items {
+            if let Purpose::Slots { slots, experts, .. } = purpose {
+                (total.slots, total.of_experts) = (total.slots + slots, total.of_experts + experts);
+                total.bytes += class_bytes;
+            }
+        }
+        let is_streamed = plan.residency != Residency::Resident;
+        Setting {
+            precision: name(precision),
+            experts: if is_streamed { "streamed" } else { "resident" },
+            slots: is_streamed.then_some(total),
+            reader: backend.reader(),
+        }
+    }
+
+    /// Whether this is what a model that fits gets when nothing is asked for.
+    pub fn is_default(&self) -> bool {
+        self.precision == name(Precision::Fast) && self.slots.is_none()
+    }
+
+    /// `precision exact | experts streamed: slots for 8 of 224, 1.20 MiB, read with io_uring`.
+    pub fn line(&self) -> String {
+        let Setting { precision, experts, slots, reader } = self;
+        let slots = slots.map_or(String::new(), |Slots { slots, of_experts, bytes }| {
+            format!(": slots for {slots} of {of_experts}, {}, read with {reader}", terminal::bytes(bytes))
+        });
+        format!("precision {precision} | experts {experts}{slots}")
+    }
+}
+
+/// What a precision is called on the command line.
+pub fn name(precision: Precision) -> &'static str {
+    match precision {
+        Precision::Exact => "exact",
+        Precision::Fast => "fast",
+    }
+}
