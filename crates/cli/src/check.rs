@@ -191,7 +191,7 @@ impl Dialog<'_> {
         let exchange = Exchange {
             kept_tokens,
             read_tokens: rest.len(),
-            generated_tokens: outcome.generated_tokens,
+            generated_tokens: outcome.tokens.len(),
             finish: finish(turn.finish),
             content: turn.content.clone(),
             calls: turn.calls.iter().map(call).collect(),

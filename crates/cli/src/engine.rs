@@ -119,7 +119,7 @@ impl Engine {
             return Err(error.into());
         }
         let outcome = outcome.map_err(|error| self.name(error))?;
-        figures.answer_tokens = outcome.generated_tokens;
+        figures.answer_tokens = outcome.tokens.len();
         let passes = self.session.tokens().len() - held;
         figures.decode = Traffic::between(before, self.backend.stats(), passes, start.elapsed());
         figures.ended = Some(outcome.reason);

@@ -64,6 +64,9 @@ pub enum Error {
         /// The tools there are.
         declared: Vec<String>,
     },
+    /// A call and an answer in JSON were asked for at once.
+    #[error("a response format and a tool choice that requires a call exclude each other: ask for one of them")]
+    SchemaAndCall,
     /// The turn cannot be held to a grammar.
     #[error(transparent)]
     Grammar(#[from] text::grammar::GrammarError),

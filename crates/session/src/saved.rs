@@ -1,19 +1,23 @@
 //! A session as bytes: its tokens and its state, so that a conversation goes on without being read again.
 //!
 //! ```text
-//! "infallSE" | version u32 | tokens: count u64, each u32 | CRC-32 of everything before it, u32
-//! state, in the backends' common format with a checksum of its own (docs/formats.md)
+//! "infallSE" | version u32 | tokens: count u64, each u32
+//! state, in the backends' common format (docs/formats.md)
+//! XXH3-64 of everything before it, u64
 //! ```
-//! Integers are little endian. The reader is left right behind the state, so more may follow.
+//! Integers are little endian. The reader is left right behind the checksum, so more may follow. The state ends with a CRC-32 of
+//! its own; a second one over the whole would not tie the two together: behind data and its CRC-32, a CRC-32 no longer
+//! depends on the data.
 
 use std::io::{self, Read, Write};
 
 use model::Backend;
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::{Context, Error, Session};
 
 const MAGIC: &[u8; 8] = b"infallSE";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Why bytes could not be turned into a session.
 #[derive(Debug, thiserror::Error)]
@@ -52,12 +56,12 @@ pub enum SavedError {
         vocab_size: usize,
     },
     /// The bytes changed since they were written.
-    #[error("the saved session is damaged: its checksum is {computed:08x}, expected {stored:08x}; it was not used")]
+    #[error("the saved session is damaged: its checksum is {computed:016x}, expected {stored:016x}; it was not used")]
     Checksum {
         /// Of the bytes read.
-        computed: u32,
+        computed: u64,
         /// As written.
-        stored: u32,
+        stored: u64,
     },
     /// Tokens and state are not of one session.
     #[error("the saved session has {tokens} tokens but a state after {state}: it is damaged and was not used")]
@@ -75,11 +79,12 @@ impl<B: Backend> Session<B> {
     /// # Errors
     /// [`Error::Save`] or [`Error::Model`] if `to` fails.
     pub fn save(&self, backend: &B, to: &mut dyn Write) -> Result<(), Error> {
+        let mut to = Hashed { inner: to, hash: Xxh3::new() };
         let mut head = [&MAGIC[..], &VERSION.to_le_bytes(), &(self.tokens().len() as u64).to_le_bytes()].concat();
         head.extend(self.tokens().iter().flat_map(|token| token.to_le_bytes()));
-        head.extend(crc32fast::hash(&head).to_le_bytes());
         to.write_all(&head).map_err(Error::Save)?;
-        Ok(backend.export(self.state(), to)?)
+        backend.export(self.state(), &mut to)?;
+        to.inner.write_all(&to.hash.digest().to_le_bytes()).map_err(Error::Save)
     }
 
     /// Reads a session that [`Session::save`] wrote, for the same model file and arithmetic on any backend. It may have been
@@ -88,8 +93,19 @@ impl<B: Backend> Session<B> {
     /// # Errors
     /// [`Error::Saved`] or [`Error::Model`] if the bytes are not a session, are damaged or do not fit.
     pub fn load(backend: &B, context: Context, from: &mut dyn Read) -> Result<Session<B>, Error> {
-        let tokens = read_tokens(from, context.tokens(), backend.config().vocab_size)?;
-        let state = backend.import(from)?;
+        let mut from = Hashed { inner: from, hash: Xxh3::new() };
+        let tokens = read_tokens(&mut from, context.tokens())?;
+        let state = backend.import(&mut from)?;
+        let mut stored = [0; 8];
+        from.inner.read_exact(&mut stored).map_err(SavedError::Io)?;
+        let (stored, computed) = (u64::from_le_bytes(stored), from.hash.digest());
+        if stored != computed {
+            return Err(SavedError::Checksum { computed, stored }.into());
+        }
+        let vocab_size = backend.config().vocab_size;
+        if let Some(&found) = tokens.iter().find(|&&token| token as usize >= vocab_size) {
+            return Err(SavedError::Token { found, vocab_size }.into());
+        }
         let reached = backend.position(&state);
         if reached != tokens.len() {
             return Err(SavedError::OutOfStep { tokens: tokens.len(), state: reached }.into());
@@ -99,7 +115,7 @@ impl<B: Backend> Session<B> {
 }
 
 /// Everything before the state.
-fn read_tokens(from: &mut dyn Read, limit: usize, vocab_size: usize) -> Result<Vec<u32>, SavedError> {
+fn read_tokens(from: &mut impl Read, limit: usize) -> Result<Vec<u32>, SavedError> {
     let mut head = [0; 20];
     from.read_exact(&mut head[..8])?;
     let found: [u8; 8] = head[..8].try_into().expect("eight bytes");
@@ -117,15 +133,31 @@ fn read_tokens(from: &mut dyn Read, limit: usize, vocab_size: usize) -> Result<V
     }
     let mut bytes = vec![0; 4 * found as usize];
     from.read_exact(&mut bytes)?;
-    let mut stored = [0; 4];
-    from.read_exact(&mut stored)?;
-    let (stored, computed) = (u32::from_le_bytes(stored), crc32fast::hash(&[&head[..], &bytes].concat()));
-    if stored != computed {
-        return Err(SavedError::Checksum { computed, stored });
+    Ok(bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+}
+
+/// A reader or writer with the checksum of what went through it.
+struct Hashed<T> {
+    inner: T,
+    hash: Xxh3,
+}
+
+impl<R: Read> Read for Hashed<R> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let count = self.inner.read(bytes)?;
+        self.hash.update(&bytes[..count]);
+        Ok(count)
     }
-    let tokens: Vec<u32> = bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
-    match tokens.iter().find(|&&token| token as usize >= vocab_size) {
-        Some(&found) => Err(SavedError::Token { found, vocab_size }),
-        None => Ok(tokens),
+}
+
+impl<W: Write> Write for Hashed<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = self.inner.write(bytes)?;
+        self.hash.update(&bytes[..count]);
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
     }
 }

@@ -227,19 +227,40 @@ fn damaged_and_foreign_sessions_are_refused() {
     assert!(refused(b"").contains("could not be read"));
     assert!(refused(&changed(8, &[9])).contains("format version 9"));
     assert!(refused(&changed(12, &[0xff; 8])).contains("expected at most 300"));
-    assert!(refused(&changed(12, &[39])).contains("damaged"));
+    assert!(refused(&changed(12, &[39])).contains("not a saved state"));
     assert!(refused(&changed(20, &[7])).contains("checksum"));
 
-    let mut foreign = changed(20, &u32::MAX.to_le_bytes());
-    let head = 20 + 4 * 40;
-    let crc = crc32fast::hash(&foreign[..head]);
-    foreign[head..head + 4].copy_from_slice(&crc.to_le_bytes());
-    assert!(refused(&foreign).contains("made with another model"));
+    let with_checksum = |parts: &[&[u8]]| {
+        let whole = parts.concat();
+        let hash = xxhash_rust::xxh3::xxh3_64(&whole);
+        [whole, hash.to_le_bytes().to_vec()].concat()
+    };
+    let state = 20 + 4 * 40;
+    let foreign = changed(20, &u32::MAX.to_le_bytes());
+    assert!(refused(&with_checksum(&[&foreign[..good.len() - 8]])).contains("made with another model"));
 
     session.rewind(&backend, 30);
     let shorter = saved(&backend, &session);
-    let mixed = [&good[..head + 4], &shorter[20 + 4 * 30 + 4..]].concat();
-    assert!(refused(&mixed).contains("40 tokens but a state after 30"));
+    let shorter_state = &shorter[20 + 4 * 30..shorter.len() - 8];
+    assert!(refused(&with_checksum(&[&good[..state], shorter_state])).contains("40 tokens but a state after 30"));
+}
+
+/// The tokens of one file and the state of another, each undamaged, once loaded: nothing tied them together.
+#[test]
+fn tokens_and_state_of_two_saved_sessions_are_refused() {
+    let backend = backend();
+    let [one, other] = [0, 1].map(|from| {
+        let mut session = empty_session(&backend, 1000);
+        session.prefill(&backend, &prompt(41)[from..from + 40], 64, &Cancel::default(), &mut |_| ()).unwrap();
+        saved(&backend, &session)
+    });
+    let (head, end) = (20 + 4 * 40, one.len() - 8);
+    assert_eq!(one.len(), other.len());
+    for checksum_of in [&one, &other] {
+        let mixed = [&one[..head], &other[head..end], &checksum_of[end..]].concat();
+        let error = load(&backend, &mixed).err().expect("refused").to_string();
+        assert!(error.contains("checksum"), "{error}");
+    }
 }
 
 /// Every cut and a change of every byte of head and tail, and of some between: an error each time, never a panic.

@@ -112,7 +112,6 @@ fn reasoning_and_content() {
     assert_eq!(ran.outcome.reason, StopReason::EndOfTurn(tokenizer.eos()));
     let all = tokenizer.encode_with_control("Let me see. 中</think>It is 5.");
     assert_eq!(ran.outcome.tokens, all);
-    assert_eq!(ran.outcome.generated_tokens, all.len());
     assert_eq!(ran.outcome.reasoning_tokens, tokenizer.encode("Let me see. 中").len() + 1);
     assert_eq!(ran.session.tokens(), [prompt(), all].concat(), "all of them: the model ended the turn");
 }
@@ -172,16 +171,16 @@ fn limits_end_a_turn_and_withhold_open_calls() {
     let saying = || Scripted::saying(PROMPT, script.clone(), tokenizer.eos());
     let cut = script.len() - 6;
     let ran = run(saying(), &TurnOptions { max_tokens: cut, ..options(false) }, 4000).unwrap();
-    assert_eq!((ran.outcome.reason, ran.outcome.generated_tokens), (StopReason::TokenLimit, cut));
+    assert_eq!((ran.outcome.reason, ran.outcome.tokens.len()), (StopReason::TokenLimit, cut));
     assert_eq!((ran.outcome.turn.calls.len(), ran.outcome.turn.finish), (0, Finish::Length));
     assert!(ran.outcome.turn.malformed && ran.outcome.turn.content == "Sure.");
     assert_eq!(ran.session.tokens().len(), PROMPT + cut - 1);
 
     let ran = run(saying(), &options(false), PROMPT + cut).unwrap();
-    assert_eq!((ran.outcome.reason, ran.outcome.generated_tokens), (StopReason::ContextFull, cut));
+    assert_eq!((ran.outcome.reason, ran.outcome.tokens.len()), (StopReason::ContextFull, cut));
     assert_eq!((ran.session.room_tokens(), ran.outcome.turn.finish), (0, Finish::Length));
     let none = run(saying(), &TurnOptions { max_tokens: 0, ..options(false) }, 4000).unwrap();
-    assert_eq!((none.outcome.reason, none.outcome.generated_tokens), (StopReason::TokenLimit, 0));
+    assert_eq!((none.outcome.reason, none.outcome.tokens.len()), (StopReason::TokenLimit, 0));
 }
 
 #[test]
@@ -224,9 +223,101 @@ fn a_block_that_leads_nowhere_is_stopped() {
     let text = format!("Sure.\n\n<｜DSML｜tool_calls>{}", "\n \n".repeat(2000));
     let ran = say(&text, &options(false));
     assert_eq!((ran.outcome.reason, ran.outcome.turn.calls.len()), (StopReason::Runaway, 0));
-    assert!(ran.outcome.turn.malformed && ran.outcome.generated_tokens < 400, "{}", ran.outcome.generated_tokens);
+    assert!(ran.outcome.turn.malformed && ran.outcome.tokens.len() < 400, "{}", ran.outcome.tokens.len());
     let long = say(&block(&call("get_weather", &[("city", &"Paris ".repeat(400))])), &options(false));
     assert_eq!(long.outcome.turn.calls.len(), 1, "a long value is no markup");
+}
+
+/// A block that only lacks closers was repaired, and its calls were made, though the model wrote space without end.
+#[test]
+fn a_runaway_block_is_malformed_and_not_repaired() {
+    let finished = call("get_weather", &[("city", "Paris")]);
+    let json = "<｜DSML｜invoke name=\"get_weather\">\n<｜DSML｜parameter name=\"days\" string=\"false\">";
+    for begin in ["<｜DSML｜invoke name=\"get_weather\">", &finished, json, &format!("{json}[1, ")] {
+        let text = format!("Sure.\n\n<｜DSML｜tool_calls>\n{begin}{}", "\n \n".repeat(2000));
+        let ran = say(&text, &options(false));
+        let TurnOutcome { turn, reason, tokens, .. } = &ran.outcome;
+        assert_eq!((reason, turn.finish, turn.malformed), (&StopReason::Runaway, Finish::Stop, true), "{begin}");
+        assert_eq!((turn.calls.len(), &turn.raw_block), (0, &None), "{begin}");
+        assert_eq!(turn.content, ran.says(&tokenizer()), "{begin}");
+        assert!(tokens.len() < 450, "{begin}: {} tokens", tokens.len());
+    }
+}
+
+/// Events of a block in reasoning are kept back, so that its calls looked like markup without end.
+#[test]
+fn calls_quoted_in_reasoning_are_no_runaway() {
+    let quoted = block(&call("get_weather", &[("city", "Paris")]).repeat(40));
+    let ran = say(&format!("Say{quoted} or not.</think>No."), &options(true));
+    assert_eq!(ran.outcome.reason, StopReason::EndOfTurn(tokenizer().eos()));
+    assert_eq!((ran.outcome.turn.calls.len(), ran.outcome.turn.content.as_str()), (0, "No."));
+}
+
+/// A stop string in the text of a malformed block made the turn look like one that a stop string had ended.
+#[test]
+fn a_stop_string_in_a_malformed_block_hides_nothing() {
+    let tokenizer = tokenizer();
+    let stop = |stop: &str| TurnOptions { stop_strings: vec![stop.to_owned()], ..options(false) };
+    let text = "Sure. EN\n\n<｜DSML｜tool_calls>D or oops END";
+    for stops in ["END", "EN\n\n<", "oops"] {
+        let ran = say(text, &stop(stops));
+        let TurnOutcome { turn, reason, stop_string, .. } = &ran.outcome;
+        assert_eq!((reason, stop_string), (&StopReason::EndOfTurn(tokenizer.eos()), &None));
+        assert_eq!((turn.malformed, turn.content.as_str(), ran.content().as_str()), (true, text, text));
+        assert_eq!(turn.malformed_bytes, text.len() - "Sure. EN".len());
+    }
+    let before = say(text, &stop("re."));
+    assert_eq!((before.outcome.turn.content.as_str(), before.outcome.turn.malformed), ("Su", false));
+}
+
+/// The parser keeps space at the end back; a stop string in it cut the content but was not told of.
+#[test]
+fn a_stop_string_in_space_at_the_end_is_told() {
+    let ran = say("a\n\n", &TurnOptions { stop_strings: vec!["\n\n".to_owned()], ..options(false) });
+    assert_eq!((ran.outcome.reason, ran.outcome.stop_string.as_deref()), (StopReason::StopString, Some("\n\n")));
+    assert_eq!(ran.outcome.turn.content, "a");
+}
+
+/// Ctrl-C after a block that closed in unclosed reasoning made its calls.
+#[test]
+fn an_interrupted_turn_makes_no_calls() {
+    let tokenizer = tokenizer();
+    let vocabulary = Vocabulary::new(&tokenizer).unwrap();
+    let in_reasoning = format!("Hm.{}", block(&call("now", &[])));
+    let mut script = tokenizer.encode_with_control(&in_reasoning);
+    let closed = script.len();
+    script.extend(tokenizer.encode("\n\n\n"));
+    let saying = || Scripted::saying(PROMPT, script.clone(), tokenizer.eos());
+    let limited = run(saying(), &TurnOptions { max_tokens: closed, ..options(true) }, 4000).unwrap().outcome;
+    let full = run(saying(), &options(true), PROMPT + closed).unwrap().outcome;
+    assert_eq!((limited.reason, full.reason), (StopReason::TokenLimit, StopReason::ContextFull));
+    assert_eq!((limited.turn.calls.len(), full.turn.calls.len()), (1, 1), "no room: the turn ends there");
+
+    let interrupted = |cancels: bool, options: &TurnOptions, script: &[u32], at: usize| {
+        let backend = Scripted::saying(PROMPT, script.to_vec(), tokenizer.eos());
+        let (mut session, logits) = backend.read(&prompt(), 4000);
+        let (cancel, mut seen) = (Cancel::default(), 0);
+        let receive = &mut |event| {
+            seen += usize::from(matches!(event, TurnEvent::Token { .. }));
+            let is_call_end = matches!(event, TurnEvent::Text(Event::CallEnd { .. }));
+            match seen >= at || is_call_end {
+                true if cancels => cancel.cancel(),
+                true => return ControlFlow::Break(()),
+                false => (),
+            }
+            ControlFlow::Continue(())
+        };
+        run_turn(&backend, &vocabulary, &mut session, logits, options, &cancel, receive).unwrap()
+    };
+    for (cancels, reason) in [(true, StopReason::Cancelled), (false, StopReason::Receiver)] {
+        let outcome = interrupted(cancels, &options(true), &script, closed);
+        assert_eq!((outcome.reason, outcome.turn.calls.len(), outcome.turn.finish), (reason, 0, Finish::Length));
+        assert_eq!(outcome.turn.reasoning, in_reasoning);
+    }
+    let answer = tokenizer.encode_with_control(&block(&call("now", &[])));
+    let outcome = interrupted(false, &options(false), &answer, usize::MAX);
+    assert_eq!((outcome.reason, outcome.turn.calls.len()), (StopReason::Receiver, 0));
+    assert!(outcome.turn.malformed && outcome.turn.raw_block.is_none());
 }
 
 /// Every token has a rival that is as likely. Markup must not be a matter of luck; the city may be.
@@ -287,6 +378,27 @@ fn a_forced_call_begins_with_the_tokens_of_a_rendered_one() {
         let forced = |i: usize| (before.len()..before.len() + opener.len()).contains(&i);
         assert!(logprobs.iter().enumerate().all(|(i, &has)| has != forced(i)), "none for forced tokens");
     }
+}
+
+/// Where a turn ended inside an opener, several of its tokens were unread and nobody could tell.
+#[test]
+fn an_outcome_tells_what_the_session_holds() {
+    let tokenizer = tokenizer();
+    let script = tokenizer.encode_with_control("Hm.</think>");
+    let choice = ToolChoice::Named("get_weather".to_owned());
+    let mut unread = Vec::new();
+    for limit in 1..30 {
+        for (max_tokens, context) in [(limit, 4000), (usize::MAX, PROMPT + limit)] {
+            let backend = Scripted::saying(PROMPT, script.clone(), tokenizer.encode(" x")[0]);
+            let options = TurnOptions { choice: choice.clone(), max_tokens, ..options(true) };
+            let ran = run(backend, &options, context).unwrap();
+            let TurnOutcome { tokens, unread_tokens, .. } = &ran.outcome;
+            let read = &tokens[..tokens.len() - unread_tokens];
+            assert_eq!((tokens.len(), ran.session.tokens()), (limit, [&prompt(), read].concat().as_slice()));
+            unread.push(*unread_tokens);
+        }
+    }
+    assert!(unread.iter().any(|&tokens| tokens > 3) && unread.contains(&0), "{unread:?}");
 }
 
 /// A model that must call but ends its turn while it reasons.
@@ -408,6 +520,66 @@ fn a_response_format_binds_the_answer_and_not_the_reasoning() {
     let bad = TurnOptions { constrain: Constrain::Schema(json!({"not": {}})), ..options(false) };
     let backend = Scripted::saying(PROMPT, Vec::new(), eos);
     assert!(matches!(run(backend, &bad, 4000), Err(Error::Grammar(_))));
+}
+
+/// Calls in other markup than the canonical, spelt without the control token, or in unclosed reasoning passed the mask by.
+#[test]
+fn grammar_mode_takes_no_call_past_its_mask() {
+    let tokenizer = tokenizer();
+    let canonical = format!("Sure.{}", block(&call("now", &[])));
+    let with_control = |text: &str| tokenizer.encode_with_control(text);
+    let plain = canonical.replace("｜DSML｜", "");
+    let lost_bar = canonical.replace("<｜", "<").replace("</｜", "</").replace("now", "undeclared");
+    let cases = [
+        (false, with_control(&plain)),
+        (false, with_control(&lost_bar)),
+        (false, tokenizer.encode(&canonical)),
+        (true, with_control(&canonical)),
+    ];
+    for (thinking, script) in cases {
+        let turn = |constrain| {
+            let backend = Scripted::saying(PROMPT, script.clone(), tokenizer.eos());
+            run(backend, &TurnOptions { constrain, ..options(thinking) }, 4000).unwrap().outcome.turn
+        };
+        let text = String::from_utf8(tokenizer.decode(&script)).unwrap();
+        assert_eq!(turn(Constrain::Off).calls.len(), 1, "{text}");
+        let held = turn(Constrain::Calls);
+        assert_eq!((held.calls.len(), held.malformed, held.finish), (0, false, Finish::Stop), "{text}");
+        assert_eq!(if thinking { held.reasoning } else { held.content }, text);
+    }
+    let held = say(&canonical, &TurnOptions { constrain: Constrain::Calls, ..options(false) }).outcome.turn;
+    assert_eq!((held.calls.len(), held.content.as_str()), (1, "Sure."));
+    assert_eq!(held.raw_block.as_deref(), Some(&canonical["Sure.".len()..]));
+}
+
+/// An answer in JSON with markup of calls in it was malformed.
+#[test]
+fn a_response_format_leaves_no_calls() {
+    let tokenizer = tokenizer();
+    let schema = json!({"type": "object", "properties": {"s": {"type": "string"}}, "required": ["s"], "additionalProperties": false});
+    let constrain = Constrain::Schema(schema);
+    for choice in [ToolChoice::Required, ToolChoice::Named("now".to_owned())] {
+        let options = TurnOptions { choice, constrain: constrain.clone(), ..options(false) };
+        let refused = run(Scripted::saying(PROMPT, Vec::new(), tokenizer.eos()), &options, 4000);
+        assert!(matches!(refused, Err(Error::SchemaAndCall)));
+    }
+    for answer in [r#"{"s": "<tool_calls>"}"#, r#"{"s": "<DSML｜tool_calls>"}"#] {
+        let ran = say(answer, &TurnOptions { constrain: constrain.clone(), ..options(false) });
+        let turn = &ran.outcome.turn;
+        assert_eq!((turn.content.as_str(), turn.malformed, turn.finish), (answer, false, Finish::Stop));
+    }
+}
+
+/// A model that owes JSON but ends its turn while it reasons: the answer was empty.
+#[test]
+fn the_end_of_a_turn_that_owes_json_ends_its_reasoning() {
+    let tokenizer = tokenizer();
+    let script = [tokenizer.encode("Hm."), vec![tokenizer.eos()], tokenizer.encode("[1, 2]")].concat();
+    let constrain = Constrain::Schema(json!({"type": "array", "items": {"type": "integer"}}));
+    let backend = Scripted::saying(PROMPT, script, tokenizer.eos());
+    let outcome = run(backend, &TurnOptions { constrain, ..options(true) }, 4000).unwrap().outcome;
+    assert_eq!((outcome.turn.reasoning.as_str(), outcome.turn.content.as_str()), ("Hm.", "[1, 2]"));
+    assert_eq!(outcome.reason, StopReason::EndOfTurn(tokenizer.eos()));
 }
 
 /// The next prompt begins with the whole turn, so nothing of it is read again.

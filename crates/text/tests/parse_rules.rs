@@ -216,7 +216,20 @@ fn lost_first_bar_and_plain_xml() {
 fn plain_xml_that_is_only_mentioned_is_content() {
     assert_content("Write `<tool_calls>` and then <invoke name=\"f\"> inside.", false);
     assert_content("It ends with <tool_calls>\n", false);
-    assert_content("<tool_calls><tool_calls> <invoke", true);
+    assert_content("<tool_calls><tool_calls> <invoke", false);
+    assert_content("<tool_calls><invoke name=\"f\"><parameter name=\"a\" string=\"true\">x", true);
+}
+
+/// `<invoke` after `<tool_calls>` was enough to begin a call that could not be taken back.
+#[test]
+fn a_plain_call_in_prose_begins_nothing() {
+    for name in ["x", "f"] {
+        let text = format!("Use <tool_calls><invoke name=\"{name}\"> in XML.");
+        assert_content(&text, false);
+        let (_, events) = feed(&[text.as_bytes()], &chat(), STOP);
+        assert_eq!(events, [Event::Content(text)]);
+    }
+    assert_content("<tool_calls><invoke name=\"x\"></invoke></tool_calls>", false);
 }
 
 #[test]
@@ -244,6 +257,17 @@ fn direct_json_body_and_self_closing() {
     let cut = dsml("[tool_calls][invoke name=\"f\"] {\"a\": 1}\n</");
     assert_eq!(only_call(&cut, &chat()), json!({"a": 1}));
     assert_content(&dsml("[tool_calls][invoke name=\"f\"] {\"a\": 1"), true);
+}
+
+/// A closer inside a string of the JSON ended the call.
+#[test]
+fn a_closer_in_a_direct_json_body() {
+    for closer in ["</｜DSML｜invoke>", "</｜DSML｜tool_calls>", "\\\"</｜DSML｜invoke>\\\\"] {
+        let object = format!("{{\"a\": \"x{closer}y<\", \"b\": 1}}");
+        let turn = parse(&block("VALUE").replace("VALUE", &object), &chat(), STOP);
+        assert_eq!((turn.calls.len(), turn.malformed), (1, false), "{object}");
+        assert_eq!(turn.calls[0].arguments, object);
+    }
 }
 
 #[test]
@@ -354,8 +378,9 @@ fn without_tools_dsml_is_content() {
 fn headers() {
     let found = arguments("[parameter  string=\"true\"\n name = \"a&lt;b&amp;lt;&quot;\" other=\"x>y\" ]v[/parameter]");
     assert_eq!(found, json!({"a<b&lt;\"": "v"}));
-    let wrong =
-        ["name=a", "name='a'", "nam=\"a\"", "name=\"\"", "name=\"a\"string=\"true\"", "name=\"a\" /", "name=\"a\" <"];
+    assert_eq!(arguments("[parameter name=\"\" string=\"false\"]1[/parameter]"), json!({"": 1}), "a name may be empty");
+    assert_content(&block("").replace("\"f\"", "\"\""), true);
+    let wrong = ["name=a", "name='a'", "nam=\"a\"", "", "name=\"a\"string=\"true\"", "name=\"a\" /", "name=\"a\" <"];
     for header in wrong {
         assert_content(&block(&format!("[parameter {header}]v[/parameter]")), true);
     }
@@ -534,7 +559,79 @@ fn markup_without_end_stops_the_turn() {
         assert_content(&text, true);
         let mut parser = TurnParser::new(&chat());
         parser.push(text.as_bytes(), &mut Vec::new());
-        assert_eq!(parser.position(), Position::Done);
+        assert_eq!(parser.position(), Position::Runaway);
+    }
+}
+
+#[test]
+fn a_runaway_block_is_not_repaired() {
+    let call = "[tool_calls][invoke name=\"f\"][parameter name=\"a\" string=\"true\"]x[/parameter]";
+    for text in [dsml(&format!("Hi {call}\n")), dsml(&format!("Hi {call}[/invoke] "))] {
+        assert_eq!(parse(&text, &chat(), STOP).calls.len(), 1);
+        let turn = parse(&text, &chat(), EngineFinish::Runaway);
+        assert_eq!((turn.content.as_str(), turn.calls.len(), turn.finish), (text.as_str(), 0, Finish::Stop));
+        assert_eq!((turn.malformed, turn.malformed_bytes), (true, text.len() - 2));
+        let turn = parse(&text, &thinking(), EngineFinish::Runaway);
+        assert_eq!((turn.reasoning, turn.content.as_str(), turn.malformed), (text, "", true));
+    }
+}
+
+#[test]
+fn an_interrupted_turn_has_no_calls() {
+    let bare = dsml("Hi [invoke name=\"f\"/]");
+    for text in [format!("Hi{}", block("")), bare] {
+        let turn = parse(&text, &chat(), EngineFinish::Interrupted);
+        assert_eq!((turn.content.as_str(), turn.calls.len(), turn.malformed), ("Hi", 0, true));
+        assert_eq!((turn.finish, turn.raw_block), (Finish::Length, None));
+        let turn = parse(&text, &thinking(), EngineFinish::Interrupted);
+        assert_eq!((turn.reasoning, turn.calls.len(), turn.malformed), (text, 0, false));
+    }
+}
+
+/// Whether each piece of a turn leads nowhere.
+#[test]
+fn idle_is_what_leads_nowhere() {
+    for options in [chat(), thinking()] {
+        let mut parser = TurnParser::new(&options);
+        let mut feed = |text: &str| {
+            parser.push(dsml(text).as_bytes(), &mut Vec::new());
+            parser.is_idle()
+        };
+        let moves = ["Hi", " ", "\n", "[tool_calls]", "[invoke name=\"f\"]", "[parameter name=\"a\" string=\"true\"]"];
+        assert!(moves.iter().all(|piece| !feed(piece)));
+        assert!([" ", "x", "\n\n", "<", "x[/parameter]"].iter().all(|piece| !feed(piece) || *piece == "<"));
+        assert!(feed(" ") && feed("[para") && !feed("meter") && feed(" name=") && !feed("\"b\" string=\"false\"]"));
+        assert!(feed(" ") && !feed("[1,") && feed(" \n") && !feed("\" ") && !feed(" ") && !feed("\"") && feed(" "));
+        assert!(!feed("][/parameter]") && feed("\n") && !feed("[/invoke]") && feed("\n"));
+    }
+}
+
+#[test]
+fn a_strict_parser_takes_only_the_block_that_was_announced() {
+    let strict = |pieces: &[&str], announced: Option<usize>, options: &ParseOptions| {
+        let mut parser = TurnParser::strict(options);
+        for (index, piece) in pieces.iter().enumerate() {
+            if Some(index) == announced {
+                parser.announce_block();
+            }
+            parser.push(piece.as_bytes(), &mut Vec::new());
+        }
+        parser.finish(STOP, &mut Vec::new())
+    };
+    let text = format!("Hi{}", block(""));
+    let marker = text.find("｜").unwrap();
+    let pieces = [&text[..marker], &text[marker..]];
+    let turn = strict(&pieces, Some(1), &chat());
+    assert_eq!((turn.content.as_str(), calls(&turn)), ("Hi", vec![("f", json!({}))]));
+    assert_eq!(turn.raw_block.as_deref(), Some(&text[2..]));
+    let plain = text.replace("｜DSML｜", "");
+    let lost_bar = text.replace("｜DSML｜", "DSML｜");
+    let bare = dsml("Hi [invoke name=\"f\"/]");
+    for text in [&text, &plain, &lost_bar, &bare] {
+        let turn = strict(&[text], None, &chat());
+        assert_eq!((&turn.content, turn.calls.len(), turn.malformed), (text, 0, false));
+        let turn = strict(&[text], None, &thinking());
+        assert_eq!((&turn.reasoning, turn.calls.len(), turn.malformed), (text, 0, false));
     }
 }
 

@@ -15,9 +15,11 @@ pub enum Constrain {
     #[default]
     Off,
     /// From the moment a block of calls opens in the answer it must be well-formed and fit the declared tools. The text before it
-    /// is free. Only `<｜DSML｜` written with the control token opens one.
+    /// is free. Only `<｜DSML｜` written with the control token opens one: any other markup of calls is text, and a block in
+    /// reasoning stays reasoning.
     Calls,
-    /// The answer must be JSON by this schema. There can then be no calls.
+    /// The answer must be JSON by this schema. There can then be no calls: markup of calls is text, and a tool choice that
+    /// requires one is refused. What would end the turn while it reasons ends the reasoning.
     Schema(Value),
 }
 
@@ -70,6 +72,11 @@ impl Constraints {
             }
             (Constrain::Schema(schema), _) => Ok(Constraints::Answer(Box::new(vocabulary.compiler()?.json(schema)?))),
         }
+    }
+
+    /// Whether a block of calls has been opened and is held to the grammar.
+    pub fn has_opened(&self) -> bool {
+        matches!(self, Constraints::Calls { open: true, .. })
     }
 
     /// The tokens that may come next, all if `None`.

@@ -7,9 +7,9 @@
 //! *Syntax-aware sampling* (§4.6): where the parser expects markup of calls or JSON outside of strings the likeliest token is
 //! taken; everywhere else the request's sampling chooses.
 //!
-//! *What the session holds afterwards* is what [`crate::generate()`] leaves: every token of the turn but the last, or all of them
-//! if the model then ended the turn or the context is full. [`TurnOutcome::tokens`] lists them all, so that
-//! [`Session::reuse`] finds them again in the next prompt.
+//! *What the session holds afterwards*: the prompt and [`TurnOutcome::tokens`] but for the last [`TurnOutcome::unread_tokens`] of
+//! them. That is none if the model ended the turn, one where something else did after a token it chose, and more only if that
+//! happened inside an opener put into its mouth. [`Session::reuse`] finds what is there again in the next prompt.
 
 mod constrain;
 mod output;
@@ -105,9 +105,9 @@ pub struct TurnOutcome {
     pub reason: StopReason,
     /// The turn's tokens, without the one that ended it.
     pub tokens: Vec<u32>,
-    /// Number of [`TurnOutcome::tokens`].
-    pub generated_tokens: usize,
-    /// How many of these are reasoning, its `</think>` included.
+    /// How many of these, the last ones, the session has not read.
+    pub unread_tokens: usize,
+    /// How many of [`TurnOutcome::tokens`] are reasoning, its `</think>` included.
     pub reasoning_tokens: usize,
     /// The stop string that ended the turn.
     pub stop_string: Option<String>,
@@ -151,17 +151,22 @@ impl<'v> PreparedTurn<'v> {
     /// Checks the options and makes everything ready.
     ///
     /// # Errors
-    /// [`Error::Sampling`], [`Error::ToolChoice`] and [`Error::Grammar`] if the options cannot be met.
+    /// [`Error::Sampling`], [`Error::ToolChoice`], [`Error::SchemaAndCall`] and [`Error::Grammar`] if the options cannot be met.
     pub fn new(vocabulary: &'v Vocabulary<'v>, options: &TurnOptions) -> Result<PreparedTurn<'v>, Error> {
         let sampler = Sampler::new(options.sampling, options.seed)?.with_bias(options.logit_bias.clone())?;
         let mut parse = options.parse.clone();
-        if options.choice == ToolChoice::None {
+        let is_json = matches!(options.constrain, Constrain::Schema(_));
+        if is_json && matches!(options.choice, ToolChoice::Required | ToolChoice::Named(_)) {
+            return Err(Error::SchemaAndCall);
+        }
+        if is_json || options.choice == ToolChoice::None {
             parse.tools = None;
         }
+        let output = Output::new(&parse, options.constrain == Constrain::Calls, options.stop_strings.clone());
         Ok(PreparedTurn {
             opener: constrain::opener(vocabulary, &options.choice, parse.tools.as_deref())?,
             constraints: Constraints::new(vocabulary, &options.constrain, parse.tools.as_deref())?,
-            output: Output::new(&parse, options.stop_strings.clone()),
+            output,
             vocabulary,
             sampler,
             logprobs: options.logprobs.map(|top| top.min(Logprobs::MAX_TOP)),
@@ -220,10 +225,10 @@ impl<'v> PreparedTurn<'v> {
         if !opener_is_due(self) {
             let token = self.choose(logits)?;
             let ends = self.vocabulary.control().stop_set().contains(&token);
-            if ends && self.opener.is_empty() {
+            if ends && !self.owes_answer() {
                 return Ok(ControlFlow::Break(StopReason::EndOfTurn(token)));
             }
-            // A turn that must call is not over without a call: what would end it ends the reasoning.
+            // What would end the turn ends the reasoning.
             let token = if ends { self.vocabulary.control().end_think } else { token };
             let logprobs = self.logprobs.filter(|_| !ends).map(|top| Logprobs::new(logits, token, top));
             if let ControlFlow::Break(reason) = self.push(token, logprobs, room, receive)? {
@@ -239,6 +244,11 @@ impl<'v> PreparedTurn<'v> {
             }
         }
         Ok(ControlFlow::Continue(()))
+    }
+
+    /// Whether the turn reasons and must not end without the call or the JSON that was asked for.
+    fn owes_answer(&self) -> bool {
+        self.output.in_reasoning() && (!self.opener.is_empty() || matches!(self.constraints, Constraints::Answer(_)))
     }
 
     /// The token that constraint, syntax and sampling choose.
@@ -266,18 +276,20 @@ impl<'v> PreparedTurn<'v> {
         self.unread += 1;
         self.reasoning_tokens += usize::from(self.output.in_reasoning());
         self.constraints.accept(self.vocabulary, token, self.output.in_reasoning())?;
-        let was_structure = self.output.position() == Position::Structure;
+        if self.constraints.has_opened() {
+            self.output.announce_block();
+        }
         let events = self.output.push(self.vocabulary.tokenizer().token_bytes(token));
-        let is_idle = was_structure && self.output.position() == Position::Structure && events.is_empty();
-        self.idle_tokens = if is_idle { self.idle_tokens + 1 } else { 0 };
+        self.idle_tokens = if self.output.is_idle() { self.idle_tokens + 1 } else { 0 };
         let mut events =
             std::iter::once(TurnEvent::Token { token, logprobs }).chain(events.into_iter().map(TurnEvent::Text));
         if events.any(|event| receive(event).is_break()) {
             return Ok(ControlFlow::Break(StopReason::Receiver));
         }
         Ok(match self.output.position() {
-            _ if self.output.stop_string().is_some() => ControlFlow::Break(StopReason::StopString),
+            _ if self.output.is_stopped() => ControlFlow::Break(StopReason::StopString),
             Position::Done => ControlFlow::Break(StopReason::CallsClosed),
+            Position::Runaway => ControlFlow::Break(StopReason::Runaway),
             _ if self.idle_tokens > MAX_IDLE_TOKENS => ControlFlow::Break(StopReason::Runaway),
             _ if self.tokens.len() == self.max_tokens => ControlFlow::Break(StopReason::TokenLimit),
             _ => ControlFlow::Continue(()),
@@ -287,15 +299,13 @@ impl<'v> PreparedTurn<'v> {
     /// Settles what the turn came to.
     fn end(self, reason: StopReason, receive: &mut dyn FnMut(TurnEvent) -> ControlFlow<()>) -> TurnOutcome {
         let finish = match reason {
-            StopReason::EndOfTurn(_) | StopReason::CallsClosed | StopReason::StopString | StopReason::Runaway => {
-                EngineFinish::Stop
-            }
-            StopReason::TokenLimit | StopReason::ContextFull | StopReason::Cancelled | StopReason::Receiver => {
-                EngineFinish::Length
-            }
+            StopReason::EndOfTurn(_) | StopReason::CallsClosed | StopReason::StopString => EngineFinish::Stop,
+            StopReason::Runaway => EngineFinish::Runaway,
+            StopReason::TokenLimit | StopReason::ContextFull => EngineFinish::Length,
+            StopReason::Cancelled | StopReason::Receiver => EngineFinish::Interrupted,
         };
-        let stop_string = self.output.stop_string().map(str::to_owned);
-        let (turn, events) = self.output.finish(finish);
+        let Self { output, tokens, unread: unread_tokens, reasoning_tokens, .. } = self;
+        let (turn, events, stop_string) = output.finish(finish);
         if reason != StopReason::Receiver {
             // The turn is over: there is nothing left that a break could stop.
             events
@@ -304,7 +314,11 @@ impl<'v> PreparedTurn<'v> {
                 .take_while(|event| receive(event.clone()).is_continue())
                 .for_each(drop);
         }
-        let Self { tokens, reasoning_tokens, .. } = self;
-        TurnOutcome { turn, reason, generated_tokens: tokens.len(), tokens, reasoning_tokens, stop_string }
+        // A stop string in what was kept back to the end ended the turn as well.
+        let reason = match finish {
+            EngineFinish::Stop | EngineFinish::Length if stop_string.is_some() => StopReason::StopString,
+            _ => reason,
+        };
+        TurnOutcome { turn, reason, tokens, unread_tokens, reasoning_tokens, stop_string }
     }
 }

@@ -6,14 +6,26 @@ use text::parse::{EngineFinish, Event, Finish, ParseOptions, Position, Turn, Tur
 /// A parser whose content ends at a stop string.
 pub struct Output {
     parser: TurnParser,
+    content: Content,
+}
+
+/// The content up to a stop string.
+struct Content {
     stop: StopStrings,
-    /// The content handed out.
-    content: String,
+    /// What was handed out.
+    shown: String,
 }
 
 impl Output {
-    pub fn new(parse: &ParseOptions, stop_strings: Vec<String>) -> Output {
-        Output { parser: TurnParser::new(parse), stop: StopStrings::new(stop_strings), content: String::new() }
+    /// `strict`: the parser is [`TurnParser::strict`].
+    pub fn new(parse: &ParseOptions, strict: bool, stop_strings: Vec<String>) -> Output {
+        let parser = if strict { TurnParser::strict(parse) } else { TurnParser::new(parse) };
+        Output { parser, content: Content { stop: StopStrings::new(stop_strings), shown: String::new() } }
+    }
+
+    /// See [`TurnParser::announce_block`].
+    pub fn announce_block(&mut self) {
+        self.parser.announce_block();
     }
 
     pub fn in_reasoning(&self) -> bool {
@@ -24,37 +36,53 @@ impl Output {
         self.parser.position()
     }
 
-    /// The stop string that occurred.
-    pub fn stop_string(&self) -> Option<&str> {
-        self.stop.matched()
+    /// See [`TurnParser::is_idle`].
+    pub fn is_idle(&self) -> bool {
+        self.parser.is_idle()
+    }
+
+    /// Whether a stop string occurred.
+    pub fn is_stopped(&self) -> bool {
+        self.content.stop.matched().is_some()
     }
 
     /// Takes a token's bytes; what they settle.
     pub fn push(&mut self, bytes: &[u8]) -> Vec<Event> {
         let mut events = Vec::new();
         self.parser.push(bytes, &mut events);
-        self.up_to_stop(events)
+        self.content.up_to_stop(events)
     }
 
-    /// Ends the turn; the last events.
-    pub fn finish(mut self, finish: EngineFinish) -> (Turn, Vec<Event>) {
+    /// Ends the turn: what it came to, its last events, and the stop string that occurred.
+    pub fn finish(self, finish: EngineFinish) -> (Turn, Vec<Event>, Option<String>) {
+        let Output { parser, mut content } = self;
         let mut events = Vec::new();
-        let parser = std::mem::replace(&mut self.parser, TurnParser::new(&ParseOptions::default()));
         let mut turn = parser.finish(finish, &mut events);
-        let mut events = self.up_to_stop(events);
-        self.release(&mut events);
-        if self.stop_string().is_some() {
-            (turn.calls, turn.raw_block, turn.malformed, turn.finish) = (Vec::new(), None, false, Finish::Stop);
+        // The text of a malformed block is none that the client's stop strings are for.
+        let block = match events.last_mut() {
+            Some(Event::Content(text)) => text.split_off(text.len() - turn.malformed_bytes),
+            _ => String::new(),
+        };
+        let mut events = content.up_to_stop(events);
+        content.release(&mut events);
+        let stop_string = content.stop.matched().map(str::to_owned);
+        if stop_string.is_none() {
+            content.show(block, &mut events);
+        } else {
+            (turn.calls, turn.raw_block, turn.finish) = (Vec::new(), None, Finish::Stop);
+            (turn.malformed, turn.malformed_bytes) = (false, 0);
         }
-        turn.content = self.content;
-        (turn, events)
+        turn.content = content.shown;
+        (turn, events, stop_string)
     }
+}
 
+impl Content {
     /// The events with the content up to a stop string, and none after it. What comes after content ends it.
     fn up_to_stop(&mut self, events: Vec<Event>) -> Vec<Event> {
         let mut shown = Vec::new();
         for event in events {
-            if self.stop_string().is_some() {
+            if self.stop.matched().is_some() {
                 break;
             }
             match event {
@@ -79,7 +107,7 @@ impl Output {
 
     fn show(&mut self, text: String, shown: &mut Vec<Event>) {
         if !text.is_empty() {
-            self.content.push_str(&text);
+            self.shown.push_str(&text);
             shown.push(Event::Content(text));
         }
     }

@@ -40,8 +40,8 @@ pub(super) struct Block {
     scanned: usize,
     /// Where the last step ended.
     step_end: usize,
-    /// Whether a call has begun.
-    has_invoke: bool,
+    /// Grows with everything that leads on: a tag, a header, a byte of a value.
+    progress: usize,
     calls: Calls,
     /// The tool of the call begun last, if it is declared: its place among `tools`.
     tool: Option<usize>,
@@ -133,7 +133,7 @@ impl Block {
             cursor,
             scanned: cursor,
             step_end: cursor,
-            has_invoke: false,
+            progress: 0,
             calls: Calls::default(),
             tool: None,
             ended_calls: 0,
@@ -146,9 +146,18 @@ impl Block {
         !self.in_reasoning
             && match self.form {
                 Form::Marked => true,
-                Form::Plain => self.has_invoke,
-                Form::Bare => self.ended_calls > 0,
+                Form::Plain | Form::Bare => self.ended_calls > 0,
             }
+    }
+
+    /// Whether it must have been meant as a block, even if it turns out to be none.
+    pub(super) fn is_meant(&self) -> bool {
+        !self.in_reasoning && (self.form != Form::Plain || !self.calls.is_empty())
+    }
+
+    /// Grows while the block leads on, and stands still in markup that is not complete and in space.
+    pub(super) fn progress(&self) -> usize {
+        self.progress
     }
 
     /// What became of it.
@@ -216,7 +225,12 @@ impl Block {
             State::Invokes => self.between_invokes(text, sink),
             State::Parameters { first } => self.between_parameters(*first, text, sink),
             State::Header(..) => self.header(text, sink),
-            State::Text => self.text(text, sink),
+            State::Text => {
+                let from = self.cursor;
+                let goes_on = self.text(text, sink);
+                self.progress += self.cursor - from;
+                goes_on
+            }
             State::Collected(_) => self.collected(text, sink),
             State::Object(_) => self.object(text, sink),
             State::Closed(end) => self.after_closer(*end, text),
@@ -267,10 +281,7 @@ impl Block {
             self.end_call(sink);
         }
         match tag {
-            Tag::Invoke => {
-                self.has_invoke = true;
-                self.begin_header(Head::Invoke, tags.invoke_opener)
-            }
+            Tag::Invoke => self.begin_header(Head::Invoke, tags.invoke_opener),
             Tag::Parameter => self.begin_header(Head::Parameter, tags.parameter_opener),
             Tag::EndInvoke => self.finish_step(self.cursor + tags.invoke_closer.len(), State::Invokes),
             Tag::EndParameter => {
@@ -314,9 +325,9 @@ impl Block {
 
     fn begin_call(&mut self, header: Header, end: usize, sink: &mut Sink<'_>) -> bool {
         // Text that only might be a block must name tools that there are.
-        let must_be_declared = self.in_reasoning || self.form == Form::Bare && self.ended_calls == 0;
+        let must_be_declared = self.in_reasoning || self.form != Form::Marked && self.ended_calls == 0;
         self.tool = self.tools.iter().position(|tool| tool.name() == header.name);
-        if must_be_declared && self.tool.is_none() {
+        if header.name.is_empty() || must_be_declared && self.tool.is_none() {
             return self.fail(self.cursor);
         }
         self.calls.begin(header.name, sink);
@@ -391,7 +402,10 @@ impl Block {
         let closer = self.tags.parameter_closer;
         let from = self.scanned;
         let end = find_tag(text, &mut self.scanned, [(closer, ())]);
-        value.strings.follow(&text.as_bytes()[from..self.scanned]);
+        let piece = &text[from..self.scanned];
+        let is_space = value.reading.is_json() && !value.strings.inside() && piece.trim_ascii().is_empty();
+        self.progress += if is_space { 0 } else { piece.len() };
+        value.strings.follow(piece.as_bytes());
         if end.is_none() {
             return false;
         }
@@ -418,10 +432,20 @@ impl Block {
 
     fn object(&mut self, text: &str, sink: &mut Sink<'_>) -> bool {
         let State::Object(strings) = &mut self.state else { return false };
-        let from = self.scanned;
         let closers = iter::once((self.tags.invoke_closer, Tag::EndInvoke)).chain(block_closers(self.tags));
-        let end = find_tag(text, &mut self.scanned, closers);
-        strings.follow(&text.as_bytes()[from..self.scanned]);
+        let end = loop {
+            let from = self.scanned;
+            let end = find_tag(text, &mut self.scanned, closers.clone());
+            let piece = &text[from..self.scanned];
+            self.progress += if !strings.inside() && piece.trim_ascii().is_empty() { 0 } else { piece.len() };
+            strings.follow(piece.as_bytes());
+            if !strings.inside() || self.scanned == text.len() {
+                break end;
+            }
+            // A tag inside a string is text.
+            strings.follow(b"<");
+            self.scanned += 1;
+        };
         let Some(tag) = end else { return false };
         let body = &text[self.cursor..self.scanned];
         self.cursor = self.scanned;
@@ -493,6 +517,7 @@ impl Block {
     }
 
     fn become_state(&mut self, state: State) -> bool {
+        self.progress += 1;
         self.state = state;
         true
     }

@@ -18,6 +18,11 @@ impl Calls {
         self.calls
     }
 
+    /// Whether no call has begun.
+    pub(super) fn is_empty(&self) -> bool {
+        self.calls.is_empty()
+    }
+
     /// Whether the open call has no argument yet.
     pub(super) fn has_no_argument(&self) -> bool {
         self.objects == [false]

@@ -1,9 +1,9 @@
 //! The headers of calls and parameters: `<｜DSML｜parameter name="path" string="true">`.
 
 /// What a header says.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 pub(super) struct Header {
-    /// The attribute `name`, never empty.
+    /// The attribute `name`.
     pub(super) name: String,
     /// The attribute `string`, if it is there with one of its two values.
     pub(super) string: Option<bool>,
@@ -16,20 +16,20 @@ impl Header {
     /// `None` if it is anything else.
     pub(super) fn read(text: &str) -> Option<Self> {
         let self_closing = text.ends_with('/');
-        let mut header = Self { self_closing, ..Self::default() };
+        let (mut name, mut string) = (None, None);
         let mut rest = text.strip_suffix('/').unwrap_or(text);
         while !rest.trim_ascii().is_empty() {
             let attribute = rest.strip_prefix(|c: char| c.is_ascii_whitespace())?;
             let (key, value) = attribute.split_once('=')?;
             let (value, after) = value.trim_ascii_start().strip_prefix('"')?.split_once('"')?;
             match key.trim_ascii() {
-                "name" => header.name = decode_entities(value),
-                "string" => header.string = value.parse().ok(),
+                "name" => name = Some(decode_entities(value)),
+                "string" => string = value.parse().ok(),
                 _ => {}
             }
             rest = after;
         }
-        (!header.name.is_empty()).then_some(header)
+        Some(Self { name: name?, string, self_closing })
     }
 }
 

@@ -11,8 +11,9 @@
 //!
 //! - `</think>` ends reasoning wherever it stands there, even in a block's value: a block in reasoning counts only if none comes.
 //! - After text that looked like a block and is none, the search goes on at the tag that was wrong, not inside what was read.
-//! - `<tool_calls>`, which an answer may talk about, begins a block only if a call follows it at once. A call without an opener
-//!   is kept back until its closer comes; after it, anything but another call or the block's closer ends the block.
+//! - `<tool_calls>`, which an answer may talk about, begins a block only if a call of a declared tool follows it at once. It, and
+//!   a call without an opener, is kept back until that call is closed; after a call without an opener, anything but another
+//!   call or the block's closer ends the block.
 //! - The opener of the next call closes an open one, as the block's closer does.
 //! - A parameter given twice stands twice in the arguments' text, since the first may be out already. Readers of JSON take the last.
 //! - What is nested inside a parameter is not looked up in the schema.
@@ -56,8 +57,10 @@ pub enum Position {
     JsonStructure,
     /// A string in JSON.
     JsonString,
-    /// After the turn's end: the block was closed, or is markup without end. Generation should stop.
+    /// After the turn's end: the block was closed. Generation should stop.
     Done,
+    /// In a block that is markup without end. Generation should stop.
+    Runaway,
     /// After a block that closed inside reasoning: it is a call if the turn ends here, and reasoning if it goes on.
     ClosedInReasoning,
 }
@@ -69,6 +72,10 @@ pub enum EngineFinish {
     Stop,
     /// There was no room for more.
     Length,
+    /// The block of calls led nowhere for too long ([`Position::Runaway`], [`TurnParser::is_idle`]): it is malformed.
+    Runaway,
+    /// Somebody stopped the turn. Then there are no calls.
+    Interrupted,
 }
 
 /// How a turn ended.
@@ -76,7 +83,7 @@ pub enum EngineFinish {
 pub enum Finish {
     /// The model was done.
     Stop,
-    /// There was no room for more.
+    /// It was cut off: there was no room for more, or somebody stopped it.
     Length,
     /// With calls.
     ToolCalls,
@@ -93,8 +100,11 @@ pub struct Turn {
     pub calls: Vec<Call>,
     /// How it ended.
     pub finish: Finish,
-    /// Whether there was a block of calls that is none. Its text ends the content, unless [`Finish::Length`] cut it off.
+    /// Whether there was a block of calls that is none. Its text ends the content (the reasoning, if it stood there), unless
+    /// [`Finish::Length`] cut it off.
     pub malformed: bool,
+    /// How many bytes at the content's end are the text of a malformed block, with the space before it.
+    pub malformed_bytes: usize,
     /// The text of the block that `calls` came from, exactly as it was generated, with the space before it; `None` if there are no calls.
     pub raw_block: Option<String>,
 }

@@ -55,7 +55,7 @@ static PLAIN: Tags = Tags {
 pub(super) enum Form {
     /// An opener that nothing but a block begins with.
     Marked,
-    /// `<tool_calls>`, which prose may mention: a block if a call follows at once.
+    /// `<tool_calls>`, which prose may mention: a block if a call of a declared tool follows at once and is closed.
     Plain,
     /// A call without an opener before it: a block if it is a call of a declared tool and its closer comes.
     Bare,
@@ -72,7 +72,7 @@ pub(super) struct Opener {
     pub(super) tags: &'static Tags,
 }
 
-/// Every way in which a block begins (docs/spec/conversation.md §4.3, rule 4).
+/// Every way in which a block begins (docs/spec/conversation.md §4.3, rule 4), the canonical one first.
 pub(super) static OPENERS: [Opener; 6] = [
     Opener { text: dsml::BLOCK_OPENER, form: Form::Marked, tags: &DSML },
     Opener { text: "<｜DSML｜toolcalls>", form: Form::Marked, tags: &DSML },

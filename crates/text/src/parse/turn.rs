@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::block::{Block, Status};
 use super::events::{Event, Sink};
-use super::tags::{self, END_OF_TURN, END_THINK, Form, MARKED, Match, OPENERS, Opener, THINK, compare};
+use super::tags::{self, END_OF_TURN, END_THINK, MARKED, Match, OPENERS, Opener, THINK, compare};
 use super::{EngineFinish, Finish, ParseOptions, Position, Turn};
 use crate::Utf8Stream;
 use crate::prompt::{Call, Tool};
@@ -16,6 +16,7 @@ pub struct TurnParser {
     /// Whether a `</think>` in the answer is dropped.
     thinking: bool,
     tools: Option<Arc<[Tool]>>,
+    blocks: Blocks,
     utf8: Utf8Stream,
     /// Text of which something is not dealt with.
     buffer: String,
@@ -28,9 +29,20 @@ pub struct TurnParser {
     /// The space at the end of the text so far, which may be the separator of a block.
     space: String,
     in_reasoning: bool,
+    /// Whether what came last led nowhere.
+    is_idle: bool,
     state: State,
     reasoning: String,
     content: String,
+}
+
+/// Which openers begin a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Blocks {
+    /// Every one.
+    All,
+    /// The canonical one in the answer, once it was announced.
+    Announced(bool),
 }
 
 #[derive(Debug)]
@@ -51,7 +63,6 @@ enum State {
 #[derive(Debug)]
 struct Pending {
     block: Block,
-    form: Form,
     /// The block's text is searched for `</think>` up to here.
     searched: usize,
     /// Events of a block that may turn out to be text.
@@ -70,6 +81,7 @@ impl TurnParser {
         Self {
             thinking: options.thinking,
             tools: options.tools.as_deref().map(Arc::from),
+            blocks: Blocks::All,
             utf8: Utf8Stream::default(),
             buffer: String::new(),
             start: 0,
@@ -77,9 +89,23 @@ impl TurnParser {
             visible: 0,
             space: String::new(),
             in_reasoning: options.thinking,
+            is_idle: false,
             state: State::Start,
             reasoning: String::new(),
             content: String::new(),
+        }
+    }
+
+    /// A parser that takes no block but one in the answer with the canonical opener and announced by
+    /// [`TurnParser::announce_block`]: so there are no calls but those that grammar mode watched over.
+    pub fn strict(options: &ParseOptions) -> Self {
+        Self { blocks: Blocks::Announced(false), ..Self::new(options) }
+    }
+
+    /// Tells that the bytes pushed next are the marker of a block's opener, of which `<` has come: [`TurnParser::strict`].
+    pub fn announce_block(&mut self) {
+        if let Blocks::Announced(announced) = &mut self.blocks {
+            *announced = true;
         }
     }
 
@@ -88,9 +114,25 @@ impl TurnParser {
         if matches!(self.state, State::Done { .. }) {
             return;
         }
+        let before = self.block_progress();
         self.utf8.push_to(bytes, &mut self.buffer);
         self.visible = self.buffer.len() - tags::end_of_turn_bytes(&self.buffer);
         self.advance(&mut Sink::new(events));
+        self.is_idle = before.is_some() && before == self.block_progress();
+    }
+
+    /// Whether the bytes pushed last, in a block of calls, led nowhere: markup that is not complete, or space that is no
+    /// value's. A block that goes on like this should be stopped.
+    pub fn is_idle(&self) -> bool {
+        self.is_idle
+    }
+
+    /// How far a block has come.
+    fn block_progress(&self) -> Option<usize> {
+        match &self.state {
+            State::Block(pending) => Some(pending.block.progress()),
+            _ => None,
+        }
     }
 
     /// Whether what comes next is reasoning.
@@ -102,12 +144,11 @@ impl TurnParser {
     pub fn position(&self) -> Position {
         match &self.state {
             // Half an opener counts as soon as it can be nothing else.
-            State::Text if self.buffer[self.scanned..].starts_with(MARKED) && self.tools.is_some() => {
-                Position::Structure
-            }
+            State::Text if self.buffer[self.scanned..].starts_with(MARKED) && self.may_open() => Position::Structure,
             State::Start | State::Text | State::Malformed { runaway: false } => Position::Free,
             State::Block(pending) => pending.block.position(self.live()),
-            State::Malformed { runaway: true } | State::Done { .. } => Position::Done,
+            State::Malformed { runaway: true } => Position::Runaway,
+            State::Done { .. } => Position::Done,
         }
     }
 
@@ -170,7 +211,7 @@ impl TurnParser {
                     self.hand_out(self.scanned, sink);
                     let tools = self.tools.clone().unwrap_or_default();
                     let block = Block::new(opener, tools, self.in_reasoning);
-                    let pending = Pending { block, form: opener.form, searched: 0, withheld: Vec::new() };
+                    let pending = Pending { block, searched: 0, withheld: Vec::new() };
                     self.state = State::Block(Box::new(pending));
                     return true;
                 }
@@ -184,9 +225,26 @@ impl TurnParser {
     /// What the `<` at `scanned` begins.
     fn tag(&self) -> Match<Tag> {
         let end_think = (self.in_reasoning || self.thinking).then_some((END_THINK, Tag::EndThink));
-        let openers = OPENERS.iter().filter(|_| self.tools.is_some());
-        let text = &self.buffer[self.scanned..self.visible];
-        compare(text, end_think.into_iter().chain(openers.map(|opener| (opener.text, Tag::Opener(opener)))))
+        let openers = self.openers().iter().map(|opener| (opener.text, Tag::Opener(opener)));
+        match compare(&self.buffer[self.scanned..self.visible], end_think.into_iter().chain(openers)) {
+            Match::Whole(Tag::Opener(_)) if !self.may_open() => Match::No,
+            found => found,
+        }
+    }
+
+    /// The openers to look for.
+    fn openers(&self) -> &'static [Opener] {
+        match self.blocks {
+            _ if self.tools.is_none() => &[],
+            Blocks::All => &OPENERS,
+            Blocks::Announced(_) if self.in_reasoning => &[],
+            Blocks::Announced(_) => &OPENERS[..1],
+        }
+    }
+
+    /// Whether an opener that comes now begins a block.
+    fn may_open(&self) -> bool {
+        !self.openers().is_empty() && self.blocks != Blocks::Announced(false)
     }
 
     /// Deals with a `</think>` at `at`. In the answer it is dropped; what precedes it is still the end of the text so far.
@@ -289,44 +347,49 @@ impl TurnParser {
 
     /// Settles what the end of the turn settles.
     fn end(mut self, finish: EngineFinish, sink: &mut Sink<'_>) -> Turn {
-        let mut malformed = false;
-        match &self.state {
-            State::Start | State::Text => self.hand_out_all(sink),
-            State::Block(_) => malformed = !self.end_block(finish, sink),
-            State::Malformed { .. } => {
-                malformed = true;
+        let content_bytes = self.content.len();
+        let malformed = match &self.state {
+            State::Start | State::Text => {
                 self.hand_out_all(sink);
+                false
             }
-            State::Done { .. } => {}
-        }
-        let finish = match finish {
-            EngineFinish::Stop => Finish::Stop,
-            EngineFinish::Length => Finish::Length,
+            State::Block(_) => !self.end_block(finish, sink),
+            State::Malformed { .. } => {
+                self.hand_out_all(sink);
+                true
+            }
+            State::Done { .. } => finish == EngineFinish::Interrupted,
         };
-        let Self { reasoning, content, .. } = self;
-        match self.state {
-            State::Done { calls, raw_block } => {
-                let (finish, raw_block) = (Finish::ToolCalls, Some(raw_block));
-                Turn { reasoning, content, calls, finish, malformed: false, raw_block }
-            }
-            _ => Turn { reasoning, content, calls: Vec::new(), finish, malformed, raw_block: None },
-        }
+        let malformed_bytes = if malformed { self.content.len() - content_bytes } else { 0 };
+        let Self { reasoning, content, state, .. } = self;
+        let (finish, calls, raw_block) = match (state, finish) {
+            (State::Done { calls, raw_block }, _) if !malformed => (Finish::ToolCalls, calls, Some(raw_block)),
+            (_, EngineFinish::Stop | EngineFinish::Runaway) => (Finish::Stop, Vec::new(), None),
+            (_, EngineFinish::Length | EngineFinish::Interrupted) => (Finish::Length, Vec::new(), None),
+        };
+        Turn { reasoning, content, calls, finish, malformed, malformed_bytes, raw_block }
     }
 
-    /// Settles what a block is that the end of the turn found open, or closed inside reasoning. False if it should have been a block.
+    /// Settles what a block is that the end of the turn found open, or closed inside reasoning. False if it is malformed.
     fn end_block(&mut self, finish: EngineFinish, sink: &mut Sink<'_>) -> bool {
         let text = &self.buffer[self.start..self.visible];
         let State::Block(pending) = &mut self.state else { return true };
-        let is_certain = pending.block.is_certain();
-        let is_complete = pending.block.is_complete(text);
-        if is_complete || is_certain && finish == EngineFinish::Stop && pending.block.repair(text, sink) {
+        let block = &mut pending.block;
+        let is_certain = block.is_certain();
+        let is_good = match finish {
+            EngineFinish::Stop => block.is_complete(text) || is_certain && block.repair(text, sink),
+            EngineFinish::Length => block.is_complete(text),
+            EngineFinish::Runaway | EngineFinish::Interrupted => false,
+        };
+        if is_good {
             sink.release(&mut pending.withheld);
             let end = self.start + text.trim_ascii_end().len();
             self.accept(end);
             return true;
         }
-        let is_text = self.in_reasoning || pending.form == Form::Plain && !is_certain;
-        if !is_certain || finish == EngineFinish::Stop {
+        let is_text = !block.is_meant() && finish != EngineFinish::Runaway;
+        let is_cut_off = matches!(finish, EngineFinish::Length | EngineFinish::Interrupted);
+        if !(is_certain && is_cut_off) {
             self.hand_out_all(sink);
         }
         is_text
