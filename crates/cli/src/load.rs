@@ -57,8 +57,8 @@ impl ModelFile {
         tokenizer(&self.name, &self.header.metadata, &self.model.config)
     }
 
-    /// Reads the weights that are to be in memory, as the plan for `work` says, and tells what it warns of and why another
-    /// reader than the fastest is used where that matters.
+    /// Reads the weights that are to be in memory, as the plan for `work` says, and tells what it warns of and why
+    /// another reader than the fastest is used where that matters.
     ///
     /// # Errors
     /// There is no plan, a read failed, or a weight holds what no model can have.

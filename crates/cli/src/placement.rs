@@ -10,8 +10,8 @@ use store::{ExpertExtents, Needs, Plan, Request, Residency};
 
 use crate::{flags, terminal};
 
-/// Rows of the passes that a prompt is read in: enough to use each weight many times, few enough for the bar to move. The
-/// same for every plan: memory never changes how a model computes.
+/// Rows of the passes that a prompt is read in: enough to use each weight many times, few enough for the bar to move.
+/// The same for every plan: memory never changes how a model computes.
 pub const PASS_ROWS: usize = 256;
 
 /// Code, tables, stacks of threads, buffers of files: what the program takes for any model.
@@ -77,8 +77,8 @@ fn size_classes(layers: &[ExpertExtents]) -> Vec<SizeClass> {
     slot_bytes.iter().enumerate().map(class).collect()
 }
 
-/// The directory of tensors and the vocabulary, as they stand in the header and as the tokenizer holds them: each string
-/// a few times, and an entry in a table.
+/// The directory of tensors and the vocabulary, as they stand in the header and as the tokenizer holds them: each
+/// string a few times, and an entry in a table.
 fn header_bytes(header: &Gguf) -> u64 {
     const STRING_BYTES: u64 = 300;
     let strings = |key: &str| header.metadata.str_array(key).map_or(0, |strings| strings.len() as u64);

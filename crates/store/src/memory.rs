@@ -108,7 +108,9 @@ mod tests {
             println!("skipped: this system does not say how much memory is available");
             return;
         }
-        assert!(matches!(check_available(1 << 60), Err(StoreError::Memory { available_bytes: Some(_), .. })));
+        let refused = check_available(1 << 60).unwrap_err();
+        assert!(matches!(refused, StoreError::Memory { available_bytes: Some(_), .. }));
+        assert!(refused.to_string().contains("--stream"), "{refused}");
         check_available(1 << 20).unwrap();
     }
 

@@ -31,7 +31,8 @@ pub enum StoreError {
     Cancelled(#[from] Cancelled),
     /// There is not enough memory for weights.
     #[error("the weights need {wanted_bytes} bytes of memory, but {}. Let experts stream from the \
-             file with --stream, with less --cache or --memory if they do already, use a smaller model, or end other programs",
+             file with --stream, with less --cache or --memory if they do already, use a smaller model, \
+             or end other programs",
             .available_bytes.map_or("the system refused them".to_owned(), |bytes| format!("{bytes} bytes are available")))]
     Memory {
         /// How many bytes were asked for.
