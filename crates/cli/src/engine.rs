@@ -15,8 +15,9 @@ use crate::output::Output;
 use crate::placement::{PASS_ROWS, Setting, Work};
 use crate::record::Recording;
 use crate::screen::Screen;
+use crate::setup;
 use crate::stats::Traffic;
-use crate::terminal::{self, Unit};
+use crate::terminal::{self, ReadingBar};
 
 /// A model ready to answer, and what it has read so far.
 pub struct Engine {
@@ -135,13 +136,12 @@ impl Engine {
         let (start, before) = (Instant::now(), self.backend.stats());
         let shared = self.session.tokens().iter().zip(prompt).take_while(|(held, wanted)| held == wanted).count();
         figures.kept_tokens = self.session.reuse(&self.backend, prompt);
-        figures.again_tokens = shared - figures.kept_tokens;
         let rest = &prompt[figures.kept_tokens..];
-        let bar = terminal::progress("reading", rest.len() as u64, Unit::Tokens);
-        let read = &mut |tokens| bar.set_position(tokens as u64);
-        let logits = self.session.prefill(&self.backend, rest, PASS_ROWS, cancel, read);
-        bar.finish_and_clear();
+        let bar = ReadingBar::new(rest.len());
+        let logits = self.session.prefill(&self.backend, rest, PASS_ROWS, cancel, &mut |tokens| bar.set(tokens));
+        drop(bar);
         let passes = self.session.tokens().len() - figures.kept_tokens;
+        figures.again_tokens = (shared - figures.kept_tokens).min(passes);
         figures.prefill = Traffic::between(before, self.backend.stats(), passes, start.elapsed());
         match logits {
             Err(error) if error.is_cancelled() => {
@@ -158,9 +158,21 @@ impl Engine {
     /// The model was made for fewer, or the session holds more.
     pub fn set_context(&mut self, tokens: usize) -> anyhow::Result<()> {
         let context = Context::new(&self.file.model.config, Some(tokens))?;
+        let held = self.session.tokens().len();
+        if held > tokens {
+            anyhow::bail!(
+                "found a context of {tokens} tokens, expected at least the {held} that the conversation holds. Ask for \
+                 more, or begin anew with /new"
+            );
+        }
         self.session.set_context(context)?;
         self.context = context;
         Ok(())
+    }
+
+    /// Bytes above which no text fits the context.
+    pub fn most_text_bytes(&self) -> u64 {
+        setup::most_text_bytes(&self.tokenizer, self.context)
     }
 
     /// Bytes that the session holds.

@@ -26,6 +26,15 @@ pub struct Figures {
 }
 
 impl Figures {
+    /// Adds what another reply cost.
+    pub fn add(&mut self, other: &Figures) {
+        self.kept_tokens += other.kept_tokens;
+        self.again_tokens += other.again_tokens;
+        self.prefill.add(&other.prefill);
+        self.answer_tokens += other.answer_tokens;
+        self.decode.add(&other.decode);
+    }
+
     /// Prints the line of a single prompt. The `seed` is told where it had an effect.
     pub fn print_for_prompt(&self, engine: &Engine, seed: Option<u64>) {
         let weights = engine.backend.weight_bytes();

@@ -43,9 +43,9 @@ impl Interrupts {
         let cancel = Arc::new(Cancel::default());
         let set = |to| *self.0.lock().expect("nothing panics in between") = to;
         set(Some(cancel.clone()));
-        terminal::mute_keys();
+        let muted = terminal::MutedKeys::new();
         let result = reply(&cancel);
-        terminal::unmute_keys();
+        drop(muted);
         set(None);
         result
     }

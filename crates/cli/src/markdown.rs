@@ -52,6 +52,14 @@ impl Style {
     }
 }
 
+/// Plain `text` with its words wrapped at `columns`.
+pub fn wrap(text: &str, columns: Option<usize>) -> String {
+    let mut paper = Paper::new(columns);
+    paper.put_text(text, Style::PLAIN);
+    paper.end_word();
+    paper.out
+}
+
 /// Renders one text.
 pub struct Markdown {
     base: Style,
@@ -75,6 +83,11 @@ impl Markdown {
     /// A text whose plain parts look like `base`, its words wrapped at `columns` if there is such a limit.
     pub fn new(base: Style, columns: Option<usize>) -> Markdown {
         Markdown { base, paper: Paper::new(columns), fence: None, line: Line::Start(String::new()) }
+    }
+
+    /// Words are wrapped at `columns` from here on.
+    pub fn set_columns(&mut self, columns: Option<usize>) {
+        self.paper.columns = columns;
     }
 
     /// Takes the next characters and returns what is to be printed.

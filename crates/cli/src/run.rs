@@ -27,8 +27,8 @@ pub fn run(flags: &flags::Run) -> anyhow::Result<Outcome> {
     let file = ModelFile::open(talk.model.as_deref())?;
     let tokenizer = file.tokenizer()?;
     let control = ControlTokens::find(&tokenizer).map_err(|error| anyhow::anyhow!("{}: {error}", file.name))?;
-    let tokens = encode(flags, &file, &tokenizer, &prompt)?;
     let context = Context::new(&file.model.config, talk.context_tokens)?;
+    let tokens = encode(flags, &file, &tokenizer, context, &prompt)?;
     context.check(0, tokens.len())?;
     let (sampling, seed) = (setup::sampling(talk), talk.seed.unwrap_or_else(setup::new_seed));
     let sampler = Sampler::new(sampling, seed)?;
@@ -89,13 +89,19 @@ fn read_standard_input(raw: bool) -> anyhow::Result<String> {
 }
 
 /// The prompt as the model reads it.
-fn encode(flags: &flags::Run, file: &ModelFile, tokenizer: &Tokenizer, prompt: &str) -> anyhow::Result<Vec<u32>> {
+fn encode(
+    flags: &flags::Run,
+    file: &ModelFile,
+    tokenizer: &Tokenizer,
+    context: Context,
+    prompt: &str,
+) -> anyhow::Result<Vec<u32>> {
     if flags.raw {
         return Ok(tokenizer.encode_with_control(prompt));
     }
     let encoding = setup::encoding(&flags.talk, file);
     let options = PromptOptions { encoding, mode: setup::mode(&flags.talk), drop_reasoning: true };
-    let system = setup::system(&flags.talk)?.map(Message::system);
+    let system = setup::system(&flags.talk, setup::most_text_bytes(tokenizer, context))?.map(Message::system);
     let messages: Vec<Message> = system.into_iter().chain([Message::user(prompt)]).collect();
     Ok(tokenizer.encode_segments(&render(tokenizer, &messages, &options)?))
 }

@@ -165,7 +165,7 @@ impl Printer {
     fn begin(part: Part) -> Result<Printer, WriteError> {
         let stream = part.stream();
         let style = if part == Part::Reasoning { Style::DIM } else { Style::default() };
-        let markdown = stream.is_colored().then(|| Markdown::new(style, terminal::columns()));
+        let markdown = stream.is_colored().then(|| Markdown::new(style, stream.columns()));
         if part == Part::Reasoning && markdown.is_none() {
             stream.write("<think>\n")?;
         }
@@ -175,7 +175,11 @@ impl Printer {
     fn print(&mut self, text: &str) -> Result<(), WriteError> {
         self.line_ended = text.ends_with('\n');
         match &mut self.markdown {
-            Some(markdown) => self.stream.write(&markdown.push(text)),
+            Some(markdown) => {
+                // The terminal may have been resized.
+                markdown.set_columns(self.stream.columns());
+                self.stream.write(&markdown.push(text))
+            }
             None if self.stream.is_terminal() => self.stream.write(&text.chars().map(harmless).collect::<String>()),
             None => self.stream.write(text),
         }

@@ -3,10 +3,14 @@
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::sync::Mutex;
+use std::sync::mpsc::{RecvTimeoutError, Sender};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressState, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcsetattr};
+
+use crate::markdown::wrap;
 
 /// Output that could not be written.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +50,15 @@ impl Stream {
     /// Whether text in it may be dimmed: on a terminal, unless NO_COLOR is set (<https://no-color.org>).
     pub fn is_colored(self) -> bool {
         self.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+    }
+
+    /// Columns of the terminal that shows it, as wide as it is now.
+    pub fn columns(self) -> Option<usize> {
+        let size = match self {
+            Stream::Out => rustix::termios::tcgetwinsize(io::stdout()),
+            Stream::Err => rustix::termios::tcgetwinsize(io::stderr()),
+        };
+        Some(size.ok()?.ws_col.into()).filter(|&columns| columns > 0)
     }
 
     /// Writes `text`, which arrives before this returns. That standard error cannot be written to, or that nobody is
@@ -97,7 +110,7 @@ pub fn dim_note(text: &str) {
 
 /// What went wrong, on standard error.
 pub fn error(error: &anyhow::Error) {
-    note(&escape_controls(&format!("error: {error}")));
+    note(&wrap(&escape_controls(&format!("error: {error}")), Stream::Err.columns()));
 }
 
 /// `bytes` for people.
@@ -105,26 +118,33 @@ pub fn bytes(bytes: u64) -> String {
     indicatif::BinaryBytes(bytes).to_string()
 }
 
-/// Columns of the terminal that shows standard output.
-pub fn columns() -> Option<usize> {
-    let size = rustix::termios::tcgetwinsize(io::stdout()).ok()?;
-    Some(size.ws_col.into()).filter(|&columns| columns > 0)
-}
-
-/// How the terminal at standard input was before [`mute_keys`].
+/// How the terminal at standard input was before [`MutedKeys`].
 static KEYS: Mutex<Option<Termios>> = Mutex::new(None);
 
-/// Keys typed from here on are not shown, so that they do not stand in the middle of a reply; they are not lost either.
-/// Nothing happens if standard input is no terminal.
-pub fn mute_keys() {
-    let Ok(before) = tcgetattr(io::stdin()) else { return };
-    let mut muted = before.clone();
-    muted.local_modes -= LocalModes::ECHO;
-    let _ = tcsetattr(io::stdin(), OptionalActions::Now, &muted);
-    *KEYS.lock().expect("nothing panics in between") = Some(before);
+/// As long as this lives, keys typed are not shown, so that they do not stand in the middle of a reply; they are not lost
+/// either. Nothing happens if standard input is no terminal.
+pub struct MutedKeys(());
+
+impl MutedKeys {
+    /// From here on.
+    pub fn new() -> MutedKeys {
+        if let Ok(before) = tcgetattr(io::stdin()) {
+            let mut muted = before.clone();
+            muted.local_modes -= LocalModes::ECHO;
+            let _ = tcsetattr(io::stdin(), OptionalActions::Now, &muted);
+            *KEYS.lock().expect("nothing panics in between") = Some(before);
+        }
+        MutedKeys(())
+    }
 }
 
-/// Undoes [`mute_keys`].
+impl Drop for MutedKeys {
+    fn drop(&mut self) {
+        unmute_keys();
+    }
+}
+
+/// Keys are shown again; for a process that ends while [`MutedKeys`] lives.
 pub fn unmute_keys() {
     if let Some(before) = KEYS.lock().expect("nothing panics in between").take() {
         let _ = tcsetattr(io::stdin(), OptionalActions::Now, &before);
@@ -168,4 +188,59 @@ pub fn progress(what: &'static str, total: u64, unit: Unit) -> ProgressBar {
     };
     let style = style.expect("the template is fixed").with_key("speed", speed);
     ProgressBar::new(total).with_style(style).with_message(what)
+}
+
+/// How long reading a prompt may take before a bar appears.
+const PATIENCE: Duration = Duration::from_millis(300);
+
+/// A progress bar over the tokens of a prompt on standard error, if that is a terminal. It appears once reading takes long
+/// enough to be waited for, moves by itself from then on, and vanishes when it is dropped.
+pub struct ReadingBar {
+    bar: ProgressBar,
+    /// Dropping the sender ends the thread that waits to show the bar.
+    waiter: Option<(Sender<()>, JoinHandle<()>)>,
+}
+
+impl ReadingBar {
+    /// A bar over `total` tokens.
+    pub fn new(total: usize) -> ReadingBar {
+        let bar = ProgressBar::with_draw_target(Some(total as u64), ProgressDrawTarget::hidden());
+        let template = "reading {wide_bar} {pos}/{len} tokens, {seconds}{speed}";
+        let seconds = |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+            let _ = write!(out, "{:.0} s", state.elapsed().as_secs_f64());
+        };
+        let speed = |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+            let (read, total) = (state.pos() as f64, state.len().unwrap_or(0) as f64);
+            let per_second = read / state.elapsed().as_secs_f64();
+            if read > 0.0 {
+                let _ = write!(out, ", {per_second:.1} t/s, {:.0} s left", (total - read) / per_second);
+            }
+        };
+        let style = ProgressStyle::with_template(template).expect("the template is fixed");
+        bar.set_style(style.with_key("seconds", seconds).with_key("speed", speed));
+        let (sender, ended) = std::sync::mpsc::channel();
+        let shown = bar.clone();
+        let waiter = std::thread::spawn(move || {
+            if ended.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+                shown.set_draw_target(ProgressDrawTarget::stderr());
+                shown.enable_steady_tick(Duration::from_millis(100));
+            }
+        });
+        ReadingBar { bar, waiter: Some((sender, waiter)) }
+    }
+
+    /// So many tokens have been read.
+    pub fn set(&self, tokens: usize) {
+        self.bar.set_position(tokens as u64);
+    }
+}
+
+impl Drop for ReadingBar {
+    fn drop(&mut self) {
+        if let Some((sender, waiter)) = self.waiter.take() {
+            drop(sender);
+            let _ = waiter.join();
+        }
+        self.bar.finish_and_clear();
+    }
 }

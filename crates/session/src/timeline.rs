@@ -1,6 +1,6 @@
 //! One timeline: tokens, and the state of a backend that has seen exactly these.
 
-use model::{Backend, Cancel, Config, NoObserver, Observer, Row, forward};
+use model::{Backend, Cancel, Config, NoObserver, Observer, Row, Stage, SubLayer, forward};
 
 use crate::Error;
 
@@ -102,8 +102,9 @@ impl<B: Backend> Session<B> {
         self.context.tokens - self.tokens.len()
     }
 
-    /// Reads `tokens` in passes of `chunk_tokens` and returns the logits `[vocab]` after the last one. After each pass
-    /// `done` is told how many of the tokens have been read.
+    /// Reads `tokens` in passes of `chunk_tokens` and returns the logits `[vocab]` after the last one. After each layer and
+    /// each pass `done` is told how many of the tokens have been read; those of the pass under way count by the share of
+    /// its layers that are done.
     ///
     /// Panics if `chunk_tokens` is 0.
     ///
@@ -122,7 +123,8 @@ impl<B: Backend> Session<B> {
         let (mut logits, mut read) = (Vec::new(), 0);
         for chunk in tokens.chunks(chunk_tokens) {
             let is_last = read + chunk.len() == tokens.len();
-            logits = self.pass(backend, chunk, is_last, cancel)?;
+            let (rows, layers) = (chunk.len(), backend.config().layers);
+            logits = self.pass(backend, chunk, is_last, cancel, &mut |layer| done(read + rows * layer / layers))?;
             read += chunk.len();
             done(read);
         }
@@ -152,19 +154,37 @@ impl<B: Backend> Session<B> {
         self.rewind(backend, shared.min(tokens.len().saturating_sub(1)))
     }
 
-    /// One forward pass over `tokens`; logits after the last of them, or none.
+    /// One forward pass over `tokens`; logits after the last of them, or none. `done` is told how many
+    /// layers the pass has been through.
     fn pass(
         &mut self,
         backend: &B,
         tokens: &[u32],
         last_logits: bool,
         cancel: &Cancel,
+        done: &mut dyn FnMut(usize),
     ) -> Result<Vec<f32>, model::Error> {
         let (start, end) = (self.tokens.len(), self.tokens.len() + tokens.len());
         let row = |(position, &token)| Row { session: 0, position, token, logits: last_logits && position + 1 == end };
         let rows = (start..end).zip(tokens).map(row).collect();
-        let logits = forward(backend, rows, &mut [&mut self.state], cancel, &mut *self.observer)?;
+        let mut observer = Layers { observer: &mut *self.observer, done };
+        let logits = forward(backend, rows, &mut [&mut self.state], cancel, &mut observer)?;
         self.tokens.extend_from_slice(tokens);
         backend.read_logits(logits)
+    }
+}
+
+/// Tells how many layers a pass has been through; shows all to another observer.
+struct Layers<'a, B: Backend> {
+    observer: &'a mut dyn Observer<B>,
+    done: &'a mut dyn FnMut(usize),
+}
+
+impl<B: Backend> Observer<B> for Layers<'_, B> {
+    fn after(&mut self, layer: Option<usize>, stage: Stage, backend: &B, pass: &B::Pass) -> Result<(), model::Error> {
+        if let (Some(layer), Stage::HcPost(SubLayer::Experts)) = (layer, stage) {
+            (self.done)(layer + 1);
+        }
+        self.observer.after(layer, stage, backend, pass)
     }
 }

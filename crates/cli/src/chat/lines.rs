@@ -5,7 +5,6 @@ use std::fs::File;
 use std::io::{BufRead, IsTerminal};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
 
 use reedline::{
     Color, ColumnarMenu, Completer, CompletionResult, EditCommand, Emacs, FileBackedHistory, Highlighter, KeyCode,
@@ -13,7 +12,7 @@ use reedline::{
     Signal, Span, StyledText, Suggestion, ValidationResult, Validator, default_emacs_keybindings,
 };
 
-use super::commands::COMMANDS;
+use super::commands::{COMMANDS, Named, home};
 use crate::terminal::{self, Stream};
 
 /// Messages that the history keeps.
@@ -111,10 +110,7 @@ fn plain_line() -> anyhow::Result<Input> {
 }
 
 /// A line editor whose Enter ends the message unless it stands behind a `\`.
-pub struct Editor {
-    reedline: Reedline,
-    continued: Continued,
-}
+pub struct Editor(Reedline);
 
 impl Editor {
     /// An editor that remembers nothing and completes nothing.
@@ -122,20 +118,20 @@ impl Editor {
         let mut keys = default_emacs_keybindings();
         let complete = ReedlineEvent::UntilFound(vec![ReedlineEvent::Menu(MENU.to_owned()), ReedlineEvent::MenuNext]);
         keys.add_binding(KeyModifiers::NONE, KeyCode::Tab, complete);
+        keys.add_binding(KeyModifiers::NONE, KeyCode::Enter, enter());
         keys.add_binding(KeyModifiers::ALT, KeyCode::Enter, ReedlineEvent::Edit(vec![EditCommand::InsertNewline]));
-        let continued = Continued::default();
         let reedline = Reedline::create()
             .with_edit_mode(Box::new(Emacs::new(keys)))
             .with_highlighter(Box::new(Unstyled))
-            .with_validator(Box::new(continued.clone()))
+            .with_validator(Box::new(Continues))
             .with_ansi_colors(Stream::Err.is_colored())
             .use_bracketed_paste(true);
-        Editor { reedline, continued }
+        Editor(reedline)
     }
 
     /// An editor with history, and with completion of commands and their files.
     fn for_messages() -> Editor {
-        let Editor { reedline, continued } = Editor::new();
+        let Editor(reedline) = Editor::new();
         let menu = ColumnarMenu::default().with_name(MENU).with_marker("");
         let mut reedline = reedline
             .with_completer(Box::new(Commands))
@@ -146,16 +142,21 @@ impl Editor {
             Ok(history) => reedline = reedline.with_history(Box::new(history)),
             Err(error) => terminal::dim_note(&format!("messages are not remembered: {error}")),
         }
-        Editor { reedline, continued }
+        Editor(reedline)
     }
 
     fn read(&mut self, prompt: &str) -> anyhow::Result<Input> {
-        let signal = self.reedline.read_line(&Label(prompt)).map_err(|error| {
+        let signal = self.0.read_line(&Label(prompt)).map_err(|error| {
             anyhow::anyhow!("the terminal cannot be read: {error}. Messages can also come from a pipe")
         })?;
-        let continuations = std::mem::take(&mut *self.continued.0.lock().expect("nothing panics in between"));
         Ok(match signal {
-            Signal::Success(text) => Input::Text(without_continuations(text, &continuations)),
+            Signal::Success(text) => {
+                // At once, so that it is remembered however the chat ends.
+                if let Err(error) = self.0.sync_history() {
+                    terminal::dim_note(&format!("the message is not remembered: {error}"));
+                }
+                Input::Text(text)
+            }
             Signal::CtrlD => Input::End,
             _ => Input::Interrupt,
         })
@@ -179,29 +180,34 @@ fn history_path() -> Option<PathBuf> {
     Some(state.join("infall/history"))
 }
 
-/// Enter behind a `\` begins a new line. What stood before it each time is kept, so that only these backslashes are
-/// removed, not those of a pasted text.
-#[derive(Clone, Default)]
-struct Continued(Arc<Mutex<Vec<String>>>);
-
-impl Validator for Continued {
-    fn validate(&self, text: &str) -> ValidationResult {
-        if !text.ends_with('\\') {
-            return ValidationResult::Complete;
-        }
-        self.0.lock().expect("nothing panics in between").push(text.to_owned());
-        ValidationResult::Incomplete
-    }
+/// Enter sends, unless the message ends in `\`: then the backslash becomes a line break, and the history holds what was
+/// sent. What a menu offers, and what a search has found, is taken first.
+fn enter() -> ReedlineEvent {
+    let edit = |commands: &[EditCommand]| ReedlineEvent::Edit(commands.to_vec());
+    let send_or_break = vec![
+        edit(&[EditCommand::MoveToEnd { select: false }]),
+        ReedlineEvent::Enter,
+        // Reached only if `Continues` has put a line break behind the backslash.
+        edit(&[
+            EditCommand::MoveLeft { select: false },
+            EditCommand::Backspace,
+            EditCommand::MoveRight { select: false },
+        ]),
+    ];
+    ReedlineEvent::UntilFound(vec![
+        ReedlineEvent::MenuAccept,
+        ReedlineEvent::Multiple(send_or_break),
+        ReedlineEvent::Enter,
+    ])
 }
 
-/// `text` without the backslashes that ended `continuations`, its beginnings from short to long.
-fn without_continuations(mut text: String, continuations: &[String]) -> String {
-    for before in continuations.iter().rev() {
-        if text.strip_prefix(before.as_str()).is_some_and(|rest| rest.starts_with('\n')) {
-            text.remove(before.len() - 1);
-        }
+/// A message that ends in `\` goes on.
+struct Continues;
+
+impl Validator for Continues {
+    fn validate(&self, text: &str) -> ValidationResult {
+        if text.ends_with('\\') { ValidationResult::Incomplete } else { ValidationResult::Complete }
     }
-    text
 }
 
 struct Label<'a>(&'a str);
@@ -260,25 +266,27 @@ impl Completer for Commands {
 }
 
 fn takes_file(command: &str) -> bool {
-    COMMANDS.iter().any(|(name, argument, _)| *name == command && *argument == "FILE")
+    COMMANDS.iter().any(|known| known.name == command && known.argument == "FILE")
 }
 
 fn command_names(typed: &str) -> Vec<Suggestion> {
-    let suggestion = |&(name, argument, help): &(&str, &str, &str)| Suggestion {
-        value: name.to_owned(),
-        description: Some(help.to_owned()),
+    let suggestion = |command: &Named| Suggestion {
+        value: command.name.to_owned(),
+        description: Some(command.help.to_owned()),
         span: Span::new(0, typed.len()),
-        append_whitespace: !argument.is_empty(),
+        append_whitespace: !command.argument.is_empty(),
         ..Suggestion::default()
     };
-    COMMANDS.iter().filter(|(name, ..)| name.starts_with(typed)).map(suggestion).collect()
+    COMMANDS.iter().filter(|command| command.name.starts_with(typed)).map(suggestion).collect()
 }
 
 /// The files and folders whose path begins with `typed`, which stands from `start` to `end` of the line.
 fn files(typed: &str, start: usize, end: usize) -> Vec<Suggestion> {
     let name_start = typed.rfind('/').map_or(0, |slash| slash + 1);
     let (folder, name) = typed.split_at(name_start);
-    let Ok(entries) = std::fs::read_dir(if folder.is_empty() { "." } else { folder }) else { return Vec::new() };
+    let Ok(entries) = std::fs::read_dir(if folder.is_empty() { ".".into() } else { home(folder) }) else {
+        return Vec::new();
+    };
     let matching = entries.filter_map(|entry| {
         let entry = entry.ok()?;
         let found = entry.file_name().into_string().ok()?;
@@ -291,20 +299,4 @@ fn files(typed: &str, start: usize, end: usize) -> Vec<Suggestion> {
     paths.sort();
     let suggestion = |value| Suggestion { value, span: Span::new(start, end), ..Suggestion::default() };
     paths.into_iter().map(suggestion).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_typed_continuations_lose_their_backslash() {
-        let typed = Continued::default();
-        for (text, complete) in [("a \\", false), ("a \\\nb \\", false), ("a \\\nb \\\nc", true)] {
-            assert_eq!(matches!(typed.validate(text), ValidationResult::Complete), complete);
-        }
-        let continuations = typed.0.lock().unwrap().clone();
-        assert_eq!(without_continuations("a \\\nb \\\nc".into(), &continuations), "a \nb \nc");
-        assert_eq!(without_continuations("a \\\nb \\\nc".into(), &[]), "a \\\nb \\\nc", "a pasted text");
-    }
 }

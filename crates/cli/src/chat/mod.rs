@@ -9,7 +9,7 @@ mod saved;
 use std::path::Path;
 
 use session::{Context, Sampler, StopReason};
-use text::prompt::{AssistantMessage, Call, ControlTokens, Message};
+use text::prompt::{AssistantMessage, Call, ControlTokens, Encoding, Message};
 
 use crate::engine::Engine;
 use crate::figures::{Figures, tokens};
@@ -20,19 +20,23 @@ use crate::placement::Work;
 use crate::screen::{Part, Screen};
 use crate::terminal::{self, Stream, dim_note, note};
 use crate::{Outcome, flags, setup, stats};
-use commands::{COMMANDS, Command};
-use conversation::{Conversation, Said};
+use commands::{Asked, COMMANDS, Command, Named, is_command};
+use conversation::{Change, Conversation, Given, Reply};
 use lines::{Input, Lines};
+use saved::Format;
 
 /// Runs the command. What needs no weights is checked before they are loaded.
 pub fn chat(flags: &flags::Chat) -> anyhow::Result<Outcome> {
     let conversation = begin(flags)?;
     let lines = Lines::new();
     let interrupts = Interrupts::new(!lines.is_interactive())?;
-    let mut chat = Chat { conversation, lines, interrupts, seed: flags.talk.seed, folds: false };
+    let talk = &flags.talk;
+    let encoding = talk.encoding;
+    let mut chat = Chat { conversation, lines, interrupts, encoding, seed: talk.seed, folds: false };
     if let Some(path) = &flags.load {
-        chat.load(path)?;
-        chat.apply_given(&flags.talk)?;
+        let reasons = talk.think || talk.effort.is_some();
+        let thinks = if talk.nothink { Some(false) } else { reasons.then_some(true) };
+        chat.load(path, Given { encoding, thinks, effort: talk.effort })?;
     }
     let outcome = chat.run()?;
     chat.conversation.engine.end_recording()?;
@@ -41,13 +45,14 @@ pub fn chat(flags: &flags::Chat) -> anyhow::Result<Outcome> {
 
 fn begin(flags: &flags::Chat) -> anyhow::Result<Conversation> {
     let talk = &flags.talk;
-    let system = setup::system(talk)?;
-    let tools = flags.tools.as_deref().map(setup::tools).transpose()?.unwrap_or_default();
     let file = ModelFile::open(talk.model.as_deref())?;
     let tokenizer = file.tokenizer()?;
     ControlTokens::find(&tokenizer).map_err(|error| anyhow::anyhow!("{}: {error}", file.name))?;
     let encoding = setup::encoding(talk, &file);
     let context = Context::new(&file.model.config, talk.context_tokens)?;
+    let most_bytes = setup::most_text_bytes(&tokenizer, context);
+    let system = setup::system(talk, most_bytes)?;
+    let tools = flags.tools.as_deref().map(|path| setup::tools(path, most_bytes)).transpose()?.unwrap_or_default();
     let sampling = setup::sampling(talk);
     Sampler::new(sampling, 0)?;
     let instructions = Message::System { content: system.clone().unwrap_or_default(), tools, response_format: None };
@@ -58,15 +63,16 @@ fn begin(flags: &flags::Chat) -> anyhow::Result<Conversation> {
     let mut conversation = Conversation {
         engine,
         messages: if has_instructions { vec![instructions] } else { Vec::new() },
-        encoding,
-        thinks: true,
-        effort: None,
+        format: Format { encoding, thinks: true, effort: None },
         sampling,
         max_tokens: talk.max_tokens.unwrap_or(usize::MAX),
         total: Figures::default(),
         replies: 0,
     };
-    conversation.set_thinking(!talk.nothink, talk.effort)?;
+    // A conversation to be loaded brings its own, to be checked together with what was given.
+    if flags.load.is_none() {
+        conversation.set_format(Format { encoding, thinks: !talk.nothink, effort: talk.effort })?;
+    }
     Ok(conversation)
 }
 
@@ -75,6 +81,8 @@ struct Chat {
     conversation: Conversation,
     lines: Lines,
     interrupts: Interrupts,
+    /// The prompt format that a flag names; it stands above what a file says.
+    encoding: Option<Encoding>,
     /// Of the next reply; `None` takes a new one each time.
     seed: Option<u64>,
     /// Whether reasoning is folded.
@@ -101,7 +109,7 @@ impl Chat {
                     Ok(Next::Go)
                 }
                 Input::Text(text) if text.trim().is_empty() => Ok(Next::Go),
-                Input::Text(text) if text.starts_with('/') => match text.parse() {
+                Input::Text(text) if is_command(&text) => match text.parse() {
                     Ok(command) => self.obey(command),
                     Err(error) => Err(anyhow::Error::from(error)),
                 },
@@ -120,19 +128,24 @@ impl Chat {
     fn obey(&mut self, command: Command) -> anyhow::Result<Next> {
         match command {
             Command::Help => help(),
-            Command::Think(effort) => {
-                let effort = effort.or(self.conversation.effort);
-                self.conversation.set_thinking(true, effort)?;
+            Command::Think(asked) => {
+                let format = self.conversation.format;
+                let effort = match asked {
+                    Asked::AsBefore => format.effort,
+                    Asked::Default => None,
+                    Asked::Effort(effort) => Some(effort),
+                };
+                self.conversation.set_format(Format { thinks: true, effort, ..format })?;
                 let effort = effort.map_or(String::new(), |effort| format!(", effort {effort}"));
                 dim_note(&format!("reasons before answering{effort}"));
             }
             Command::Nothink => {
-                self.conversation.set_thinking(false, self.conversation.effort)?;
+                self.conversation.set_format(Format { thinks: false, ..self.conversation.format })?;
                 dim_note("answers at once");
             }
             Command::Fold => self.fold()?,
             Command::Read(path) => {
-                let text = setup::read_text(&path)?;
+                let text = setup::read_text(&path, self.conversation.engine.most_text_bytes())?;
                 dim_note(&format!(
                     "sending {} ({} lines)",
                     terminal::escape_controls(&path.display().to_string()),
@@ -145,7 +158,7 @@ impl Chat {
                 self.conversation.save(&path)?;
                 dim_note(&format!("saved {} and {}", self.messages(), tokens(self.held_tokens())));
             }
-            Command::Load(path) => self.load(&path)?,
+            Command::Load(path) => self.load(&path, Given { encoding: self.encoding, ..Given::default() })?,
             Command::Retry => return self.retry(),
             Command::New => {
                 self.conversation.begin_anew();
@@ -160,31 +173,36 @@ impl Chat {
     /// Sends `news`, and the results of calls as long as the model makes some.
     fn say(&mut self, news: Vec<Message>) -> anyhow::Result<Next> {
         let (seed, mut screen) = (self.next_seed(), Screen::new(self.folds));
-        let said = self.interrupts.during(|cancel| self.conversation.say(news, seed, cancel, &mut screen))?;
-        self.after(said, seed)
+        let reply = self.interrupts.during(|cancel| self.conversation.say(news, seed, cancel, &mut screen))?;
+        self.after(reply, seed)
     }
 
     /// Lets the model answer the last message anew.
     fn retry(&mut self) -> anyhow::Result<Next> {
         let (seed, mut screen) = (self.next_seed(), Screen::new(self.folds));
-        let said = self.interrupts.during(|cancel| self.conversation.retry(seed, cancel, &mut screen))?;
-        self.after(said, seed)
+        let reply = self.interrupts.during(|cancel| self.conversation.retry(seed, cancel, &mut screen))?;
+        self.after(reply, seed)
     }
 
     /// Shows what is left to show of a reply, and sees to its calls.
-    fn after(&mut self, said: Said, seed: u64) -> anyhow::Result<Next> {
-        for call in &said.calls {
+    fn after(&mut self, reply: Reply, seed: u64) -> anyhow::Result<Next> {
+        let Reply { change, figures } = reply;
+        let calls = if let Change::Said(said) = &change { &said.calls[..] } else { &[] };
+        for call in calls {
             Stream::Out.write(&format!("→ {}\n", calls::pretty(call)))?;
         }
         let is_random = self.conversation.sampling.temperature > 0.0;
-        said.figures.print_for_turn(&self.conversation.engine, is_random.then_some(seed));
-        if said.is_nothing {
-            dim_note("nothing was said yet: your message was taken back");
+        figures.print_for_turn(&self.conversation.engine, is_random.then_some(seed));
+        match &change {
+            Change::Said(said) if said.malformed => {
+                note("the model wrote a call that is cut off or not in its format: it was not made");
+            }
+            Change::Said(_) => (),
+            Change::TakenBack => dim_note("nothing was said yet: your message was taken back"),
+            Change::Unanswered => dim_note("nothing was said yet: the results stay, /retry sends them again"),
+            Change::Nothing => dim_note("nothing was said yet: the conversation is as it was"),
         }
-        if said.malformed {
-            note("the model wrote a call that is cut off or not in its format: it was not made");
-        }
-        match said.figures.ended {
+        match figures.ended {
             Some(StopReason::Cancelled) if !self.lines.is_interactive() => return Ok(Next::End(Outcome::Interrupted)),
             Some(StopReason::ContextFull) => note(
                 "the context is full: /ctx N makes it larger (up to what the model was made for), /save FILE keeps the \
@@ -192,8 +210,8 @@ impl Chat {
             ),
             _ => (),
         }
-        if !said.calls.is_empty() {
-            return self.results(&said.calls);
+        if !calls.is_empty() {
+            return self.results(calls);
         }
         if self.lines.is_interactive() {
             note("");
@@ -242,20 +260,20 @@ impl Chat {
         Ok(())
     }
 
-    fn load(&mut self, path: &Path) -> anyhow::Result<()> {
-        self.conversation.load(path)?;
+    /// Goes on with a saved conversation. A format guessed from the model's name yields to the file's.
+    fn load(&mut self, path: &Path, given: Given) -> anyhow::Result<()> {
+        let before = self.conversation.format.encoding;
+        self.conversation.load(path, given)?;
+        let encoding = self.conversation.format.encoding;
+        if encoding != before {
+            dim_note(&format!("encoding {encoding}, as the conversation was saved"));
+        }
         dim_note(&format!("restored {} and {}, 0 read", self.messages(), tokens(self.held_tokens())));
         Ok(())
     }
 
-    /// Flags of the command line stand above what a loaded conversation says.
-    fn apply_given(&mut self, talk: &flags::Talk) -> anyhow::Result<()> {
-        let thinks = !talk.nothink && (talk.think || talk.effort.is_some() || self.conversation.thinks);
-        self.conversation.set_thinking(thinks, talk.effort.or(self.conversation.effort))
-    }
-
     fn stats(&self) {
-        let Conversation { engine, total, replies, thinks, effort, .. } = &self.conversation;
+        let Conversation { engine, total, replies, format: Format { thinks, effort, .. }, .. } = &self.conversation;
         let weights = engine.backend.weight_bytes();
         let effort = effort.map_or(String::new(), |effort| format!(", effort {effort}"));
         note(&format!("messages    {}", self.messages()));
@@ -295,11 +313,11 @@ impl Chat {
 }
 
 fn help() {
-    for (name, argument, help) in COMMANDS {
-        note(&format!("{:<24}{help}", format!("{name} {argument}")));
+    for Named { name, argument, help, .. } in COMMANDS {
+        note(&format!("{:<30}{help}", format!("{name} {argument}")));
     }
     dim_note(
         "A line that ends in \\, or Alt-Enter, goes on in the next one. Pasted lines stay together. Ctrl-R searches the \
-         history, Tab completes commands and files.",
+         history, Tab completes commands and files. Ctrl-C stops a reply, a second one ends the program.",
     );
 }

@@ -6,30 +6,49 @@
 //! ```
 //! Integers are little endian.
 
-use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::Path;
 
 use cpu::CpuBackend;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use session::{Context, Session};
-use text::prompt::Message;
+use text::prompt::{Encoding, Message};
 
 use crate::flags::Effort;
 use crate::output::Output;
+use crate::setup;
 
 const MAGIC: &[u8; 8] = b"infallCH";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// What is saved besides the session.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Saved {
     /// All messages, the system text and the tools among them.
     pub messages: Vec<Message>,
-    /// Whether the model reasons.
+    /// How they become a prompt.
+    #[serde(flatten)]
+    pub format: Format,
+}
+
+/// How messages become a prompt. A session holds the tokens of one format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Format {
+    /// The prompt format of the weights.
+    #[serde(serialize_with = "write_encoding", deserialize_with = "read_encoding")]
+    pub encoding: Encoding,
+    /// Whether the next reply reasons first.
     pub thinks: bool,
     /// How long it is asked to.
     pub effort: Option<Effort>,
+}
+
+fn write_encoding<S: Serializer>(encoding: &Encoding, to: S) -> Result<S::Ok, S::Error> {
+    to.collect_str(encoding)
+}
+
+fn read_encoding<'de, D: Deserializer<'de>>(from: D) -> Result<Encoding, D::Error> {
+    String::deserialize(from)?.parse().map_err(serde::de::Error::custom)
 }
 
 /// Why a file is no saved conversation.
@@ -51,8 +70,14 @@ impl Saved {
     /// Writes the conversation to `path`, whole or not at all.
     ///
     /// # Errors
-    /// The file cannot be written.
+    /// The file cannot be written, or what is there is no conversation.
     pub fn write(&self, session: &Session<CpuBackend>, backend: &CpuBackend, path: &Path) -> anyhow::Result<()> {
+        if path.exists() && !is_conversation(path) {
+            anyhow::bail!(
+                "{}: found something that `/save` did not write, and left it as it is. Choose another name",
+                path.display()
+            );
+        }
         let json = serde_json::to_vec(self)?;
         let mut head = [&MAGIC[..], &VERSION.to_le_bytes(), &(json.len() as u64).to_le_bytes(), &json].concat();
         head.extend(crc32fast::hash(&head).to_le_bytes());
@@ -68,12 +93,18 @@ impl Saved {
     /// The file cannot be read, is no saved conversation, is damaged, or belongs to another model.
     pub fn read(path: &Path, backend: &CpuBackend, context: Context) -> anyhow::Result<(Saved, Session<CpuBackend>)> {
         let named = |error: &dyn std::fmt::Display| anyhow::anyhow!("{}: {error}", path.display());
-        let file = File::open(path).map_err(|error| named(&SavedError::Io(error)))?;
+        let file = setup::open_regular(path).map_err(|error| named(&SavedError::Io(error)))?;
         let mut from = BufReader::new(file);
         let saved = read_head(&mut from).map_err(|error| named(&error))?;
         let session = Session::load(backend, context, &mut from).map_err(|error| named(&error))?;
         Ok((saved, session))
     }
+}
+
+/// Whether the file begins as a saved conversation does.
+fn is_conversation(path: &Path) -> bool {
+    let mut magic = [0; MAGIC.len()];
+    setup::open_regular(path).and_then(|mut file| file.read_exact(&mut magic)).is_ok() && magic == *MAGIC
 }
 
 /// Everything before the session.
