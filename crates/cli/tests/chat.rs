@@ -178,9 +178,16 @@ fn thinking_is_switched_without_a_restart() {
 fn commands_are_listed_completed_and_refused() {
     let terminal = Terminal::new(&["--nothink"]);
     let screen = terminal.ask("/help", "Pasted lines stay together");
-    for command in
-        ["/think [low|high|max]", "/nothink", "/fold", "/read FILE", "/ctx [N]", "/save FILE", "/load FILE", "/quit"]
-    {
+    for command in [
+        "/think [low|high|max|default]",
+        "/nothink",
+        "/fold",
+        "/read FILE",
+        "/ctx [N]",
+        "/save FILE",
+        "/load FILE",
+        "/quit",
+    ] {
         assert!(screen.contains(command), "{command} in {screen}");
     }
     terminal.ask("/hepl", "error: there is no command /hepl; /help lists them");
@@ -198,7 +205,10 @@ fn commands_are_listed_completed_and_refused() {
     terminal.wait_for("12 + 30 = 42\n");
     terminal.ask("/stats", "messages    2 messages");
     terminal.ask("/new", "began anew");
-    terminal.ask("/stats", "messages    0 messages");
+    let stats = terminal.ask("/stats", "messages    0 messages");
+    assert!(stats.rsplit_once("/stats").unwrap().1.contains("replies     0\n"), "{stats}");
+    terminal.ask("/ctx 10", "context: 0 of 10 tokens");
+    terminal.ask("/ctx 4096", "context: 0 of 4096 tokens");
     terminal.ask("/retry", "error: there is no message");
     terminal.type_text("/quit");
     terminal.keys(&["Enter"]);
@@ -217,7 +227,7 @@ fn several_lines_are_one_message() {
     terminal.ask("/new", "began anew");
     terminal.type_text("one \\");
     terminal.keys(&["Enter"]);
-    terminal.wait(|screen| screen.ends_with("> one \\\n…"), "the second line");
+    terminal.wait(|screen| screen.ends_with("> one\n…"), "the second line, without the backslash");
     terminal.type_text("two");
     terminal.keys(&["M-Enter"]);
     terminal.wait(|screen| screen.ends_with("two\n…"), "the third line");
@@ -272,6 +282,89 @@ fn a_saved_conversation_goes_on_without_being_read_again() {
     terminal.ask("/load talk", "restored 3 messages and 27 tokens, 0 read");
     terminal.ask("/load nowhere", "error: nowhere: it cannot be read");
     terminal.ask("/stats", "messages    3 messages");
+}
+
+/// Asks, saves, and loads in a second chat, which must hold what the first held and go on the same way.
+fn goes_on_as_if_it_had_never_ended(args: &[&str], question: &str, next: &str) {
+    let terminal = Terminal::new(args);
+    let ask = |text: &str, count: usize| {
+        terminal.type_text(text);
+        terminal.keys(&["Enter"]);
+        let ended = |screen: &str| screen.matches(" generated").count() == count && screen.ends_with('>');
+        terminal.wait(ended, "an answer")
+    };
+    let asked = ask(question, 1);
+    if asked.ends_with(")>") {
+        terminal.type_text("main.rs");
+        terminal.keys(&["Enter"]);
+        terminal.wait(|screen| screen.matches(" generated").count() == 2, "an answer");
+    }
+    terminal.ask("/save talk", "saved ");
+    let held = terminal.ask("/ctx", "context: ");
+    let held = held.rsplit_once("context: ").unwrap().1.split(' ').next().unwrap().to_owned();
+    assert_ne!(held, "0");
+    terminal.keys(&["C-l"]);
+    let expected = ask(next, 1);
+    assert!(expected.contains(" kept"), "{expected}");
+    terminal.quit();
+
+    terminal.start(&["--load", "talk"]);
+    let restored = terminal.wait_for("restored ");
+    assert!(restored.contains(&format!(" {held} tokens, 0 read")), "{held} tokens, {restored}");
+    assert_eq!(figures(&ask(next, 1)), figures(&expected));
+}
+
+#[test]
+fn a_saved_conversation_holds_its_encoding_and_effort() {
+    goes_on_as_if_it_had_never_ended(
+        &["--encoding", "v4-0731", "--effort", "high"],
+        "What is 12 + 30?",
+        "What is 5 + 8?",
+    );
+}
+
+#[test]
+fn a_saved_conversation_with_tools_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let tools = folder.path().join("tools.json");
+    std::fs::write(&tools, LIST_FILES).unwrap();
+    let args = ["--nothink", "--tools", tools.to_str().unwrap()];
+    goes_on_as_if_it_had_never_ended(&args, "List the files in the current folder.", "What is 5 + 8?");
+}
+
+#[test]
+fn messages_of_a_killed_chat_are_remembered() {
+    let terminal = Terminal::new(&["--nothink"]);
+    terminal.ask("What is 12 + 30?", "12 + 30 = 42\n");
+    terminal.type_text("one \\");
+    terminal.keys(&["Enter"]);
+    terminal.wait(|screen| screen.ends_with("> one\n…"), "the second line");
+    terminal.type_text("two");
+    terminal.keys(&["Enter"]);
+    terminal.wait(|screen| screen.matches(" generated").count() == 2 && screen.ends_with("\n>"), "an answer");
+    terminal.tmux(&["kill-session"]);
+    terminal.start(&["--nothink"]);
+    terminal.keys(&["Up"]);
+    terminal.wait(|screen| screen.ends_with("> one\n… two"), "the message as it was sent");
+    terminal.keys(&["Up", "Up"]);
+    terminal.wait(|screen| screen.ends_with("> What is 12 + 30?"), "the message before");
+}
+
+#[test]
+fn reading_shows_its_progress() {
+    let model = tiny("tiny-iq2");
+    let terminal = Terminal::new(&["-m", model.to_str().unwrap(), "--nothink", "--threads", "1", "-n", "1"]);
+    std::fs::write(terminal.path("long.txt"), "lorem ipsum ".repeat(400)).unwrap();
+    terminal.type_text("/read long.txt");
+    terminal.keys(&["Enter"]);
+    let screen = terminal.wait(|screen| screen.contains(" t/s, ") && screen.contains(" s left"), "the bar");
+    let line = screen.lines().find(|line| line.starts_with("reading ")).expect("a bar");
+    assert!(line.contains(" tokens, "), "{line}");
+    terminal.keys(&["C-c"]);
+    let screen = terminal.wait_for("your message was taken back");
+    assert!(screen.contains("| interrupted") && !screen.contains("again)"), "{screen}");
+    terminal.wait(|screen| screen.ends_with('>') && !screen.contains("reading "), "the prompt, without the bar");
+    terminal.ask("/stats", "messages    0 messages");
 }
 
 /// The last line of figures up to the speed of the answer, without speeds.
@@ -399,7 +492,7 @@ fn damaged_and_foreign_conversations_are_refused() {
 fn a_conversation_takes_its_place_whole() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("talk");
-    std::fs::write(&path, "older").unwrap();
+    save(&path);
     save(&path);
     assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 1, "no temporary file stays");
     assert!(std::fs::read(&path).unwrap().starts_with(b"infallCH"));
@@ -428,4 +521,68 @@ fn flags_that_exclude_each_other_are_refused() {
     {
         assert_eq!(run(&[&["chat"], args].concat()).code, Some(2), "{args:?}");
     }
+}
+
+#[test]
+fn flags_stand_above_a_saved_conversation() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("talk");
+    let path = path.to_str().unwrap();
+    let save = format!("/think low\nWhat is 12 + 30?\n/save {path}\n");
+    piped(&["--encoding", "v4-0731"], &save).success();
+    let load = |args: &[&str]| piped(&[&["--load", path], args].concat(), "/stats\n");
+    let ran = load(&[]);
+    assert!(ran.err.contains("encoding v4-0731, as the conversation was saved"), "{}", ran.err);
+    assert!(ran.err.contains("reasoning   on, effort low"), "{}", ran.err);
+    let ran = load(&["--encoding", "v4-2604"]);
+    assert!(ran.code == Some(1) && ran.err.contains("v4-2604"), "{}", ran.err);
+    for (args, expected) in
+        [(&["--encoding", "v4-2604", "--effort", "max"][..], "on, effort max"), (&["--nothink"], "off")]
+    {
+        let ran = load(args);
+        assert!(ran.code == Some(0) && ran.err.contains(&format!("reasoning   {expected}")), "{}", ran.err);
+    }
+}
+
+#[test]
+fn a_file_that_is_no_conversation_is_not_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("notes");
+    std::fs::write(&path, "dear to me").unwrap();
+    for target in [path.as_path(), dir.path()] {
+        let ran = piped(&["--nothink"], &format!("/save {}\n", target.display()));
+        assert!(ran.code == Some(1) && ran.err.contains("left it as it is"), "{}", ran.err);
+    }
+    assert_eq!(std::fs::read(&path).unwrap(), b"dear to me");
+}
+
+#[test]
+fn what_has_no_end_or_cannot_fit_is_not_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    assert!(Command::new("mkfifo").arg(path("pipe")).status().unwrap().success());
+    std::fs::File::create(path("huge")).unwrap().set_len(1 << 40).unwrap();
+    for (name, expected) in [
+        ("pipe", "found a pipe or a device"),
+        ("", "found a folder"),
+        ("/dev/zero", "found a pipe or a device"),
+        ("huge", "found 1099511627776 bytes, expected at most"),
+    ] {
+        let file = path(name);
+        for ran in [
+            piped(&[], &format!("/read {file}\n")),
+            piped(&["--system", &format!("@{file}")], ""),
+            run(&["run", "--system", &format!("@{file}"), "Hello"]),
+        ] {
+            assert!(ran.code == Some(1) && ran.err.contains(expected), "{}", ran.err);
+        }
+        let ran = piped(&[], &format!("/load {file}\n"));
+        assert!(ran.code == Some(1) && ran.err.contains("error: "), "{}", ran.err);
+    }
+}
+
+#[test]
+fn a_path_at_the_beginning_is_a_message() {
+    let ran = piped(&["--nothink"], "/usr/bin/env is what?\n");
+    assert!(!ran.err.contains("no command") && ran.err.contains(" generated"), "{}", ran.err);
 }
