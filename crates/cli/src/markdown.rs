@@ -99,7 +99,8 @@ impl Markdown {
     /// Ends the text. The last line is ended as well, unless nothing has been printed on it.
     pub fn finish(mut self) -> String {
         self.end_line();
-        if self.paper.column > 0 {
+        // What takes no column, a tab for one, may still have begun a style.
+        if self.paper.column > 0 || self.paper.style != Style::PLAIN {
             self.paper.line_break();
         }
         self.paper.out
@@ -623,6 +624,11 @@ mod tests {
             "12",
         ];
         prop::collection::vec(prop::sample::select(pieces.to_vec()), 0..40).prop_map(|pieces| pieces.concat())
+    }
+
+    #[test]
+    fn a_line_of_code_that_is_a_tab_ends_its_style() {
+        assert!(shown("```\n\t", None).ends_with("\t\x1b[0m\n"), "{:?}", shown("```\n\t", None));
     }
 
     proptest! {
