@@ -14,7 +14,6 @@
 //! and the randomness is ChaCha8, whose stream is specified (the key is the seed in its first 8 bytes, then zeros;
 //! nonce 0): a seed gives the same tokens on every machine and for any number of threads.
 
-use std::borrow::Cow;
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
@@ -69,10 +68,19 @@ pub struct Sampler {
     /// How often each token was chosen; in order of token, so that the arithmetic has one order.
     chosen: BTreeMap<u32, u32>,
     random: ChaCha8Rng,
+    scratch: Scratch,
+}
+
+/// Memory that each choice needs, kept from one to the next.
+#[derive(Clone, Debug, Default)]
+struct Scratch {
+    /// Logits with mask, bias and penalties.
+    adjusted: Vec<f32>,
+    kept: Vec<Candidate>,
 }
 
 /// A token that may be chosen, with its probability relative to the likeliest one's.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Candidate {
     token: u32,
     weight: f64,
@@ -92,7 +100,7 @@ impl Sampler {
         let mut key = [0; 32];
         key[..8].copy_from_slice(&seed.to_le_bytes());
         let random = ChaCha8Rng::from_seed(key);
-        Ok(Sampler { sampling, bias: Vec::new(), chosen: BTreeMap::new(), random })
+        Ok(Sampler { sampling, bias: Vec::new(), chosen: BTreeMap::new(), random, scratch: Scratch::default() })
     }
 
     /// The same with `bias` added to the logits of these tokens: OpenAI's `logit_bias`, where -100 bans a token and 100
@@ -120,42 +128,55 @@ impl Sampler {
     /// # Errors
     /// As [`Sampler::sample`].
     pub fn choose(&mut self, logits: &[f32], choice: Choice<'_>) -> Result<u32, Error> {
-        let logits = self.adjusted(logits, choice)?;
-        let best = argmax(&logits).ok_or(Error::NoFiniteLogit(logits.len()))?;
-        let token = if choice.greedy || self.sampling.temperature <= 0.0 {
-            best
-        } else {
-            let kept = candidates(&logits, logits[best as usize], self.sampling);
-            self.draw(&kept)
-        };
+        let Scratch { mut adjusted, mut kept } = std::mem::take(&mut self.scratch);
+        let token = self.adjust(logits, choice, &mut adjusted).and_then(|is_adjusted| {
+            self.choose_among(if is_adjusted { &adjusted } else { logits }, choice.greedy, &mut kept)
+        });
+        self.scratch = Scratch { adjusted, kept };
+        let token = token?;
         *self.chosen.entry(token).or_default() += 1;
         Ok(token)
     }
 
-    /// Steps 1 to 3: the logits with mask, bias and penalties; what may not be chosen is -∞.
-    fn adjusted<'l>(&self, logits: &'l [f32], choice: Choice<'_>) -> Result<Cow<'l, [f32]>, Error> {
-        let mut adjusted = Cow::Borrowed(logits);
+    /// Steps 4 and 5.
+    fn choose_among(&mut self, logits: &[f32], greedy: bool, kept: &mut Vec<Candidate>) -> Result<u32, Error> {
+        let best = argmax(logits).ok_or(Error::NoFiniteLogit(logits.len()))?;
+        if greedy || self.sampling.temperature <= 0.0 {
+            return Ok(best);
+        }
+        candidates(logits, logits[best as usize], self.sampling, kept);
+        Ok(self.draw(kept))
+    }
+
+    /// Steps 1 to 3: writes the logits with mask, bias and penalties, where there are any; what may not be chosen is -∞.
+    fn adjust(&self, logits: &[f32], choice: Choice<'_>, adjusted: &mut Vec<f32>) -> Result<bool, Error> {
+        let Sampling { presence_penalty, frequency_penalty, .. } = self.sampling;
+        let has_penalties = !choice.greedy && (presence_penalty != 0.0 || frequency_penalty != 0.0);
+        let is_penalized = has_penalties && !self.chosen.is_empty();
         if let Some(&(token, _)) = self.bias.iter().find(|&&(token, _)| token as usize >= logits.len()) {
             return Err(Error::BiasToken { token, vocab_size: logits.len() });
         }
-        for &(token, bias) in &self.bias {
-            add(&mut adjusted.to_mut()[token as usize], f64::from(bias));
+        if choice.allowed.is_none() && self.bias.is_empty() && !is_penalized {
+            return Ok(false);
         }
-        let Sampling { presence_penalty, frequency_penalty, .. } = self.sampling;
-        if !choice.greedy && (presence_penalty != 0.0 || frequency_penalty != 0.0) {
+        adjusted.clear();
+        match choice.allowed {
+            None => adjusted.extend_from_slice(logits),
+            Some(allowed) => {
+                let words = allowed.iter().copied().chain(std::iter::repeat(0));
+                logits.chunks(32).zip(words).for_each(|(logits, word)| extend_allowed(adjusted, logits, word));
+            }
+        }
+        for &(token, bias) in &self.bias {
+            add(&mut adjusted[token as usize], f64::from(bias));
+        }
+        if is_penalized {
             for (&token, &count) in &self.chosen {
                 let penalty = f64::from(count) * f64::from(frequency_penalty) + f64::from(presence_penalty);
-                add(&mut adjusted.to_mut()[token as usize], -penalty);
+                add(&mut adjusted[token as usize], -penalty);
             }
         }
-        if let Some(allowed) = choice.allowed {
-            for (word, logits) in adjusted.to_mut().chunks_mut(32).enumerate() {
-                let bits = allowed.get(word).copied().unwrap_or(0);
-                let barred = logits.iter_mut().enumerate().filter(|(bit, _)| bits >> bit & 1 == 0);
-                barred.for_each(|(_, logit)| *logit = f32::NEG_INFINITY);
-            }
-        }
-        Ok(adjusted)
+        Ok(true)
     }
 
     /// One of the candidates, by their weights.
@@ -186,34 +207,72 @@ fn add(logit: &mut f32, difference: f64) {
     *logit = (f64::from(*logit) + difference) as f32;
 }
 
-/// Step 5: the tokens that the settings leave, in order of token, or of weight where the settings need that order.
-fn candidates(logits: &[f32], max: f32, sampling: Sampling) -> Vec<Candidate> {
-    let Sampling { temperature, top_p, min_p, top_k, .. } = sampling;
-    let (max, temperature) = (f64::from(max), f64::from(temperature));
-    let weighed =
-        |(token, logit): (u32, f32)| Candidate { token, weight: libm::exp((f64::from(logit) - max) / temperature) };
-    let mut kept: Vec<Candidate> = if top_k > 0 {
-        likeliest(logits, top_k.min(TOP_K_CAP)).into_iter().map(weighed).collect()
-    } else if top_p < 1.0 {
-        finite(logits).map(weighed).collect()
-    } else {
-        // Most tokens are far too unlikely: a bound on the logit, with room for rounding, saves their `exp`.
-        let bound = max + temperature * libm::log(f64::from(min_p)) - 1e-3 * (1.0 + temperature);
-        finite(logits).filter(|&(_, logit)| f64::from(logit) >= bound).map(weighed).collect()
-    };
-    let total = total(&kept);
-    kept.retain(|candidate| candidate.weight >= f64::from(min_p));
-    if top_p < 1.0 {
-        // Tokens below this together weigh at most half of what lies behind the head: none of them is in it.
-        let tail = (1.0 - f64::from(top_p)) * total / (2 * logits.len()) as f64;
-        kept.retain(|candidate| candidate.weight >= tail);
-        keep_head(&mut kept, f64::from(top_p) * total);
+/// Appends those of up to 32 `logits` whose bit in `word` is set, -∞ for the others.
+fn extend_allowed(adjusted: &mut Vec<f32>, logits: &[f32], word: u32) {
+    match word {
+        0 => adjusted.resize(adjusted.len() + logits.len(), f32::NEG_INFINITY),
+        u32::MAX => adjusted.extend_from_slice(logits),
+        _ => adjusted.extend(
+            logits.iter().enumerate().map(|(bit, &logit)| if word >> bit & 1 == 1 { logit } else { f32::NEG_INFINITY }),
+        ),
     }
-    kept
 }
 
-/// Keeps the likeliest candidates that together weigh `enough`, by falling weight. Sorts no more than it must.
-fn keep_head(candidates: &mut Vec<Candidate>, enough: f64) {
+/// Step 5: the tokens that the settings leave, in order of token, or of weight where the settings need that order.
+fn candidates(logits: &[f32], max: f32, sampling: Sampling, kept: &mut Vec<Candidate>) {
+    let Sampling { temperature, top_p, min_p, top_k, .. } = sampling;
+    let (max, temperature, min_p) = (f64::from(max), f64::from(temperature), f64::from(min_p));
+    let weighed =
+        |(token, logit): (u32, f32)| Candidate { token, weight: libm::exp((f64::from(logit) - max) / temperature) };
+    kept.clear();
+    if top_k > 0 {
+        kept.extend(likeliest(logits, top_k.min(TOP_K_CAP)).into_iter().map(weighed));
+        let total = total(kept);
+        kept.retain(|candidate| candidate.weight >= min_p);
+        if top_p < 1.0 {
+            let head = head(kept, f64::from(top_p) * total);
+            kept.truncate(head);
+        }
+    } else if top_p < 1.0 {
+        for bound in [max - NEAR * temperature, f64::NEG_INFINITY] {
+            kept.clear();
+            kept.extend(finite(logits).filter(|&(_, logit)| f64::from(logit) >= bound).map(weighed));
+            if keep_head(kept, logits.len(), f64::from(top_p), min_p, bound == f64::NEG_INFINITY) {
+                return;
+            }
+        }
+    } else {
+        // Most tokens are far too unlikely: a bound on the logit, with room for rounding, saves their `exp`.
+        let bound = max + temperature * libm::log(min_p) - 1e-3 * (1.0 + temperature);
+        kept.extend(finite(logits).filter(|&(_, logit)| f64::from(logit) >= bound).map(weighed));
+        kept.retain(|candidate| candidate.weight >= min_p);
+    }
+}
+
+/// How many temperatures below the largest logit those are whose weights top-p looks at first. What lies further below weighs,
+/// over V4's vocabulary, a ten-thousandth of the likeliest token at most.
+const NEAR: f64 = 21.0;
+
+/// Keeps of the tokens near the likeliest one, out of `vocab`, those at least `min_p` times as likely of the shortest head with
+/// `top_p` of the mass of all, by falling weight. False if the others (none if `are_all`) could change the choice.
+fn keep_head(near: &mut Vec<Candidate>, vocab: usize, top_p: f64, min_p: f64, are_all: bool) -> bool {
+    let weight = total(near);
+    let others = (vocab - near.len()) as f64 * libm::exp(-NEAR);
+    // The mass of all, with room for rounding in whatever order it is summed.
+    let (least, most) =
+        if are_all { (weight, weight) } else { (weight * (1.0 - 1e-9), (weight + others) * (1.0 + 1e-9)) };
+    // Tokens below this together weigh at most half of what lies behind the head: none of them is in it.
+    let tail = (1.0 - top_p) * least / (2 * vocab) as f64;
+    near.retain(|candidate| candidate.weight >= min_p.max(tail));
+    let longest = head(near, top_p * most);
+    near.truncate(longest);
+    let others_are_out = are_all || min_p > 2.0 * libm::exp(-NEAR) || total(near) >= top_p * most;
+    others_are_out && head_of_sorted(near, top_p * least) == longest
+}
+
+/// How many of the likeliest candidates together weigh `enough`, all if they do not. Those come to the front, by falling weight;
+/// no more is sorted than must be.
+fn head(candidates: &mut [Candidate], enough: f64) -> usize {
     let mut guess = 64;
     loop {
         let sorted = guess.min(candidates.len());
@@ -221,19 +280,22 @@ fn keep_head(candidates: &mut Vec<Candidate>, enough: f64) {
             candidates.select_nth_unstable_by(sorted, heaviest_first);
         }
         candidates[..sorted].sort_unstable_by(heaviest_first);
-        let mut mass = 0.0;
-        let reaches = |candidate: &Candidate| {
-            mass += candidate.weight;
-            mass >= enough
-        };
-        if let Some(last) = candidates[..sorted].iter().position(reaches) {
-            return candidates.truncate(last + 1);
-        }
-        if sorted == candidates.len() {
-            return;
+        let head = head_of_sorted(&candidates[..sorted], enough);
+        if head < sorted || sorted == candidates.len() {
+            return head;
         }
         guess *= 8;
     }
+}
+
+/// How many of the first candidates together weigh `enough`, all if they do not.
+fn head_of_sorted(candidates: &[Candidate], enough: f64) -> usize {
+    let mut mass = 0.0;
+    let reaches = |candidate: &Candidate| {
+        mass += candidate.weight;
+        mass >= enough
+    };
+    candidates.iter().position(reaches).map_or(candidates.len(), |last| last + 1)
 }
 
 /// What the candidates weigh together, summed in their order.
@@ -254,12 +316,24 @@ fn argmax(logits: &[f32]) -> Option<u32> {
 /// The `count` tokens of the largest finite logits, largest first, equals by token.
 fn likeliest(logits: &[f32], count: usize) -> Vec<(u32, f32)> {
     let order = |a: &(u32, f32), b: &(u32, f32)| b.1.partial_cmp(&a.1).expect("finite").then(a.0.cmp(&b.0));
-    let mut tokens: Vec<(u32, f32)> = finite(logits).collect();
-    if count < tokens.len() {
-        tokens.select_nth_unstable_by(count, order);
-        tokens.truncate(count);
+    let mut tokens: Vec<(u32, f32)> = Vec::with_capacity(4 * count);
+    if count == 0 {
+        return tokens;
+    }
+    // Tokens come in order: one that only equals the last of `count` better ones comes after it.
+    let mut bound = f32::NEG_INFINITY;
+    for (token, logit) in finite(logits) {
+        if logit <= bound {
+            continue;
+        }
+        tokens.push((token, logit));
+        if tokens.len() == 4 * count {
+            bound = tokens.select_nth_unstable_by(count - 1, order).1.1;
+            tokens.truncate(count);
+        }
     }
     tokens.sort_unstable_by(order);
+    tokens.truncate(count);
     tokens
 }
 

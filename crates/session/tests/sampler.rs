@@ -1,5 +1,7 @@
 //! The sampler against a distribution computed in another, plainer way.
 
+use std::collections::HashSet;
+
 use proptest::prelude::*;
 use session::{Choice, Error, Logprobs, Sampler, Sampling};
 
@@ -244,6 +246,56 @@ fn a_large_vocabulary_is_cut_in_the_same_places() {
         println!("{sampling:?}: {kept} tokens kept");
         assert!(inside, "{sampling:?}");
     }
+}
+
+/// The shortest head by falling weight with `top_p` of the mass of all: every weight computed, all of them sorted.
+fn head_of_all(logits: &[f32], sampling: Sampling) -> Vec<u32> {
+    let max = f64::from(logits.iter().copied().fold(f32::MIN, f32::max));
+    let weigh = |logit: f32| libm::exp((f64::from(logit) - max) / f64::from(sampling.temperature));
+    let mut weights: Vec<(u32, f64)> = (0..).zip(logits).map(|(token, &logit)| (token, weigh(logit))).collect();
+    let enough = f64::from(sampling.top_p) * weights.iter().map(|(_, weight)| weight).sum::<f64>();
+    weights.retain(|&(_, weight)| weight >= f64::from(sampling.min_p));
+    weights.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    let mut mass = 0.0;
+    let last = weights.iter().position(|(_, weight)| {
+        mass += weight;
+        mass >= enough
+    });
+    weights[..last.map_or(weights.len(), |last| last + 1)].iter().map(|&(token, _)| token).collect()
+}
+
+/// Top-p looks first at tokens near the likeliest one. It must come to the head that all tokens give.
+#[test]
+fn top_p_bounds_by_logit_without_changing_the_head() {
+    let noise = |i: u64| (i.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1) >> 40) as f32 / (1 << 24) as f32;
+    for spread in [3.0, 20.0, 60.0] {
+        let logits: Vec<f32> = (0..20_000).map(|i| spread * (noise(i) + noise(i + 77_777) * noise(i + 5))).collect();
+        for (top_p, min_p, temperature) in [
+            (0.95, 0.0, 1.0),
+            (0.5, 0.05, 1.0),
+            (0.999, 0.0, 0.3),
+            (1.0 - 6e-8, 0.0, 1.0),
+            (0.9, 1e-9, 2.0),
+            (0.99, 1e-10, 6.0),
+            (0.0, 0.0, 1.0),
+        ] {
+            let sampling = Sampling { top_p, min_p, temperature, ..PLAIN };
+            let head: HashSet<u32> = head_of_all(&logits, sampling).into_iter().collect();
+            let mut sampler = Sampler::new(sampling, 3).unwrap();
+            let drawn: HashSet<u32> = (0..2000).map(|_| sampler.sample(&logits).unwrap()).collect();
+            assert!(drawn.is_subset(&head), "{sampling:?}, spread {spread}");
+            assert!(head.len() > 8 || drawn.len() * 4 >= head.len(), "{sampling:?}, spread {spread}: {drawn:?}");
+        }
+    }
+}
+
+/// Equal logits at the end of the likeliest: the first tokens of them count, wherever a search through the vocabulary stands.
+#[test]
+fn top_k_takes_the_first_of_equals() {
+    let logits: Vec<f32> = (0..5000).map(|i| if i % 7 == 3 { 2.0 } else { (i % 5) as f32 / 3.0 }).collect();
+    let found = Logprobs::new(&logits, 0, 20).top;
+    let expected: Vec<u32> = (0..20).map(|i| 3 + 7 * i).collect();
+    assert_eq!(found.iter().map(|&(token, _)| token).collect::<Vec<_>>(), expected);
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! Turns whose tokens the test dictates.
 
 mod common;
+#[path = "../../text/tests/common/mod.rs"]
+mod vocabularies;
 
 use std::ops::ControlFlow;
 
@@ -13,7 +15,7 @@ use session::{
 };
 use text::Tokenizer;
 use text::parse::{Event, Finish, ParseOptions};
-use text::prompt::{AssistantMessage, Encoding, Message, Mode, PromptOptions, Tool, render};
+use text::prompt::{AssistantMessage, Call, Encoding, Message, Mode, PromptOptions, Tool, render};
 
 const PROMPT: usize = 20;
 
@@ -401,13 +403,42 @@ fn an_outcome_tells_what_the_session_holds() {
     assert!(unread.iter().any(|&tokens| tokens > 3) && unread.contains(&0), "{unread:?}");
 }
 
+/// V4 has a token for `">` and two line ends, which a header's end alone would part.
+#[test]
+fn a_forced_call_without_parameters_has_the_tokens_of_a_rendered_one() {
+    let tokenizer = vocabularies::v4();
+    let vocabulary = Vocabulary::new(&tokenizer).unwrap();
+    let prompt_options = PromptOptions { encoding: Encoding::V4_2604, mode: Mode::Chat, drop_reasoning: true };
+    let system = Message::System { content: String::new(), tools: tools(), response_format: None };
+    let mut messages = vec![system, Message::user("What time is it?")];
+    let render =
+        |messages: &[Message]| tokenizer.encode_segments(&render(&tokenizer, messages, &prompt_options).unwrap());
+    let asked = render(&messages);
+    let calls = vec![Call { id: None, name: "now".to_owned(), arguments: "{}".to_owned() }];
+    messages.push(Message::Assistant(AssistantMessage { calls, ..AssistantMessage::default() }));
+    let whole = render(&messages);
+    let turn = whole[asked.len()..].strip_suffix(&[tokenizer.eos()]).unwrap().to_vec();
+    let (eos, vocab, script, before) = (tokenizer.eos(), tokenizer.vocab_size(), turn.clone(), asked.len());
+    let backend =
+        Scripted::new(move |tokens| one_hot(vocab, script.get(tokens.len() - before).copied().unwrap_or(eos)))
+            .with_vocabulary(vocab);
+    for constrain in [Constrain::Off, Constrain::Calls] {
+        let (mut session, logits) = backend.read(&asked, 4000);
+        let options = TurnOptions { choice: ToolChoice::Named("now".to_owned()), constrain, ..options(false) };
+        let receive = &mut |_| ControlFlow::Continue(());
+        let outcome =
+            run_turn(&backend, &vocabulary, &mut session, logits, &options, &Cancel::default(), receive).unwrap();
+        assert_eq!(outcome.tokens, turn, "{:?}", options.constrain);
+    }
+}
+
 /// A model that must call but ends its turn while it reasons.
 #[test]
 fn the_end_of_a_turn_that_must_call_ends_its_reasoning() {
     let tokenizer = tokenizer();
-    let opener = "\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name=\"now\">\n";
+    let opener = "\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name=\"now\">\n\n";
     let before = tokenizer.encode_with_control("Hm.");
-    let rest = tokenizer.encode_with_control("\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>");
+    let rest = tokenizer.encode_with_control("</｜DSML｜invoke>\n</｜DSML｜tool_calls>");
     let forced = tokenizer.encode_with_control(&format!("</think>{opener}")).len();
     let script = [before, vec![tokenizer.eos(); forced], rest].concat();
     let backend = Scripted::saying(PROMPT, script, tokenizer.eos());

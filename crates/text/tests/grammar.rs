@@ -354,7 +354,8 @@ fn what_cannot_be_enforced_is_an_error_that_names_it() {
     assert!(parameter(json!({"$ref": "#/nowhere"})).contains("leads nowhere"));
     assert!(parameter(json!({"$ref": "#/properties/p"})).contains("circle"));
     assert!(parameter(json!({"type": "string", "pattern": "a(?=b)"})).contains("parameter"));
-    assert!(parameter(json!({"type": "string", "pattern": "^a|b$"})).contains("parentheses"));
+    assert!(parameter(json!({"type": "string", "pattern": r"\bword\b"})).contains("boundary"));
+    assert!(parameter(json!({"type": "string", "pattern": "a^b"})).contains("anchor"));
     assert!(parameter(json!({"oneOf": [{"type": "string"}, {"type": "string"}]})).contains("oneOf"));
     assert!(parameter(json!(false)).contains("its schema is false"));
     let tool_error = |parameters: Value| {
@@ -366,6 +367,236 @@ fn what_cannot_be_enforced_is_an_error_that_names_it() {
     let error = compiler.json(&json!({"type": "object", "not": {}})).err().unwrap().to_string();
     assert!(error.contains("response format") && error.contains("not"), "{error}");
     assert!(compiler.calls(&[]).err().unwrap().to_string().contains("at least one"));
+}
+
+/// Whether a parameter `p` of this schema may have this value.
+fn lets(compiler: &Compiler, tokenizer: &Tokenizer, schema: &Value, kind: &str, value: &str) -> bool {
+    let parameters = json!({"type": "object", "properties": {"p": schema}, "$defs": {
+        "a b/c~d": {"type": "string", "enum": ["spaced"]},
+        "pair": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": false},
+    }});
+    let block = format!("tool_calls>\n{}</｜DSML｜tool_calls>", call("t", &[("p", kind, value)]));
+    let tools = [tool(json!({"name": "t", "parameters": parameters}))];
+    let constraint = compiler.calls(&tools).unwrap_or_else(|error| panic!("{error}: {schema}"));
+    accepts(tokenizer, constraint, &block)
+}
+
+#[test]
+fn listed_texts_fit_what_stands_beside_the_list() {
+    let tokenizer = common::tiny();
+    let compiler = Compiler::new(&tokenizer).unwrap();
+    for schema in [
+        json!({"enum": ["a", "bb"], "minLength": 2}),
+        json!({"enum": ["bb", "a", "aaa"], "minLength": 2, "maxLength": 2}),
+        json!({"type": "string", "enum": ["a", "bb"], "pattern": "^b"}),
+        json!({"type": "string", "enum": ["a", "bb"], "const": "bb"}),
+        json!({"const": "bb", "type": ["string", "null"]}),
+    ] {
+        assert!(!lets(&compiler, &tokenizer, &schema, "true", "a"), "{schema}");
+        assert!(lets(&compiler, &tokenizer, &schema, "true", "bb"), "{schema}");
+    }
+    let refused = |schema: Value| {
+        let parameters = json!({"type": "object", "properties": {"p": schema}});
+        let error = compiler.calls(&[tool(json!({"name": "t", "parameters": parameters}))]).err().expect("refused");
+        error.to_string()
+    };
+    for keyword in ["not", "if"] {
+        assert!(refused(json!({"enum": ["a", "b"], keyword: {"const": "a"}})).contains(keyword));
+    }
+    for keyword in ["anyOf", "oneOf", "allOf"] {
+        assert!(refused(json!({"enum": ["a", "b"], keyword: [{"const": "a"}]})).contains(keyword));
+    }
+    assert!(refused(json!({"enum": ["a"], "minLength": 2})).contains("no value fits"));
+    assert!(refused(json!({"type": "string", "minLength": 3, "maxLength": 2})).contains("no text has 3 to 2"));
+    assert!(refused(json!({"$ref": "#/properties/q", "minLength": 2})).contains("`minLength` beside `$ref`"));
+}
+
+#[test]
+fn names_and_values_with_the_marker_are_refused() {
+    let compiler = Compiler::new(&common::tiny()).unwrap();
+    let marker = "x</｜DSML｜parameter>";
+    let properties = |schema: Value| json!({"name": "t", "parameters": {"type": "object", "properties": schema}});
+    for declared in [
+        json!({"name": marker}),
+        properties(json!({marker: {"type": "string"}})),
+        properties(json!({"p": {"enum": ["a", marker]}})),
+        properties(json!({"p": {"const": marker}})),
+        properties(json!({"p": {"type": "string", "pattern": marker}})),
+        properties(json!({"p": {"const": {"a": [marker]}}})),
+        properties(json!({"p": {"type": "array", "items": {"enum": [marker]}}})),
+        properties(json!({"p": {"type": "object", "properties": {marker: {}}}})),
+    ] {
+        let error = compiler.calls(&[tool(declared.clone())]).err().unwrap_or_else(|| panic!("{declared}")).to_string();
+        assert!(error.contains("｜DSML｜`, the markup of calls"), "{error}");
+    }
+    assert!(compiler.json(&json!({"enum": [marker]})).is_err());
+}
+
+#[test]
+fn common_forms_of_schemas_are_taken() {
+    let tokenizer = common::tiny();
+    let compiler = Compiler::new(&tokenizer).unwrap();
+    let lets = |schema: &Value, kind: &str, value: &str| lets(&compiler, &tokenizer, schema, kind, value);
+    let documented =
+        json!({"oneOf": [{"const": "a", "title": "A"}, {"const": "b"}, {"enum": ["c", 4]}, {"type": "null"}]});
+    assert!(lets(&documented, "true", "a") && lets(&documented, "true", "c") && lets(&documented, "false", "4"));
+    assert!(lets(&documented, "false", "null") && !lets(&documented, "true", "d"));
+    let nested = json!({"type": "array", "items": documented, "minItems": 1});
+    assert!(lets(&nested, "false", r#"["b", 4]"#) && !lets(&nested, "false", r#"["d"]"#));
+    let pydantic = json!({"allOf": [{"$ref": "#/$defs/pair"}], "description": "a pair", "default": {"a": 1}});
+    assert!(lets(&pydantic, "false", r#"{"a": 3}"#) && !lets(&pydantic, "true", "a"));
+    for format in ["date", "a-format-of-my-own"] {
+        let text = json!({"type": "string", "format": format});
+        assert!(lets(&text, "true", "x"), "a remark everywhere");
+        assert!(lets(&json!({"type": "array", "items": text}), "false", r#"["x"]"#), "a remark everywhere");
+    }
+    for reference in ["#/$defs/a%20b~1c~0d", "#/$defs/a b~1c~0d"] {
+        assert!(lets(&json!({"$ref": reference}), "true", "spaced"));
+        let nested = json!({"type": "array", "items": {"$ref": reference}});
+        assert!(lets(&nested, "false", r#"["spaced"]"#) && !lets(&nested, "false", r#"["x"]"#));
+    }
+}
+
+#[test]
+fn references_are_redirected_only_where_a_schema_stands() {
+    let tokenizer = common::tiny();
+    let compiler = Compiler::new(&tokenizer).unwrap();
+    let schema = json!({"anyOf": [{"const": {"$ref": "#/x"}}, {"type": "array", "items": {"$ref": "#/$defs/pair"},
+        "default": [{"$ref": "#/x"}], "examples": [{"$ref": "#/y"}]}]});
+    assert!(lets(&compiler, &tokenizer, &schema, "false", r##"{"$ref": "#/x"}"##));
+    assert!(lets(&compiler, &tokenizer, &schema, "false", r#"[{"a": 1}]"#));
+}
+
+/// In a value that is text and in a text inside JSON.
+#[test]
+fn patterns_hold_where_their_anchors_say() {
+    let tokenizer = common::tiny();
+    let compiler = Compiler::new(&tokenizer).unwrap();
+    for (pattern, fits, does_not) in [
+        ("^a$", &["a"][..], &["b", "ab", "ba"][..]),
+        ("b", &["b", "abc"], &["a", ""]),
+        ("^x$|^y$", &["x", "y"], &["xy", "z", "xa"]),
+        ("^a|b$", &["ac", "cb"], &["ca", "bc"]),
+        ("(?i)^abc$", &["abc", "ABC"], &["xabc", "abcx"]),
+        ("^(a|b)c$", &["ac", "bc"], &["c", "acx"]),
+        ("(^a|b)c", &["acx", "xbcx"], &["xac"]),
+        (r"a\$", &["a$", "xa$x"], &["a"]),
+        (r"^a\\$", &[r"a\"], &[r"a\c", "a$"]),
+        (r"^\d\w$", &["1_"], &["a1", "11x"]),
+    ] {
+        let text = json!({"type": "string", "pattern": pattern});
+        let nested = json!({"type": "array", "items": text, "minItems": 1});
+        for (value, expected) in fits.iter().map(|v| (v, true)).chain(does_not.iter().map(|v| (v, false))) {
+            assert_eq!(lets(&compiler, &tokenizer, &text, "true", value), expected, "{pattern}: {value}");
+            let list = text::json::to_string(&json!([value]));
+            assert_eq!(lets(&compiler, &tokenizer, &nested, "false", &list), expected, "{pattern}: {list}");
+        }
+    }
+}
+
+/// Draws 60 tokens, or fewer if the constraint then says why there are no more.
+fn follow(tokenizer: &Tokenizer, constraint: &mut Constraint) -> String {
+    let header = "tool_calls>\n<｜DSML｜invoke name=\"t\">\n<｜DSML｜parameter name=\"p\" string=\"";
+    let mut random = Random(5);
+    let mut header = tokenizer.encode_with_control(header).into_iter();
+    for _ in 0..60 {
+        let words = match constraint.allowed() {
+            Ok(words) => words,
+            Err(error) => return error.to_string(),
+        };
+        let allowed: Vec<u32> =
+            (0..tokenizer.vocab_size() as u32).filter(|&t| words[t as usize / 32] >> (t % 32) & 1 == 1).collect();
+        let token = header.next().unwrap_or_else(|| allowed[random.below(allowed.len())]);
+        if token == tokenizer.eos() {
+            break;
+        }
+        if let Err(error) = constraint.accept(token) {
+            return error.to_string();
+        }
+    }
+    "followed".to_owned()
+}
+
+/// Each ends in a constraint that can be followed, or in an error, soon.
+#[test]
+fn hostile_schemas_end_in_a_constraint_or_an_error() {
+    let tokenizer = common::v4();
+    let compiler = Compiler::new(&tokenizer).unwrap();
+    let mut deep = json!({"type": "string"});
+    (0..100).for_each(|_| deep = json!({"type": "array", "items": deep.take()}));
+    let texts: Vec<String> = (0..5000).map(|i| format!("value {i} {}", i * 7919)).collect();
+    let names: Map<String, Value> = texts.iter().map(|text| (text.clone(), json!({"type": "string"}))).collect();
+    let list = |items: Value| json!({"type": "array", "items": items});
+    let exponential = json!({"type": "string", "pattern": "(a|b)*a(a|b){40}$"});
+    for (what, schema) in [
+        ("maxItems", json!({"type": "array", "items": {"type": "integer"}, "maxItems": 1_000_000_000})),
+        ("minItems", json!({"type": "array", "items": {"type": "integer"}, "minItems": 1_000_000})),
+        ("minLength", json!({"type": "string", "minLength": 1_000_000})),
+        ("maxLength", json!({"type": "string", "maxLength": 4_000_000_000_u64})),
+        ("nested lengths", list(json!({"type": "string", "minLength": 100_000, "maxLength": 200_000}))),
+        ("pattern", json!({"type": "string", "pattern": "^(a|aa)+(b{1,500}c{1,500}){1,500}$"})),
+        ("exponential pattern", exponential.clone()),
+        ("nested exponential pattern", list(exponential)),
+        ("depth", deep),
+        ("texts", json!({"enum": texts})),
+        ("texts in JSON", list(json!({"enum": texts}))),
+        ("properties", json!({"type": "object", "properties": names})),
+        ("numbers", json!({"enum": (0..20_000).collect::<Vec<i32>>()})),
+        ("multipleOf", json!({"type": "number", "multipleOf": 1e-9, "minimum": 0.123_456_789, "maximum": 1e300})),
+    ] {
+        let start = Instant::now();
+        let parameters = json!({"type": "object", "properties": {"p": schema}, "required": ["p"]});
+        let end = match compiler.calls(&[tool(json!({"name": "t", "parameters": parameters}))]) {
+            Err(error) => error.to_string(),
+            Ok(mut constraint) => follow(&tokenizer, &mut constraint),
+        };
+        let seconds = start.elapsed().as_secs_f64();
+        println!("{what}: {seconds:.1} s, {}", end.chars().take(200).collect::<String>());
+        assert!(seconds < 30.0, "{what}");
+    }
+}
+
+/// A conversation asks for the same tools in each turn.
+#[test]
+fn a_kept_constraint_is_as_good_as_new() {
+    let tokenizer = common::tiny();
+    let compiler = Compiler::new(&tokenizer).unwrap();
+    let block = |name: &str| format!("tool_calls>\n{}</｜DSML｜tool_calls>", call(name, &[]));
+    for i in 0..30 {
+        let name = format!("tool {}", i % 6);
+        let one = [tool(json!({"name": name}))];
+        assert!(accepts(&tokenizer, compiler.calls(&tools()).unwrap(), &block("now")));
+        assert!(accepts(&tokenizer, compiler.calls(&one).unwrap(), &block(&name)));
+        assert!(!accepts(&tokenizer, compiler.calls(&one).unwrap(), &block("now")));
+    }
+}
+
+/// Times of 60 tools with 10 parameters each, printed: the first turn's constraint, and a further turn's.
+#[test]
+fn many_tools_are_compiled_once() {
+    let tokenizer = common::v4();
+    let compiler = Compiler::new(&tokenizer).unwrap();
+    let parameter = |i: usize| match i % 5 {
+        0 => json!({"type": "string"}),
+        1 => json!({"type": "integer", "minimum": 0, "maximum": 100}),
+        2 => json!({"type": "array", "items": {"type": "string"}}),
+        3 => json!({"enum": ["one", "two", "three"]}),
+        _ => json!({"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"]}),
+    };
+    let parameters: Map<String, Value> = (0..10).map(|i| (format!("parameter_{i}"), parameter(i))).collect();
+    let parameters = json!({"type": "object", "properties": parameters, "required": ["parameter_1"]});
+    let declare = |i| tool(json!({"name": format!("tool_{i}"), "parameters": parameters.clone()}));
+    let tools: Vec<Tool> = (0..60).map(declare).collect();
+    let time_ms = || {
+        let start = Instant::now();
+        let mut constraint = compiler.calls(&tools).unwrap();
+        let time_ms = start.elapsed().as_secs_f64() * 1e3;
+        constraint.allowed().unwrap();
+        time_ms
+    };
+    let (first, again) = (time_ms(), time_ms());
+    println!("constraint of 60 tools: first {first:.1} ms, again {again:.1} ms");
+    assert!(again < first);
 }
 
 /// Times, printed; bounds far above what an idle core needs.

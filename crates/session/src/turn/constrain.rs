@@ -40,9 +40,21 @@ pub fn opener(vocabulary: &Vocabulary<'_>, choice: &ToolChoice, tools: Option<&[
     let mut segments = vocabulary.tokenizer().split_control(&markup);
     if let Some(name) = name {
         segments.push(Segment::Text(dsml::escaped_name(name)));
-        segments.push(Segment::Text("\">\n".to_owned()));
+        // The form of a call without parameters goes on with an empty line, and tokens may span both line ends.
+        let tool = tools.iter().find(|tool| tool.name() == name);
+        let header_end = if tool.is_some_and(has_no_parameters) { "\">\n\n" } else { "\">\n" };
+        segments.push(Segment::Text(header_end.to_owned()));
     }
     Ok(vocabulary.tokenizer().encode_segments(&segments))
+}
+
+/// Whether a tool declares that it has no parameters; a schema that says it in another way than by `properties` may have some.
+fn has_no_parameters(tool: &Tool) -> bool {
+    const ELSEWHERE: [&str; 6] = ["$ref", "allOf", "anyOf", "oneOf", "additionalProperties", "patternProperties"];
+    tool.parameters().is_none_or(|schema| {
+        let is_empty = schema.get("properties").and_then(Value::as_object).is_none_or(serde_json::Map::is_empty);
+        is_empty && ELSEWHERE.iter().all(|keyword| matches!(schema.get(*keyword), None | Some(Value::Bool(false))))
+    })
 }
 
 /// The grammar of a turn and whether it holds yet.

@@ -50,6 +50,13 @@ impl Scripted {
         Scripted { config, rule: Box::new(rule), passes: RefCell::default() }
     }
 
+    /// The same for another vocabulary than nano's.
+    #[allow(dead_code, reason = "not every test program has another vocabulary")]
+    pub fn with_vocabulary(mut self, size: usize) -> Scripted {
+        self.config.vocab_size = size;
+        self
+    }
+
     /// The logits after `tokens`.
     pub fn rule(&self, tokens: &[u32]) -> Vec<f32> {
         (self.rule)(tokens)

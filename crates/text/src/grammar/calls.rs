@@ -2,18 +2,18 @@
 
 use std::fmt::Write;
 
-use llguidance::api::TopLevelGrammar;
+use llguidance::derivre::Regex;
 use llguidance::regex_to_lark;
 use serde_json::{Map, Value, json};
 
-use super::{GrammarError, python_json, with_json};
+use super::GrammarError;
+use super::pattern::whole_text;
+use super::schema::{self, MAX_DEPTH, are_disjoint, is_of, listed, resolve, types, without_marker};
 use crate::dsml;
 use crate::prompt::Tool;
 
 /// Most parameters that may come in any order: the library counts them in the bits of an integer.
 const FREE_ORDER_PARAMETERS: usize = 64;
-/// Deepest nesting of `$ref` and `anyOf` that is looked into for texts.
-const MAX_DEPTH: usize = 32;
 
 /// Keywords beside `properties` that would have to hold for all arguments together.
 const ARGUMENT_KEYWORDS: [&str; 14] = [
@@ -32,11 +32,26 @@ const ARGUMENT_KEYWORDS: [&str; 14] = [
     "dependentRequired",
     "dependentSchemas",
 ];
-/// Keywords that say what a value is, beside which alternatives are not taken apart.
-const VALUE_KEYWORDS: [&str; 9] = ["type", "enum", "const", "anyOf", "oneOf", "allOf", "not", "if", "properties"];
+/// Keywords that take further schemas to the same value: not supported over texts.
+const COMBINING_KEYWORDS: [&str; 5] = ["anyOf", "oneOf", "allOf", "not", "if"];
+
+/// A grammar, and those of the values that it names.
+pub struct Grammar {
+    pub lark: String,
+    pub json: Vec<JsonValue>,
+}
+
+/// A parameter's value as JSON.
+pub struct JsonValue {
+    /// What the grammar calls it.
+    pub name: String,
+    pub tool: String,
+    pub parameter: String,
+    pub schema: Value,
+}
 
 /// What may follow `<` and the control token `dsml`.
-pub fn grammar(tools: &[Tool], dsml: u32) -> Result<TopLevelGrammar, GrammarError> {
+pub fn grammar(tools: &[Tool], dsml: u32) -> Result<Grammar, GrammarError> {
     if tools.is_empty() {
         return Err(GrammarError::NoTools);
     }
@@ -49,12 +64,12 @@ pub fn grammar(tools: &[Tool], dsml: u32) -> Result<TopLevelGrammar, GrammarErro
         let unsupported = |what| GrammarError::Tool { tool: tool.name().to_owned(), what };
         writer.tool(index, tool).map_err(unsupported)?;
     }
-    Ok(with_json(writer.lark, writer.json))
+    Ok(Grammar { lark: writer.lark, json: writer.json })
 }
 
 struct Writer {
     lark: String,
-    json: Vec<(String, Value)>,
+    json: Vec<JsonValue>,
     dsml: u32,
 }
 
@@ -75,6 +90,7 @@ impl Writer {
         let empty = json!({});
         let root = tool.parameters().unwrap_or(&empty);
         let parameters = parameters(resolve(root, root)?)?;
+        without_marker(tool.name())?;
         let dsml = self.dsml;
         let header = literal(&format!("invoke name=\"{}\">\n", dsml::escaped_name(tool.name())));
         let closer = format!("\"</\" <[{dsml}]> \"invoke>\\n\"");
@@ -98,7 +114,7 @@ impl Writer {
         self.rule(&format!("call_{index}"), &format!("{header} {body}"));
         for (i, parameter) in parameters.iter().enumerate() {
             let named = |what| format!("parameter `{}`: {what}", parameter.name);
-            self.parameter(&format!("{index}_{i}"), parameter, root).map_err(named)?;
+            self.parameter(&format!("{index}_{i}"), tool.name(), parameter, root).map_err(named)?;
         }
         Ok(())
     }
@@ -119,19 +135,21 @@ impl Writer {
     }
 
     /// The rule `parameter_ID`: from `<` to the closer's line end.
-    fn parameter(&mut self, id: &str, parameter: &Parameter<'_>, root: &Value) -> Result<(), String> {
+    fn parameter(&mut self, id: &str, tool: &str, parameter: &Parameter<'_>, root: &Value) -> Result<(), String> {
+        without_marker(parameter.name)?;
         let dsml = self.dsml;
         let mut forms = Forms::default();
         forms.add(parameter.schema, root, MAX_DEPTH)?;
         let mut values = Vec::new();
         for (i, text) in forms.texts.iter().enumerate() {
-            let body = self.text(&format!("TEXT_{id}_{i}"), text)?;
+            let body = self.text(&format!("TEXT_{id}_{i}"), text);
             values.push(format!("\"\\\"true\\\">\" {body}"));
         }
         for (i, schema) in forms.json.into_iter().enumerate() {
             let name = format!("json_{id}_{i}");
             values.push(format!("\"\\\"false\\\">\" @{name} \"</\""));
-            self.json.push((name, python_json(&with_definitions(schema, root))?));
+            let (tool, parameter) = (tool.to_owned(), parameter.name.to_owned());
+            self.json.push(JsonValue { name, tool, parameter, schema: schema::standalone(&schema, root)? });
         }
         if values.is_empty() {
             return Err("no value fits its schema".to_owned());
@@ -145,21 +163,21 @@ impl Writer {
     /// What a text value and the `</` of its closer match; `name` is for a terminal of its own if it needs one.
     ///
     /// Lexemes are greedy: a text runs on past a `</` that no control token follows, so `</` belongs to its lexeme.
-    fn text(&mut self, name: &str, text: &Text) -> Result<String, String> {
+    fn text(&mut self, name: &str, text: &Text) -> String {
         match text {
             Text::OneOf(texts) => {
                 let texts: Vec<String> = texts.iter().map(|text| literal(&format!("{text}</"))).collect();
-                Ok(format!("({})", texts.join(" | ")))
+                self.rule(name, &texts.join(" | "));
             }
-            Text::Free { expressions } if expressions.is_empty() => Ok("TEXT".to_owned()),
+            Text::Free { expressions } if expressions.is_empty() => return "TEXT".to_owned(),
             Text::Free { expressions } => {
                 let all: Vec<String> =
                     expressions.iter().map(|regex| format!("/{}/", regex_to_lark(regex, ""))).collect();
                 self.rule(&format!("{name}_BODY"), &all.join(" & "));
                 self.rule(name, &format!("{name}_BODY \"</\""));
-                Ok(name.to_owned())
             }
         }
+        name.to_owned()
     }
 }
 
@@ -222,28 +240,22 @@ impl Forms {
             Value::Object(fields) => fields,
             other => return Err(format!("its schema is {other}, expected an object")),
         };
-        let beside =
-            |keyword: &str| VALUE_KEYWORDS.iter().any(|other| *other != keyword && fields.contains_key(*other));
         for keyword in ["anyOf", "oneOf"] {
-            if let (Some(Value::Array(options)), false) = (fields.get(keyword), beside(keyword)) {
-                // One of several schemas at once cannot be told from any, unless their types differ.
-                if keyword == "oneOf" && !of_different_types(options, root) {
-                    return Err("`oneOf` is supported only over different types; use `anyOf`".to_owned());
+            if let (Some(Value::Array(options)), None) = (fields.get(keyword), schema::other_assertion(fields, keyword))
+            {
+                // What fits exactly one of several schemas fits any of them if they exclude each other.
+                if keyword == "oneOf" && !are_disjoint(options, root) {
+                    return Err("`oneOf` is supported only over different types or values; use `anyOf`".to_owned());
                 }
                 return options.iter().try_for_each(|option| self.add(option, root, depth));
             }
         }
-        if let Some(Value::Array(values)) = fields.get("enum") {
-            return self.add_values(values, fields);
-        }
-        if let Some(value) = fields.get("const") {
-            return self.add_values(std::slice::from_ref(value), fields);
+        if let Some(values) = listed(fields) {
+            return self.add_values(&values, fields);
         }
         let types = types(fields)?;
         if types.contains(&"string") {
-            if ["anyOf", "oneOf", "allOf", "not", "if"].iter().any(|keyword| fields.contains_key(*keyword)) {
-                return Err("alternatives beside a type that includes strings are not supported".to_owned());
-            }
+            refuse_combinations(fields)?;
             self.texts.push(Text::Free { expressions: expressions(fields)? });
         }
         let others: Vec<&str> = types.into_iter().filter(|kind| *kind != "string").collect();
@@ -255,13 +267,22 @@ impl Forms {
         Ok(())
     }
 
-    /// Adds listed values, as far as they are of the declared type.
-    fn add_values(&mut self, values: &[Value], fields: &Map<String, Value>) -> Result<(), String> {
+    /// Adds listed values, as far as they fit what stands beside the list.
+    fn add_values(&mut self, values: &[&Value], fields: &Map<String, Value>) -> Result<(), String> {
         let types = types(fields)?;
-        let (texts, others): (Vec<&Value>, Vec<&Value>) = values.iter().partition(|value| value.is_string());
-        let texts: Vec<String> = texts.iter().filter_map(|text| text.as_str()).map(str::to_owned).collect();
-        if !texts.is_empty() && types.contains(&"string") {
-            self.texts.push(Text::OneOf(texts));
+        let (texts, others): (Vec<&Value>, Vec<&Value>) =
+            values.iter().filter(|value| is_of(value, &types)).partition(|value| value.is_string());
+        if !texts.is_empty() {
+            refuse_combinations(fields)?;
+            let mut texts: Vec<String> = texts.iter().filter_map(|text| text.as_str()).map(str::to_owned).collect();
+            for expression in expressions(fields)? {
+                let mut regex = Regex::new(&expression).map_err(|error| super::first_line(&error.to_string()))?;
+                texts.retain(|text| regex.is_match(text));
+            }
+            texts.iter().try_for_each(|text| without_marker(text))?;
+            if !texts.is_empty() {
+                self.texts.push(Text::OneOf(texts));
+            }
         }
         if !others.is_empty() {
             let mut fields = fields.clone();
@@ -273,35 +294,12 @@ impl Forms {
     }
 }
 
-/// The types that `type` allows: all if it is missing.
-fn types(fields: &Map<String, Value>) -> Result<Vec<&str>, String> {
-    let known = ["string", "number", "integer", "boolean", "null", "array", "object"];
-    let types: Vec<&str> = match fields.get("type") {
-        None => known.into_iter().filter(|kind| *kind != "integer").collect(),
-        Some(Value::String(kind)) => vec![kind],
-        Some(Value::Array(kinds)) => kinds.iter().filter_map(Value::as_str).collect(),
-        Some(found) => return Err(format!("its type is {found}, expected a text or an array of texts")),
-    };
-    match types.iter().find(|kind| !known.contains(kind)) {
-        Some(found) => Err(format!("its type is `{found}`, expected one of {}", known.join(", "))),
-        None => Ok(types),
+/// Refuses keywords that would have to hold for a text together with the others.
+fn refuse_combinations(fields: &Map<String, Value>) -> Result<(), String> {
+    match COMBINING_KEYWORDS.iter().find(|keyword| fields.contains_key(**keyword)) {
+        Some(keyword) => Err(format!("`{keyword}` beside other keywords over texts is not supported")),
+        None => Ok(()),
     }
-}
-
-/// Whether each of `options` has types of its own.
-fn of_different_types(options: &[Value], root: &Value) -> bool {
-    let types = |option| match resolve(option, root) {
-        Ok(Value::Object(fields)) if fields.contains_key("type") => types(fields).ok(),
-        _ => None,
-    };
-    let types: Option<Vec<Vec<&str>>> = options.iter().map(types).collect();
-    let mut all: Vec<&str> = types.unwrap_or_default().concat();
-    // An integer is a number too.
-    all.iter_mut().filter(|kind| **kind == "integer").for_each(|kind| *kind = "number");
-    let count = all.len();
-    all.sort_unstable();
-    all.dedup();
-    count > 0 && count == all.len()
 }
 
 /// The regular expressions that a text has to match as a whole.
@@ -313,6 +311,7 @@ fn expressions(fields: &Map<String, Value>) -> Result<Vec<String>, String> {
     };
     match (length("minLength")?, length("maxLength")?) {
         (None | Some(0), None) => (),
+        (Some(min), Some(max)) if min > max => return Err(format!("no text has {min} to {max} characters")),
         (min, max) => {
             let max = max.map_or(String::new(), |max| max.to_string());
             expressions.push(format!("(?s:.{{{},{max}}})", min.unwrap_or(0)));
@@ -320,78 +319,13 @@ fn expressions(fields: &Map<String, Value>) -> Result<Vec<String>, String> {
     }
     match fields.get("pattern") {
         None => (),
-        Some(Value::String(pattern)) => expressions.push(whole_text(pattern)?),
+        Some(Value::String(pattern)) => {
+            without_marker(pattern)?;
+            expressions.push(whole_text(pattern)?);
+        }
         Some(found) => return Err(format!("`pattern` is {found}, expected a text")),
     }
     Ok(expressions)
-}
-
-/// A `pattern`, which may match anywhere in the text, as an expression for all of it.
-fn whole_text(pattern: &str) -> Result<String, String> {
-    let (start, rest) = pattern.strip_prefix('^').map_or(("(?s:.*)", pattern), |rest| ("", rest));
-    let at_end = rest.ends_with('$') && !rest.ends_with("\\$");
-    let (rest, end) = if at_end { (&rest[..rest.len() - 1], "") } else { (rest, "(?s:.*)") };
-    if (start.is_empty() || end.is_empty()) && has_open_alternative(rest) {
-        return Err(format!("`pattern` {pattern:?} mixes `|` with `^` or `$`: put the alternatives in parentheses"));
-    }
-    Ok(format!("{start}(?:{rest}){end}"))
-}
-
-/// Whether a `|` of the expression stands outside parentheses and brackets.
-fn has_open_alternative(expression: &str) -> bool {
-    let (mut depth, mut in_brackets, mut escaped) = (0, false, false);
-    for character in expression.chars() {
-        match character {
-            _ if escaped => escaped = false,
-            '\\' => escaped = true,
-            ']' => in_brackets = false,
-            _ if in_brackets => (),
-            '[' => in_brackets = true,
-            '(' => depth += 1,
-            ')' => depth -= 1,
-            '|' if depth == 0 => return true,
-            _ => (),
-        }
-    }
-    false
-}
-
-/// What a chain of `$ref` leads to, as far as it goes within `root`.
-fn resolve<'a>(mut schema: &'a Value, root: &'a Value) -> Result<&'a Value, String> {
-    for _ in 0..MAX_DEPTH {
-        let Some(reference) = schema.get("$ref") else { return Ok(schema) };
-        let target = reference.as_str().and_then(|text| text.strip_prefix('#')).and_then(|path| root.pointer(path));
-        schema = target.ok_or_else(|| format!("the reference {reference} leads nowhere within the tool's schema"))?;
-    }
-    Err("its references lead in a circle".to_owned())
-}
-
-/// `schema`, part of `root`, as a schema of its own: what it refers to comes with it.
-fn with_definitions(mut schema: Value, root: &Value) -> Value {
-    const ROOT: &str = "tool";
-    fn redirect(value: &mut Value) -> bool {
-        let mut found = false;
-        match value {
-            Value::Array(items) => items.iter_mut().for_each(|item| found |= redirect(item)),
-            Value::Object(fields) => {
-                fields.values_mut().for_each(|field| found |= redirect(field));
-                if let Some(Value::String(reference)) = fields.get_mut("$ref")
-                    && let Some(path) = reference.strip_prefix('#')
-                {
-                    *reference = format!("#/$defs/{ROOT}{path}");
-                    found = true;
-                }
-            }
-            _ => (),
-        }
-        found
-    }
-    if redirect(&mut schema) {
-        let mut root = root.clone();
-        redirect(&mut root);
-        schema["$defs"] = json!({ ROOT: root });
-    }
-    schema
 }
 
 /// A text as a literal of the library's language, which is that of JSON.

@@ -8,22 +8,28 @@
 //! - a call names a declared tool; it has declared parameters only, each at most once and in any order (in declared order if
 //!   there are more than 64), and every required one;
 //! - a value that may be a text is written `string="true"` and runs freely up to its closer, or is one of the texts of its
-//!   `enum`; length and `pattern` hold, `format` is a remark;
-//! - any other value is JSON by its schema, in Python's spelling (`", "` and `": "`), keys in declared order.
+//!   `enum` or `const`; length and `pattern` hold;
+//! - any other value is JSON by its schema, in Python's spelling (`", "` and `": "`), keys in declared order;
+//! - nothing spells `｜DSML｜`: a name or a listed value that contains it is an error.
+//!
+//! `format` is a remark everywhere, as JSON schema has it unless told otherwise. `oneOf` is supported where types or listed
+//! values exclude each other, and `allOf` of one schema is that schema.
 //!
 //! Regular expressions, JSON schemas and the search through the vocabulary are `llguidance`'s. What it does not support is an
 //! error before anything is generated.
 
 mod calls;
+mod pattern;
+mod schema;
 mod spelt;
 
 use std::fmt::Write;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use llguidance::api::{GrammarWithLexer, TopLevelGrammar};
 use llguidance::toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie};
-use llguidance::{JsonCompileOptions, Matcher, ParserFactory};
-use serde_json::{Value, json};
+use llguidance::{Matcher, ParserFactory};
+use serde_json::Value;
 
 use crate::prompt::Tool;
 use crate::{Tokenizer, dsml};
@@ -63,11 +69,16 @@ pub enum GrammarError {
     },
 }
 
+/// How many constraints on calls are kept: a conversation repeats its tools in each turn.
+const KEPT_CONSTRAINTS: usize = 4;
+
 /// Makes constraints for one tokenizer. Building it sorts the vocabulary: do it once, and only where it is needed.
 pub struct Compiler {
     factory: ParserFactory,
     dsml: Option<u32>,
     spelt: Arc<Spelt>,
+    /// Constraints on calls, none of them begun, by their tools; the latest last.
+    kept: Mutex<Vec<(Vec<Tool>, Constraint)>>,
 }
 
 impl Compiler {
@@ -82,26 +93,60 @@ impl Compiler {
             ParserFactory::new_simple(&environment).map_err(|error| GrammarError::Vocabulary(error.to_string()))?;
         factory.quiet();
         factory.limits_mut().verbose_errors = false;
-        Ok(Self { factory, dsml: tokenizer.control(dsml::TOKEN), spelt: Arc::new(Spelt::new(tokenizer)) })
+        let (dsml, spelt) = (tokenizer.control(dsml::TOKEN), Arc::new(Spelt::new(tokenizer)));
+        Ok(Self { factory, dsml, spelt, kept: Mutex::default() })
     }
 
     /// What may follow `<` and the control token `｜DSML｜` until the block of calls is closed.
     ///
+    /// The constraints of the latest lists of tools are kept, so that asking again is quick.
+    ///
     /// # Errors
     /// [`GrammarError::Tool`], [`GrammarError::NoTools`], [`GrammarError::NoDsml`].
     pub fn calls(&self, tools: &[Tool]) -> Result<Constraint, GrammarError> {
-        let grammar = calls::grammar(tools, self.dsml.ok_or(GrammarError::NoDsml)?)?;
-        self.constraint(grammar).map_err(|what| {
-            let faulty = tools.iter().find(|tool| self.check(tool).is_err());
-            let tool = faulty.map_or_else(|| all_names(tools), |tool| tool.name().to_owned());
-            GrammarError::Tool { tool, what }
+        let kept = || self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let find = |kept: &[(Vec<Tool>, Constraint)]| kept.iter().position(|(of, _)| of == tools);
+        let mut known = kept();
+        if let Some(at) = find(&known) {
+            known[at..].rotate_left(1);
+            return Ok(known.last().expect("just found").1.fresh());
+        }
+        drop(known);
+        let constraint = self.new_calls(tools)?;
+        let mut known = kept();
+        if find(&known).is_none() {
+            known.push((tools.to_vec(), constraint.fresh()));
+            let surplus = known.len().saturating_sub(KEPT_CONSTRAINTS);
+            known.drain(..surplus);
+        }
+        Ok(constraint)
+    }
+
+    fn new_calls(&self, tools: &[Tool]) -> Result<Constraint, GrammarError> {
+        let dsml = self.dsml.ok_or(GrammarError::NoDsml)?;
+        let grammar = calls::grammar(tools, dsml)?;
+        self.constraint(top_level(&grammar)).map_err(|what| {
+            self.fault(tools, dsml, &grammar).unwrap_or_else(|| {
+                let tool = all_names(tools);
+                GrammarError::Tool { tool, what }
+            })
         })
     }
 
-    /// Compiles the calls of one tool.
-    fn check(&self, tool: &Tool) -> Result<Constraint, String> {
-        let grammar = calls::grammar(std::slice::from_ref(tool), self.dsml.unwrap_or_default());
-        self.constraint(grammar.map_err(|error| error.to_string())?)
+    /// Which parameter, or else which tool, the library does not take.
+    fn fault(&self, tools: &[Tool], dsml: u32, grammar: &calls::Grammar) -> Option<GrammarError> {
+        let value = grammar.json.iter().find_map(|value| {
+            let what = self.constraint(TopLevelGrammar::from_json_schema(value.schema.clone())).err()?;
+            let what = format!("parameter `{}`: {what}", value.parameter);
+            Some(GrammarError::Tool { tool: value.tool.clone(), what })
+        });
+        value.or_else(|| {
+            tools.iter().find_map(|tool| {
+                let grammar = calls::grammar(std::slice::from_ref(tool), dsml).ok()?;
+                let what = self.constraint(top_level(&grammar)).err()?;
+                Some(GrammarError::Tool { tool: tool.name().to_owned(), what })
+            })
+        })
     }
 
     /// An answer that is JSON by `schema`, then the end of the turn.
@@ -110,7 +155,7 @@ impl Compiler {
     /// [`GrammarError::Schema`].
     pub fn json(&self, schema: &Value) -> Result<Constraint, GrammarError> {
         let unsupported = |what: String| GrammarError::Schema { what };
-        let grammar = python_json(schema).map_err(unsupported)?;
+        let grammar = schema::standalone(schema, schema).map_err(unsupported)?;
         self.constraint(TopLevelGrammar::from_json_schema(grammar)).map_err(unsupported)
     }
 
@@ -132,14 +177,23 @@ pub struct Constraint {
 }
 
 impl Constraint {
+    /// The same constraint for another turn; `self` must not have begun.
+    fn fresh(&self) -> Self {
+        // The copy has its own caches: what one turn's search costs is not counted against another.
+        Self { matcher: self.matcher.deep_clone(), spelt: self.spelt.clone(), text: Vec::new() }
+    }
+
     /// The tokens that may come next: token `t` is bit `t % 32` of word `t / 32`. Only the end of the turn once nothing more
     /// may come.
     ///
     /// # Errors
-    /// [`GrammarError::Stuck`] if the search grew beyond its limits.
+    /// [`GrammarError::Stuck`] if the search grew beyond its limits, or if nothing may come next.
     pub fn allowed(&mut self) -> Result<Vec<u32>, GrammarError> {
         let mut allowed = self.matcher.compute_mask_or_eos().map_err(stuck)?;
         self.spelt.completing(&self.text).for_each(|&token| allowed.disallow_token(token));
+        if allowed.is_zero() {
+            return Err(GrammarError::Stuck { what: "no token may come next".to_owned() });
+        }
         Ok(allowed.as_slice().to_vec())
     }
 
@@ -165,30 +219,17 @@ fn trie_word(tokenizer: &Tokenizer, id: u32) -> Vec<u8> {
     if tokenizer.is_control(id) { [&[TokTrie::SPECIAL_TOKEN_MARKER], bytes].concat() } else { bytes.to_vec() }
 }
 
-/// `schema` with the instruction to write JSON as Python does, once the library has understood it.
-fn python_json(schema: &Value) -> Result<Value, String> {
-    let mut schema = match schema {
-        Value::Object(_) => schema.clone(),
-        Value::Bool(true) => json!({}),
-        other => return Err(format!("a schema is {other}, expected an object")),
+/// A grammar as the library takes it, with those that it names.
+fn top_level(grammar: &calls::Grammar) -> TopLevelGrammar {
+    let named = |value: &calls::JsonValue| GrammarWithLexer {
+        name: Some(value.name.clone()),
+        ..GrammarWithLexer::from_json_schema(value.schema.clone())
     };
-    schema["x-guidance"] = json!({
-        "whitespace_flexible": false,
-        "item_separator": ", ",
-        "key_separator": ": ",
-    });
-    let builder = llguidance::GrammarBuilder::new(None, Default::default());
-    JsonCompileOptions::default()
-        .json_to_llg_with_overrides(builder, schema.clone())
-        .map_err(|error| first_line(&error.to_string()))?;
-    Ok(schema)
-}
-
-/// A grammar of the library's language that other grammars are named in.
-fn with_json(lark: String, json: Vec<(String, Value)>) -> TopLevelGrammar {
-    let named = |(name, schema)| GrammarWithLexer { name: Some(name), ..GrammarWithLexer::from_json_schema(schema) };
-    let grammars = std::iter::once(GrammarWithLexer::from_lark(lark)).chain(json.into_iter().map(named)).collect();
-    TopLevelGrammar { grammars, max_tokens: None }
+    let calls = GrammarWithLexer::from_lark(grammar.lark.clone());
+    TopLevelGrammar {
+        grammars: std::iter::once(calls).chain(grammar.json.iter().map(named)).collect(),
+        max_tokens: None,
+    }
 }
 
 fn all_names(tools: &[Tool]) -> String {

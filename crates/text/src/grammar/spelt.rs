@@ -7,7 +7,7 @@ use crate::{Tokenizer, dsml};
 
 /// The tokens that complete the word.
 pub struct Spelt {
-    /// By the number of bytes that stand before: ordinary tokens that begin with the rest.
+    /// By the number of bytes that stand before, at least one: ordinary tokens that begin with the rest.
     completing: Vec<Vec<u32>>,
     /// The bytes of each token, control tokens having none.
     ends: Vec<Vec<u8>>,
@@ -18,9 +18,12 @@ impl Spelt {
         let word = dsml::TOKEN.as_bytes();
         let ordinary = |id: &u32| !tokenizer.is_control(*id);
         let ids = || 0..tokenizer.vocab_size() as u32;
-        let beginning_with =
-            |rest: &[u8]| ids().filter(ordinary).filter(|&id| tokenizer.token_bytes(id).starts_with(rest)).collect();
-        let completing = (0..word.len()).map(|before| beginning_with(&word[before..])).collect();
+        let mut completing = vec![Vec::new(); word.len()];
+        for id in ids().filter(ordinary) {
+            let bytes = tokenizer.token_bytes(id);
+            let begun = (1..word.len()).filter(|&before| bytes.starts_with(&word[before..]));
+            begun.for_each(|before| completing[before].push(id));
+        }
         let end = |id| {
             let bytes = if tokenizer.is_control(id) { &[] } else { tokenizer.token_bytes(id) };
             bytes[bytes.len().saturating_sub(word.len())..].to_vec()
