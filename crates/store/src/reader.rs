@@ -4,7 +4,7 @@
 //! the [`Completion`]. Reads cover whole pages of the file (direct I/O wants that, and nothing is copied afterwards); an
 //! extent that begins within a page begins at the same place within the memory's first page.
 //!
-//! Which read comes first is decided before it is submitted ([`crate::cache`]), so readers have no priorities and nothing to
+//! Which read comes first is decided before it is submitted (`cache.rs`), so readers have no priorities and nothing to
 //! take back: whoever submits no more than [`Reader::in_flight`] reads knows that all of them have been started.
 
 mod pool;

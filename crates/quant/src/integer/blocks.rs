@@ -27,7 +27,7 @@ pub(super) trait ShortBlock: IntegerDot<Activation = ActivationQ8_0> {
     }
 }
 
-/// 256 values in sixteen sub-blocks j: x = d · FACTOR · scales[j] · code − dmin · minimums[j].
+/// 256 values in sixteen sub-blocks j: x = d · FACTOR · `scales[j]` · code − dmin · `minimums[j]`.
 pub(super) trait LongBlock: IntegerDot<Activation = ActivationQ8K> {
     /// A power of two.
     const FACTOR: f32 = 1.0;
