@@ -3,7 +3,7 @@
 //! `cargo run --release -p infall-bench --bin policies -- FILE` takes a file that a recorder wrote;
 //! `… --bin policies -- --nano models/nano/heldout/SET.jsonl` records the built-in model on the first 100 items of a
 //! held-out set, each prompt in one pass and the tokens of its answer one by one;
-//! `… --bin policies -- --generate [--experts 256] [--layers 43] [--zipf 1.1] [--repeat 0.3] [--prompt 512] [--tokens 512]`
+//! `… --bin policies -- --generate [--experts 256] [--layers 43] [--zipf 1.3] [--repeat 0.7] [--prompt 512] [--tokens 512]`
 //! makes routes instead, `--out FILE` keeps them.
 //!
 //! A generated row takes each of its experts with probability `repeat` from the row before it, else by popularity: the
@@ -19,10 +19,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use bench::heldout::Item;
 use clap::Parser;
-use cpu::Recorder;
+use cpu::{Options, Recorder};
 use infall::load::ModelFile;
 use model::tensors::Experts;
-use model::{Arithmetic, Backend, Cancel, Row, forward};
+use model::{Backend, Cancel, Row, forward};
 use store::plan::share_slots;
 use store::replay::{Counts, Eviction, Replay};
 use store::{TraceHeader, TracePass, TraceReader, TraceWriter};
@@ -48,10 +48,10 @@ struct Arguments {
     #[arg(long, default_value_t = 6)]
     used: usize,
     /// Exponent of popularity.
-    #[arg(long, default_value_t = 1.1)]
+    #[arg(long, default_value_t = 1.3)]
     zipf: f64,
     /// Probability that an expert of the row before is used again.
-    #[arg(long, default_value_t = 0.3)]
+    #[arg(long, default_value_t = 0.7)]
     repeat: f64,
     /// Rows of the prompt.
     #[arg(long, default_value_t = 512)]
@@ -130,7 +130,7 @@ fn generate(arguments: &Arguments) -> (TraceHeader, Vec<TracePass>) {
 /// Routes of the built-in model: each item is a session of its own.
 fn record(set: &Path) -> Result<Vec<u8>> {
     let file = ModelFile::open(None)?;
-    let (tokenizer, backend) = (file.tokenizer()?, file.load(None, Arithmetic::Official)?);
+    let (tokenizer, backend) = (file.tokenizer()?, file.load_with(Options::default())?);
     let config = &file.model.config;
     let expert_bytes = |layer: &Experts| layer.extents.expert_bytes().iter().sum::<usize>() as u64;
     let header = TraceHeader {
@@ -205,26 +205,20 @@ fn table(replay: &Replay, kind: &str, count: impl Fn(&Replay, Eviction, &[usize]
     let shares = [2.5, 5.0, 10.0, 25.0, 50.0, 75.0];
     println!("\n| {kind}: hits, % | {} |", shares.map(|share| format!("{share} %")).join(" | "));
     println!("|---{}|", "|---".repeat(shares.len()));
-    let apart: Vec<usize> = (0..replay.header().layers()).collect();
-    let decays = [1, 4, 8, 16, 32, 64, 128, 512, usize::MAX / 2].map(|tokens| {
+    let decays = [1, 2, 4, 8, 16, 32, 64, 128, usize::MAX / 2].map(|tokens| {
         let name = if tokens > 1000 { "frequency, no decay".into() } else { format!("decay, half-life {tokens}") };
         (name, Eviction::Decay(tokens))
     });
     let mut rules = vec![("LRU".to_owned(), Eviction::LeastRecent)];
     rules.extend(decays);
+    rules.push(("infall: half-life by slots".into(), Eviction::Store));
     rules.push(("optimum".into(), Eviction::Farthest));
     for (name, rule) in rules {
-        for is_apart in [false, true] {
-            let name = if is_apart { format!("{name}, slots of each layer apart") } else { name.clone() };
-            let cell = |share: f64| {
-                let slots = (share / 100.0 * all as f64).round() as u64;
-                let found = match is_apart {
-                    true => count(replay, rule, &share_slots(&vec![1; apart.len()], experts, slots), &apart),
-                    false => count(replay, rule, &share_slots(&layers, experts, slots), &class_of_layer),
-                };
-                format!("{:.1}", 100.0 * found.hit_rate())
-            };
-            println!("| {name} | {} |", shares.map(cell).join(" | "));
-        }
+        let cell = |share: f64| {
+            let slots = (share / 100.0 * all as f64).round() as u64;
+            let found = count(replay, rule, &share_slots(&layers, experts, slots), &class_of_layer);
+            format!("{:.1}", 100.0 * found.hit_rate())
+        };
+        println!("| {name} | {} |", shares.map(cell).join(" | "));
     }
 }

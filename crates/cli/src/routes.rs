@@ -7,7 +7,7 @@ use std::io::BufReader;
 use serde_json::{Value, json};
 use store::plan::share_slots;
 use store::replay::{Counts, Eviction, Outcome, Replay};
-use store::{Policy, TracePass, TraceReader};
+use store::{TracePass, TraceReader};
 
 use crate::output::Output;
 use crate::terminal::{self, Stream};
@@ -17,11 +17,8 @@ use crate::{Outcome as Ended, flags};
 const SHARES: [f64; 7] = [2.5, 5.0, 10.0, 25.0, 50.0, 75.0, 100.0];
 
 /// Rules of eviction, and what they are called.
-const RULES: [(&str, Eviction); 3] = [
-    ("LRU", Eviction::LeastRecent),
-    ("infall", Eviction::Decay(Policy::HALF_LIFE_TOKENS)),
-    ("optimum", Eviction::Farthest),
-];
+const RULES: [(&str, Eviction); 3] =
+    [("LRU", Eviction::LeastRecent), ("infall", Eviction::Store), ("optimum", Eviction::Farthest)];
 
 /// One share and what each rule gave.
 struct Line {

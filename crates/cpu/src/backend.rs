@@ -94,7 +94,9 @@ impl CpuBackend {
             expert_types: model.experts.iter().map(|layer| layer.types).collect(),
             experts: match &options.residency {
                 Residency::Resident => HostStore::resident(&*reader, &extents, loaded)?,
-                Residency::Streamed { slots } => HostStore::streamed(reader.clone(), &extents, slots)?,
+                Residency::Streamed { slots } => {
+                    HostStore::streamed(reader.clone(), &extents, slots, model.config.experts_used)?
+                }
             },
             workers: Workers::new(options.threads, options.level, options.precision)?,
             reader,

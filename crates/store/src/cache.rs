@@ -110,8 +110,15 @@ pub struct Cache {
 impl Cache {
     /// An empty cache for layers of `experts` experts each. `class_of_layer` gives each layer's size class,
     /// `slots_of_class` how many slots each class has (their numbers follow each other, class by class), `most_reads` how
-    /// many reads may be under way. Panics if a class has no slot or nothing may be read.
-    pub fn new(class_of_layer: Vec<usize>, experts: usize, slots_of_class: &[usize], most_reads: usize) -> Cache {
+    /// many reads may be under way, `half_life_tokens` how long [`Policy`] remembers choices. Panics if a class has no slot
+    /// or nothing may be read.
+    pub fn new(
+        class_of_layer: Vec<usize>,
+        experts: usize,
+        slots_of_class: &[usize],
+        most_reads: usize,
+        half_life_tokens: usize,
+    ) -> Cache {
         assert!(slots_of_class.iter().all(|&slots| slots > 0) && most_reads > 0, "room for at least one expert");
         let mut slots = 0u32;
         let class = |&count: &usize| {
@@ -121,7 +128,7 @@ impl Cache {
         };
         Cache {
             classes: slots_of_class.iter().map(class).collect(),
-            policy: Policy::new(class_of_layer.clone(), experts),
+            policy: Policy::new(class_of_layer.clone(), experts, half_life_tokens),
             experts,
             entries: vec![Entry::default(); class_of_layer.len() * experts],
             class_of_layer,
@@ -273,7 +280,7 @@ impl Cache {
         if full || prefetch && self.classes[class].held >= self.classes[class].slots / 2 {
             return None;
         }
-        let (slot, evicted) = self.take_slot(class, queue)?;
+        let (slot, evicted) = self.take_slot(id, class, queue)?;
         self.classes[class].queues[queue as usize].pop_front();
         self.occupants[slot as usize] = Some(id);
         self.reading += 1;
@@ -300,13 +307,12 @@ impl Cache {
         }
     }
 
-    /// A slot to read into, and what had to leave it.
-    fn take_slot(&mut self, class: usize, queue: Queue) -> Option<(u32, Option<ExpertId>)> {
+    /// A slot to read `id` into, and what had to leave it.
+    fn take_slot(&mut self, id: ExpertId, class: usize, queue: Queue) -> Option<(u32, Option<ExpertId>)> {
         if let Some(slot) = self.classes[class].empty.pop() {
             return Some((slot, None));
         }
-        let victim = if queue == Queue::Guess { None } else { self.policy.victim(class) }?;
-        self.policy.must_keep(victim);
+        let victim = if queue == Queue::Guess { None } else { self.policy.evict(id.layer as usize) }?;
         let entry = self.entry(victim);
         let Place::Ready(slot) = entry.place else { panic!("{victim:?} is to be evicted but is not ready") };
         assert!(entry.wants == 0 && !entry.held, "{victim:?} is to be evicted but is wanted");

@@ -30,7 +30,7 @@ struct World {
 impl World {
     fn new(slots: [usize; 2], most_reads: usize, seed: u64) -> World {
         World {
-            cache: Cache::new(CLASSES.to_vec(), EXPERTS, &slots, most_reads),
+            cache: Cache::new(CLASSES.to_vec(), EXPERTS, &slots, most_reads, 3),
             slots,
             holds: BTreeMap::new(),
             reading: BTreeSet::new(),
@@ -220,7 +220,7 @@ fn no_slot_is_lost_or_given_twice() {
 
 /// A cache of one size class.
 fn cache(slots: usize, most_reads: usize) -> Cache {
-    Cache::new(vec![0, 0], 8, &[slots], most_reads)
+    Cache::new(vec![0, 0], 8, &[slots], most_reads, 16)
 }
 
 fn drain(cache: &mut Cache) -> Vec<SlotRead> {

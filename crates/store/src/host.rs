@@ -54,7 +54,7 @@ impl HostStore {
     }
 
     /// Keeps `slots_of_class` experts of each [size class](crate::size_classes) and reads the others when they are wanted.
-    /// Every layer has the same number of experts.
+    /// Every layer has the same number of experts, of which a token uses `experts_used`.
     ///
     /// # Errors
     /// [`StoreError::Memory`] if there is none for the slots.
@@ -62,8 +62,9 @@ impl HostStore {
         reader: Arc<dyn Reader>,
         layers: &[ExpertExtents],
         slots_of_class: &[usize],
+        experts_used: usize,
     ) -> Result<HostStore, StoreError> {
-        Ok(HostStore { experts: Experts::Streamed(Streamed::new(reader, layers, slots_of_class)?) })
+        Ok(HostStore { experts: Experts::Streamed(Streamed::new(reader, layers, slots_of_class, experts_used)?) })
     }
 
     /// Asks for `experts` (distinct numbers) of `layer`. Loading, where it is needed, begins now; the leases come one

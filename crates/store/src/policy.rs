@@ -1,10 +1,13 @@
-//! Which cached expert is worth least: decayed frequency, then recency.
+//! Which cached expert is given up: one of the layer that has most slots, by decayed frequency, then recency.
 //!
-//! Pure: events in, a victim out; no clock, no memory, no I/O. An expert's score is the number of times it was chosen,
-//! each choice counting half as much after every [`Policy::HALF_LIFE_TOKENS`] tokens. Instead of halving every score as
-//! tokens pass, a new choice counts twice as much (LRFU's combined recency and frequency, Lee et al. 2001, in the form
-//! that SAT solvers keep their activities): the order of the rest never changes by itself, so a sorted set holds it and
-//! each event costs O(log n). Why these constants: docs/performance.md, "Which expert to evict".
+//! Pure: events in, a victim out; no clock, no memory, no I/O. Every token needs the same number of experts of every layer,
+//! and needs them in the layers' order, so layers keep equal parts of the slots: a common order over all layers gives up
+//! what the next layers are about to ask for. Within a layer, an expert's score is the number of times it was chosen, each
+//! choice counting half as much after a half-life. Instead of halving every score as tokens pass, a new choice counts twice
+//! as much (LRFU's combined recency and frequency, Lee et al. 2001, in the form that SAT solvers keep their activities):
+//! the order of the rest never changes by itself, so a sorted set holds it and each event costs O(log n).
+//!
+//! What this was chosen over: docs/performance.md, "Which expert to evict".
 
 use std::collections::BTreeSet;
 
@@ -27,6 +30,8 @@ struct Entry {
     score: f64,
     /// Number of the last choice, counted over all experts.
     last_choice: u64,
+    /// Whether it is in a slot.
+    is_cached: bool,
     is_candidate: bool,
 }
 
@@ -43,7 +48,7 @@ const fn power_of_two(exponent: u64) -> f64 {
 
 /// The order in which cached experts are given up.
 ///
-/// Experts compete within their size class only: a slot of one class cannot hold an expert of another. Those that may
+/// A slot of one size class cannot hold an expert of another, so they compete within a class. Those that may
 /// be given up are *candidates*; an expert that is leased, or being read, or in no slot, is none, and so is never chosen.
 pub struct Policy {
     class_of_layer: Vec<usize>,
@@ -55,29 +60,30 @@ pub struct Policy {
     tokens: usize,
     choices: u64,
     entries: Vec<Entry>,
-    /// For each class its candidates, least worth first; the number is the entry's.
+    /// For each layer its candidates, least worth first; the second number is the expert's.
     candidates: Vec<BTreeSet<(Worth, u32)>>,
+    /// For each layer its experts in slots.
+    cached: Vec<usize>,
 }
 
 impl Policy {
-    /// After so many tokens a choice counts half.
-    pub const HALF_LIFE_TOKENS: usize = 16;
-
     /// Before the weight passes this, all scores are scaled down: far from what an f64 can hold.
     const WEIGHT_LIMIT: f64 = power_of_two(256);
 
-    /// For layers of `experts` experts each; `class_of_layer` gives each layer's size class, numbered from 0.
-    pub fn new(class_of_layer: Vec<usize>, experts: usize) -> Policy {
-        Policy::with_half_life(class_of_layer, experts, Policy::HALF_LIFE_TOKENS)
+    /// Tokens after which a choice should count half: as many as those whose experts fit in the slots. With few slots only
+    /// what was chosen lately is worth one; with many, what is chosen often.
+    pub fn half_life_tokens(slots: usize, experts_of_a_token: usize) -> usize {
+        (slots / experts_of_a_token.max(1)).max(1)
     }
 
-    /// The same with another half-life, which replay compares. Panics if it is 0.
-    pub fn with_half_life(class_of_layer: Vec<usize>, experts: usize, half_life_tokens: usize) -> Policy {
+    /// For layers of `experts` experts each; `class_of_layer` gives each layer's size class. Panics if the half-life is 0.
+    pub fn new(class_of_layer: Vec<usize>, experts: usize, half_life_tokens: usize) -> Policy {
         assert!(half_life_tokens > 0, "a half-life of 0 tokens");
-        let classes = class_of_layer.iter().max().map_or(0, |class| class + 1);
+        let layers = class_of_layer.len();
         Policy {
-            entries: vec![Entry::default(); class_of_layer.len() * experts],
-            candidates: vec![BTreeSet::new(); classes],
+            entries: vec![Entry::default(); layers * experts],
+            candidates: vec![BTreeSet::new(); layers],
+            cached: vec![0; layers],
             class_of_layer,
             experts,
             half_life_tokens,
@@ -113,34 +119,45 @@ impl Policy {
 
     /// From now on the expert may be given up: its bytes are in a slot and nobody holds them.
     pub fn may_evict(&mut self, id: ExpertId) {
-        self.change(id, |entry| entry.is_candidate = true);
+        self.change(id, |entry| (entry.is_cached, entry.is_candidate) = (true, true));
     }
 
-    /// From now on it may not: it is leased, or no longer in a slot.
+    /// From now on it may not: it is leased.
     pub fn must_keep(&mut self, id: ExpertId) {
         self.change(id, |entry| entry.is_candidate = false);
     }
 
-    /// The candidate of a size class that is worth least, if there is one. It stays a candidate until
-    /// [`Policy::must_keep`].
-    pub fn victim(&self, class: usize) -> Option<ExpertId> {
-        let (_, index) = self.candidates[class].first()?;
-        let index = *index as usize;
-        Some(ExpertId { layer: (index / self.experts) as u32, expert: (index % self.experts) as u32 })
+    /// Gives up an expert so that one of `layer` can have its slot, if there is a candidate: the one worth least of the
+    /// layer that, of those in the same size class, would then have most slots. Of equal layers it is the one whose turn
+    /// is farthest away, `layer` itself last.
+    pub fn evict(&mut self, layer: usize) -> Option<ExpertId> {
+        let layers = self.class_of_layer.len();
+        let with_candidates = (0..layers).filter(|&other| {
+            self.class_of_layer[other] == self.class_of_layer[layer] && !self.candidates[other].is_empty()
+        });
+        let fullest = with_candidates.max_by_key(|&other| {
+            let until_turn = if other == layer { layers } else { (other + layers - layer) % layers };
+            (self.cached[other] + usize::from(other == layer), until_turn)
+        })?;
+        let (_, expert) = *self.candidates[fullest].first()?;
+        let victim = ExpertId { layer: fullest as u32, expert };
+        self.change(victim, |entry| (entry.is_cached, entry.is_candidate) = (false, false));
+        Some(victim)
     }
 
-    /// Changes an entry, and its place among the candidates.
+    /// Changes an entry, its place among the candidates, and the count of its layer.
     fn change(&mut self, id: ExpertId, change: impl FnOnce(&mut Entry)) {
         assert!((id.expert as usize) < self.experts, "expert {} of {}", id.expert, self.experts);
-        let index = id.layer as usize * self.experts + id.expert as usize;
-        let entry = &mut self.entries[index];
-        let candidates = &mut self.candidates[self.class_of_layer[id.layer as usize]];
+        let layer = id.layer as usize;
+        let entry = &mut self.entries[layer * self.experts + id.expert as usize];
+        self.cached[layer] -= usize::from(entry.is_cached);
         if entry.is_candidate {
-            candidates.remove(&(entry.worth(), index as u32));
+            self.candidates[layer].remove(&(entry.worth(), id.expert));
         }
         change(entry);
+        self.cached[layer] += usize::from(entry.is_cached);
         if entry.is_candidate {
-            candidates.insert((entry.worth(), index as u32));
+            self.candidates[layer].insert((entry.worth(), id.expert));
         }
     }
 
@@ -152,8 +169,7 @@ impl Policy {
         for (index, entry) in self.entries.iter_mut().enumerate() {
             entry.score /= Policy::WEIGHT_LIMIT;
             if entry.is_candidate {
-                let class = self.class_of_layer[index / self.experts];
-                self.candidates[class].insert((entry.worth(), index as u32));
+                self.candidates[index / self.experts].insert((entry.worth(), (index % self.experts) as u32));
             }
         }
     }
@@ -171,6 +187,7 @@ mod tests {
         Ended(usize),
         MayEvict(u32, u32),
         MustKeep(u32, u32),
+        Evict(usize),
     }
 
     const LAYERS: usize = 3;
@@ -183,8 +200,9 @@ mod tests {
             4 => (id(), 0..40usize).prop_map(|((l, e), ahead)| Event::Chosen(l, e, ahead)),
             // Choices less than 53 half-lives apart, so that an f64 holds their sum exactly.
             2 => (0..20usize).prop_map(Event::Ended),
-            3 => id().prop_map(|(l, e)| Event::MayEvict(l, e)),
+            4 => id().prop_map(|(l, e)| Event::MayEvict(l, e)),
             1 => id().prop_map(|(l, e)| Event::MustKeep(l, e)),
+            2 => (0..LAYERS).prop_map(Event::Evict),
         ];
         prop::collection::vec(event, 0..200)
     }
@@ -194,11 +212,12 @@ mod tests {
     struct Remembering {
         now: usize,
         choices: Vec<(ExpertId, usize)>,
-        candidates: Vec<ExpertId>,
+        cached: Vec<ExpertId>,
+        kept: Vec<ExpertId>,
     }
 
     impl Remembering {
-        /// Choices in each stretch of a half-life, the latest first: compared as digits, carried into base two.
+        /// Choices in each half-life, the latest first: compared as digits, carried into base two.
         fn score(&self, id: ExpertId) -> Vec<u64> {
             let last = self.choices.iter().map(|&(_, token)| token / 16).max().unwrap_or(0);
             let mut digits = vec![0u64; last + 64];
@@ -213,17 +232,28 @@ mod tests {
             digits
         }
 
-        fn victim(&self, class: usize) -> Option<ExpertId> {
+        /// The fullest layer with a candidate, counting the one that asks as one fuller, and of equal ones the last before
+        /// it in the circle of layers, itself first; there the least score, and of equal ones the oldest choice.
+        fn evict(&mut self, layer: usize) -> Option<ExpertId> {
+            let candidates: Vec<ExpertId> = self.cached.iter().copied().filter(|id| !self.kept.contains(id)).collect();
+            let slots =
+                |of: u32| self.cached.iter().filter(|id| id.layer == of).count() + usize::from(of as usize == layer);
+            let circle = (0..LAYERS).map(|back| ((layer + LAYERS - back) % LAYERS) as u32);
+            let with_candidates = circle
+                .filter(|&of| CLASSES[of as usize] == CLASSES[layer] && candidates.iter().any(|id| id.layer == of));
+            let fullest = with_candidates.reduce(|best, of| if slots(of) > slots(best) { of } else { best })?;
             let last = |id: ExpertId| self.choices.iter().rposition(|(chosen, _)| *chosen == id);
-            let of_class = self.candidates.iter().filter(|id| CLASSES[id.layer as usize] == class);
-            of_class.copied().min_by_key(|&id| (self.score(id), last(id), id))
+            let of_layer = candidates.into_iter().filter(|id| id.layer == fullest);
+            let victim = of_layer.min_by_key(|&id| (self.score(id), last(id), id))?;
+            self.cached.retain(|&id| id != victim);
+            Some(victim)
         }
     }
 
     proptest! {
         #[test]
         fn victims_are_those_of_the_definition(events in events()) {
-            let mut policy = Policy::new(CLASSES.to_vec(), EXPERTS);
+            let mut policy = Policy::new(CLASSES.to_vec(), EXPERTS, 16);
             let mut model = Remembering::default();
             for event in events {
                 match event {
@@ -239,17 +269,17 @@ mod tests {
                     Event::MayEvict(layer, expert) => {
                         let id = ExpertId { layer, expert };
                         policy.may_evict(id);
-                        model.candidates.retain(|&other| other != id);
-                        model.candidates.push(id);
+                        model.kept.retain(|&other| other != id);
+                        if !model.cached.contains(&id) {
+                            model.cached.push(id);
+                        }
                     }
                     Event::MustKeep(layer, expert) => {
                         let id = ExpertId { layer, expert };
                         policy.must_keep(id);
-                        model.candidates.retain(|&other| other != id);
+                        model.kept.push(id);
                     }
-                }
-                for class in 0..2 {
-                    prop_assert_eq!(policy.victim(class), model.victim(class));
+                    Event::Evict(layer) => prop_assert_eq!(policy.evict(layer), model.evict(layer)),
                 }
             }
         }
@@ -258,20 +288,17 @@ mod tests {
     #[test]
     fn scores_survive_any_number_of_tokens() {
         let id = |expert| ExpertId { layer: 0, expert };
-        let mut policy = Policy::new(vec![0], 3);
-        for expert in 0..3 {
-            policy.may_evict(id(expert));
-        }
+        let mut policy = Policy::new(vec![0], 3, 16);
+        let evict = |policy: &mut Policy| policy.evict(0).map(|id| id.expert);
         for _ in 0..100 {
+            (0..3).for_each(|expert| policy.may_evict(id(expert)));
             [0, 0, 1, 1, 1, 2].into_iter().for_each(|expert| policy.chosen(id(expert), 0));
             policy.tokens_ended(1000);
-            assert_eq!(policy.victim(0), Some(id(2)));
+            assert_eq!(evict(&mut policy), Some(2));
         }
         policy.chosen(id(2), 1_000_000);
-        policy.must_keep(id(2));
-        assert_eq!(policy.victim(0), Some(id(0)));
         policy.tokens_ended(1_000_000);
         policy.may_evict(id(2));
-        assert_eq!(policy.victim(0), Some(id(0)));
+        assert_eq!([0; 4].map(|_| evict(&mut policy)), [Some(0), Some(1), Some(2), None]);
     }
 }

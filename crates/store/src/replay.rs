@@ -12,7 +12,9 @@ use crate::{ExpertId, Policy, TraceHeader, TracePass};
 pub enum Eviction {
     /// The expert used longest ago.
     LeastRecent,
-    /// [`Policy`] with a half-life in tokens.
+    /// What the store does: [`Policy`] with the half-life that goes with the slots.
+    Store,
+    /// [`Policy`] with another half-life in tokens.
     Decay(usize),
     /// The expert whose next use is farthest away, be it the one just read: nothing that is read on demand reads less
     /// (Belady 1966). It needs to know the future, and to use an expert without a slot of its own.
@@ -112,6 +114,11 @@ impl Replay {
     /// they have. Panics if a class has none.
     pub fn run(&self, class_of_layer: &[usize], slots_of_class: &[usize], eviction: Eviction) -> Outcome {
         assert!(slots_of_class.iter().all(|&slots| slots > 0), "room for at least one expert");
+        let (slots, of_a_token) = (slots_of_class.iter().sum(), self.header.layers() * self.header.experts_used);
+        let eviction = match eviction {
+            Eviction::Store => Eviction::Decay(Policy::half_life_tokens(slots, of_a_token)),
+            other => other,
+        };
         let mut order = Order::new(eviction, class_of_layer, self.header.experts);
         let mut empty = slots_of_class.to_vec();
         let mut cached = vec![false; self.header.layers() * self.header.experts];
@@ -135,12 +142,12 @@ impl Replay {
                 let is_full = empty[class] == 0;
                 empty[class] -= usize::from(!is_full);
                 if is_full && eviction != Eviction::Farthest {
-                    cached[index(order.evict(class))] = false;
+                    cached[index(order.evict(step.layer as usize))] = false;
                 }
                 cached[index(one.id)] = true;
                 order.used(one);
                 if is_full && eviction == Eviction::Farthest {
-                    cached[index(order.evict(class))] = false;
+                    cached[index(order.evict(step.layer as usize))] = false;
                 }
             }
             counts.wanted += step.experts.len() as u64;
@@ -211,9 +218,7 @@ impl Sorted {
 impl Order {
     fn new(eviction: Eviction, class_of_layer: &[usize], experts: usize) -> Order {
         match eviction {
-            Eviction::Decay(half_life) => {
-                Order::Decay(Policy::with_half_life(class_of_layer.to_vec(), experts, half_life))
-            }
+            Eviction::Decay(half_life) => Order::Decay(Policy::new(class_of_layer.to_vec(), experts, half_life)),
             _ => Order::Sorted(Sorted {
                 is_farthest: eviction == Eviction::Farthest,
                 uses: 0,
@@ -244,11 +249,11 @@ impl Order {
         }
     }
 
-    /// Takes an expert out of its slot. Panics if the class has none in one.
-    fn evict(&mut self, class: usize) -> ExpertId {
+    /// Takes an expert out of its slot, so that one of `layer` can have it. Panics if there is none in a slot.
+    fn evict(&mut self, layer: usize) -> ExpertId {
         let victim = match self {
-            Order::Decay(policy) => policy.victim(class).inspect(|&id| policy.must_keep(id)),
-            Order::Sorted(sorted) => sorted.evict(class),
+            Order::Decay(policy) => policy.evict(layer),
+            Order::Sorted(sorted) => sorted.evict(sorted.class_of_layer[layer]),
         };
         victim.expect("every slot holds an expert")
     }
@@ -347,7 +352,7 @@ mod tests {
             let outcome = replay.run(&vec![0; layers], &[slots], Eviction::Farthest);
             let reads = outcome.decode.read_bytes + outcome.prefill.read_bytes;
             prop_assert_eq!(reads, fewest_reads(&sets, slots as u32));
-            for other in [Eviction::LeastRecent, Eviction::Decay(1), Eviction::Decay(16)] {
+            for other in [Eviction::LeastRecent, Eviction::Store, Eviction::Decay(16)] {
                 let outcome = replay.run(&vec![0; layers], &[slots], other);
                 prop_assert!(outcome.decode.read_bytes + outcome.prefill.read_bytes >= reads);
             }
@@ -369,7 +374,7 @@ mod tests {
         let replay = trace(3, 1, &[10, 100], passes);
         let (class_of_layer, layers) = replay.size_classes();
         assert_eq!((&class_of_layer[..], &layers[..]), (&[0, 1][..], &[1, 1][..]));
-        let outcome = replay.run(&class_of_layer, &[3, 3], Eviction::Decay(16));
+        let outcome = replay.run(&class_of_layer, &[3, 3], Eviction::Store);
         assert_eq!(outcome.prefill, Counts { rows: 2, wanted: 3, hits: 0, read_bytes: 120 });
         assert_eq!(outcome.decode, Counts { rows: 2, wanted: 4, hits: 4, read_bytes: 0 });
         let outcome = replay.run(&class_of_layer, &[1, 1], Eviction::LeastRecent);

@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 use crate::cache::{Cache, Prefetch, SlotRead};
 use crate::lease::{Home, SlotMemory};
 use crate::reader::{Client, Completion, Read};
-use crate::{AlignedBytes, Cancel, ExpertBytes, ExpertExtents, ExpertId, Lease, Reader, StoreCounts, StoreError};
+use crate::{
+    AlignedBytes, Cancel, ExpertBytes, ExpertExtents, ExpertId, Lease, Policy, Reader, StoreCounts, StoreError,
+};
 
 /// How often a wait looks for a cancel.
 const PATIENCE: Duration = Duration::from_millis(50);
@@ -70,6 +72,7 @@ impl Streamed {
         reader: Arc<dyn Reader>,
         layers: &[ExpertExtents],
         slots_of_class: &[usize],
+        experts_used: usize,
     ) -> Result<Arc<Streamed>, StoreError> {
         let (class_of_layer, slot_bytes) = size_classes(layers);
         assert_eq!(slot_bytes.len(), slots_of_class.len(), "a number of slots for each size class");
@@ -86,7 +89,8 @@ impl Streamed {
         }
         // An expert is up to three reads.
         let most_reads = (reader.in_flight() / 3).max(2);
-        let cache = Cache::new(class_of_layer, experts, slots_of_class, most_reads);
+        let half_life_tokens = Policy::half_life_tokens(slots.len(), layers.len() * experts_used);
+        let cache = Cache::new(class_of_layer, experts, slots_of_class, most_reads, half_life_tokens);
         let state = State { cache, slots, errors: HashMap::new(), read_bytes: 0, stall: Duration::ZERO };
         let (layers, state) = (layers.to_vec(), Mutex::new(state));
         Ok(Arc::new_cyclic(|this| Streamed {

@@ -51,7 +51,7 @@ impl Weights {
         if let Some(note) = note {
             println!("another reader than asked for: {note}");
         }
-        HostStore::streamed(reader, &self.layers, &slots).unwrap()
+        HostStore::streamed(reader, &self.layers, &slots, 2).unwrap()
     }
 
     /// Leases experts and compares every byte; how many came before an error.
@@ -134,7 +134,7 @@ fn a_model_that_is_part_of_the_program_streams_too() {
     for kind in readers() {
         let (reader, note) = open_reader(&Source::from_image("built in", image), kind).unwrap();
         assert_eq!(note, None);
-        weights.take_all(&HostStore::streamed(reader, &weights.layers, &[2, 1]).unwrap()).unwrap();
+        weights.take_all(&HostStore::streamed(reader, &weights.layers, &[2, 1], 2).unwrap()).unwrap();
     }
 }
 
@@ -174,7 +174,7 @@ fn a_repacked_layer_is_read_in_one_piece() {
     for kind in readers() {
         let (reader, _) = open_reader(&weights.source(), kind).unwrap();
         let resident = HostStore::resident(&*reader, &weights.layers, &mut |_| {}).unwrap();
-        let streamed = HostStore::streamed(reader, &weights.layers, &[2]).unwrap();
+        let streamed = HostStore::streamed(reader, &weights.layers, &[2], 2).unwrap();
         for store in [resident, streamed] {
             weights.take(&store, 0, &[0, 5, 15, 7], &Cancel::default()).unwrap();
         }
@@ -260,7 +260,7 @@ fn a_slow_disk_is_waited_for_in_its_own_time() {
     let weights = Weights::new();
     let simulation = Simulation { latency_us: 5_000_000, ..Simulation::reordering(3) };
     let disk = Arc::new(SimulatedDisk::new(weights.source(), simulation));
-    let store = HostStore::streamed(disk.clone(), &weights.layers, &[3, 2]).unwrap();
+    let store = HostStore::streamed(disk.clone(), &weights.layers, &[3, 2], 2).unwrap();
     let began = Instant::now();
     weights.take_all(&store).unwrap();
     assert!(disk.now_us() > 5_000_000 && began.elapsed() < Duration::from_secs(5), "{} us", disk.now_us());
