@@ -187,4 +187,8 @@ impl<B: Backend> Observer<B> for Layers<'_, B> {
         }
         self.observer.after(layer, stage, backend, pass)
     }
+
+    fn logits(&mut self, logits: &B::Logits) {
+        self.observer.logits(logits);
+    }
 }
