@@ -18,6 +18,15 @@ fn logits() -> Vec<f32> {
         .collect()
 }
 
+/// Logits of a model that is surer: a normal distribution, and few tokens well above it.
+fn sure_logits() -> Vec<f32> {
+    let noise = |i: u64| (i.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1) >> 40) as f32 / (1 << 24) as f32;
+    let normal = |i: u64| (0..12).map(|part| noise(i * 12 + part)).sum::<f32>() - 6.0;
+    (0..VOCAB as u64)
+        .map(|i| normal(i) * 2.5 + if i % 8192 == 0 { 16.0 + noise(i / 8192) * 8.0 } else { 0.0 })
+        .collect()
+}
+
 /// Mean time of a call, in microseconds.
 fn time_us(mut call: impl FnMut()) -> f64 {
     call();
@@ -46,6 +55,10 @@ fn main() -> anyhow::Result<()> {
         let mut sampler = Sampler::new(sampling, 1)?;
         println!("{name:<28} {:>8.0} us", time_us(|| drop(black_box(sampler.choose(&logits, choice)))));
     }
+    let sure = sure_logits();
+    let mut sampler = Sampler::new(Sampling { top_p: 0.95, ..plain }, 1)?;
+    println!("{:<28} {:>8.0} us", "top_p 0.95, surer model", time_us(|| drop(black_box(sampler.choose(&sure, free)))));
+    println!("{:<28} {:>8.0} us", "logprobs, none listed", time_us(|| drop(black_box(Logprobs::new(&logits, 0, 0)))));
     println!("{:<28} {:>8.0} us", "logprobs, top 20", time_us(|| drop(black_box(Logprobs::new(&logits, 0, 20)))));
     Ok(())
 }

@@ -227,20 +227,24 @@ fn candidates(logits: &[f32], max: f32, sampling: Sampling, kept: &mut Vec<Candi
     kept.clear();
     if top_k > 0 {
         kept.extend(likeliest(logits, top_k.min(TOP_K_CAP)).into_iter().map(weighed));
-        let total = total(kept);
-        kept.retain(|candidate| candidate.weight >= min_p);
         if top_p < 1.0 {
-            let head = head(kept, f64::from(top_p) * total);
-            kept.truncate(head);
+            keep_head_of_all(kept, f64::from(top_p), min_p);
+        } else {
+            kept.retain(|candidate| candidate.weight >= min_p);
         }
     } else if top_p < 1.0 {
-        for bound in [max - NEAR * temperature, f64::NEG_INFINITY] {
-            kept.clear();
-            kept.extend(finite(logits).filter(|&(_, logit)| f64::from(logit) >= bound).map(weighed));
-            if keep_head(kept, logits.len(), f64::from(top_p), min_p, bound == f64::NEG_INFINITY) {
+        let near = |bound: f64| finite(logits).filter(move |&(_, logit)| f64::from(logit) >= bound);
+        let total = || near(f64::NEG_INFINITY).map(|logit| weighed(logit).weight).sum();
+        let bound = max - NEAR * temperature;
+        if near(bound).count() < logits.len() / 4 {
+            kept.extend(near(bound).map(weighed));
+            if keep_head(kept, logits.len(), f64::from(top_p), min_p, total) {
                 return;
             }
+            kept.clear();
         }
+        kept.extend(near(f64::NEG_INFINITY).map(weighed));
+        keep_head_of_all(kept, f64::from(top_p), min_p);
     } else {
         // Most tokens are far too unlikely: a bound on the logit, with room for rounding, saves their `exp`.
         let bound = max + temperature * libm::log(min_p) - 1e-3 * (1.0 + temperature);
@@ -253,21 +257,39 @@ fn candidates(logits: &[f32], max: f32, sampling: Sampling, kept: &mut Vec<Candi
 /// over V4's vocabulary, a ten-thousandth of the likeliest token at most.
 const NEAR: f64 = 21.0;
 
-/// Keeps of the tokens near the likeliest one, out of `vocab`, those at least `min_p` times as likely of the shortest head with
-/// `top_p` of the mass of all, by falling weight. False if the others (none if `are_all`) could change the choice.
-fn keep_head(near: &mut Vec<Candidate>, vocab: usize, top_p: f64, min_p: f64, are_all: bool) -> bool {
-    let weight = total(near);
-    let others = (vocab - near.len()) as f64 * libm::exp(-NEAR);
-    // The mass of all, with room for rounding in whatever order it is summed.
-    let (least, most) =
-        if are_all { (weight, weight) } else { (weight * (1.0 - 1e-9), (weight + others) * (1.0 + 1e-9)) };
-    // Tokens below this together weigh at most half of what lies behind the head: none of them is in it.
-    let tail = (1.0 - top_p) * least / (2 * vocab) as f64;
-    near.retain(|candidate| candidate.weight >= min_p.max(tail));
+/// As [`keep_head_of_all`], from the tokens near the likeliest one out of `vocab`. What all weigh, `total`, is asked for only
+/// where a bound does not settle the choice. False if tokens further below might be kept.
+fn keep_head(
+    near: &mut Vec<Candidate>,
+    vocab: usize,
+    top_p: f64,
+    min_p: f64,
+    total_of_all: impl FnOnce() -> f64,
+) -> bool {
+    // With room for rounding in whatever order the weights are summed.
+    let (least, rounding) = (total(near), 1e-9);
+    let most = (least + (vocab - near.len()) as f64 * libm::exp(-NEAR)) * (1.0 + rounding);
+    near.retain(|candidate| candidate.weight >= min_p);
     let longest = head(near, top_p * most);
     near.truncate(longest);
-    let others_are_out = are_all || min_p > 2.0 * libm::exp(-NEAR) || total(near) >= top_p * most;
-    others_are_out && head_of_sorted(near, top_p * least) == longest
+    if total(near) < top_p * most && min_p < 2.0 * libm::exp(-NEAR) {
+        return false;
+    }
+    if head_of_sorted(near, top_p * least * (1.0 - rounding)) < longest {
+        near.truncate(head_of_sorted(near, top_p * total_of_all()));
+    }
+    true
+}
+
+/// Keeps of all tokens those at least `min_p` times as likely as the likeliest, and of these the shortest head with `top_p` of
+/// the mass of all, by falling weight.
+fn keep_head_of_all(all: &mut Vec<Candidate>, top_p: f64, min_p: f64) {
+    let total = total(all);
+    // Tokens below this together weigh at most half of what lies behind the head: none of them is in it.
+    let tail = (1.0 - top_p) * total / (2 * all.len()) as f64;
+    all.retain(|candidate| candidate.weight >= min_p.max(tail));
+    let head = head(all, top_p * total);
+    all.truncate(head);
 }
 
 /// How many of the likeliest candidates together weigh `enough`, all if they do not. Those come to the front, by falling weight;

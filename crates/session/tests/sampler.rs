@@ -282,7 +282,7 @@ fn top_p_bounds_by_logit_without_changing_the_head() {
             let sampling = Sampling { top_p, min_p, temperature, ..PLAIN };
             let head: HashSet<u32> = head_of_all(&logits, sampling).into_iter().collect();
             let mut sampler = Sampler::new(sampling, 3).unwrap();
-            let drawn: HashSet<u32> = (0..2000).map(|_| sampler.sample(&logits).unwrap()).collect();
+            let drawn: HashSet<u32> = (0..400).map(|_| sampler.sample(&logits).unwrap()).collect();
             assert!(drawn.is_subset(&head), "{sampling:?}, spread {spread}");
             assert!(head.len() > 8 || drawn.len() * 4 >= head.len(), "{sampling:?}, spread {spread}: {drawn:?}");
         }
