@@ -1,8 +1,11 @@
 //! What the measuring programs share.
 
+pub mod bound;
 pub mod calls;
+pub mod disk;
 pub mod heldout;
 pub mod memory;
+pub mod simulated_router;
 
 use clap::Args;
 use model::Precision;

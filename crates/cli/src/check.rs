@@ -7,7 +7,6 @@
 use std::fmt::Write as _;
 use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
 
 use cpu::{CpuBackend, Pass};
 use model::{Cancel, Error, Observer, Stage};
@@ -21,7 +20,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::load::ModelFile;
 use crate::placement::{PASS_ROWS, Setting, Work};
-use crate::stats::Traffic;
+use crate::stats::Meter;
 use crate::terminal::{self, Stream, Unit};
 use crate::{Outcome, flags, interrupt};
 
@@ -165,14 +164,14 @@ impl Dialog<'_> {
         let options = PromptOptions { encoding: Encoding::V4_2604, mode: Mode::Chat, drop_reasoning: true };
         let tokenizer = self.vocabulary.tokenizer();
         let prompt = tokenizer.encode_segments(&render(tokenizer, messages, &options)?);
-        let (start, before) = (Instant::now(), self.backend.stats());
+        let meter = Meter::start(self.backend);
         let kept_tokens = self.session.reuse(self.backend, &prompt);
         let rest = &prompt[kept_tokens..];
         let bar = terminal::progress("reading", rest.len() as u64, Unit::Tokens);
         let read = &mut |tokens| bar.set_position(tokens as u64);
         let logits = self.session.prefill(self.backend, rest, PASS_ROWS, self.cancel, read)?;
         bar.finish_and_clear();
-        let prefill = Traffic::between(before, self.backend.stats(), rest.len(), start.elapsed());
+        let prefill = meter.stop(self.backend, rest.len());
 
         let options = TurnOptions {
             parse: ParseOptions { thinking: false, tools: Some(vec![tool()]) },
@@ -181,11 +180,11 @@ impl Dialog<'_> {
             max_tokens: MAX_TOKENS,
             ..TurnOptions::default()
         };
-        let (start, before) = (Instant::now(), self.backend.stats());
+        let meter = Meter::start(self.backend);
         let go_on = &mut |_| ControlFlow::Continue(());
         let outcome = run_turn(self.backend, self.vocabulary, &mut self.session, logits, &options, self.cancel, go_on)?;
         let passes = self.session.tokens().len() - prompt.len();
-        let decode = Traffic::between(before, self.backend.stats(), passes, start.elapsed());
+        let decode = meter.stop(self.backend, passes);
         let turn = &outcome.turn;
         let call = |call: &Call| json!({"name": call.name, "arguments": call.arguments});
         let exchange = Exchange {

@@ -1,7 +1,6 @@
 //! A loaded model and one session: what answers prompts.
 
 use std::ops::ControlFlow;
-use std::time::Instant;
 
 use cpu::CpuBackend;
 use model::{Cancel, NoObserver};
@@ -16,7 +15,7 @@ use crate::placement::{PASS_ROWS, Setting, Work};
 use crate::record::Recording;
 use crate::screen::Screen;
 use crate::setup;
-use crate::stats::Traffic;
+use crate::stats::Meter;
 use crate::terminal::{self, ReadingBar};
 
 /// A model ready to answer, and what it has read so far.
@@ -102,7 +101,7 @@ impl Engine {
             return Ok(Reply { turn: None, figures });
         };
         let vocabulary = Vocabulary::new(&self.tokenizer)?;
-        let (start, held, before) = (Instant::now(), self.session.tokens().len(), self.backend.stats());
+        let (meter, held) = (Meter::start(&self.backend), self.session.tokens().len());
         let mut unwritable = None;
         let outcome = run_turn(&self.backend, &vocabulary, &mut self.session, logits, options, cancel, &mut |event| {
             let shown = match event {
@@ -121,8 +120,7 @@ impl Engine {
         }
         let outcome = outcome.map_err(|error| self.name(error))?;
         figures.answer_tokens = outcome.tokens.len();
-        let passes = self.session.tokens().len() - held;
-        figures.decode = Traffic::between(before, self.backend.stats(), passes, start.elapsed());
+        figures.decode = meter.stop(&self.backend, self.session.tokens().len() - held);
         figures.ended = Some(outcome.reason);
         Ok(Reply { turn: Some(outcome.turn), figures })
     }
@@ -133,7 +131,7 @@ impl Engine {
     /// As [`Engine::reply`].
     pub fn read(&mut self, prompt: &[u32], cancel: &Cancel, figures: &mut Figures) -> anyhow::Result<Option<Vec<f32>>> {
         self.context.check(0, prompt.len())?;
-        let (start, before) = (Instant::now(), self.backend.stats());
+        let meter = Meter::start(&self.backend);
         let shared = self.session.tokens().iter().zip(prompt).take_while(|(held, wanted)| held == wanted).count();
         figures.kept_tokens = self.session.reuse(&self.backend, prompt);
         let rest = &prompt[figures.kept_tokens..];
@@ -142,7 +140,7 @@ impl Engine {
         drop(bar);
         let passes = self.session.tokens().len() - figures.kept_tokens;
         figures.again_tokens = (shared - figures.kept_tokens).min(passes);
-        figures.prefill = Traffic::between(before, self.backend.stats(), passes, start.elapsed());
+        figures.prefill = meter.stop(&self.backend, passes);
         match logits {
             Err(error) if error.is_cancelled() => {
                 figures.ended = Some(StopReason::Cancelled);

@@ -1,6 +1,7 @@
 //! `infall`: flags, terminal, progress; wires the other crates together.
 //!
-//! A library only so that measuring programs open models exactly as the program does ([`load`]).
+//! A library only so that measuring programs take the same flags, make the same plan and open models exactly as the
+//! program does.
 
 mod chat;
 mod check;
@@ -14,7 +15,7 @@ mod logits;
 mod markdown;
 mod npy;
 mod output;
-mod placement;
+pub mod placement;
 mod plan;
 mod record;
 mod routes;
@@ -30,6 +31,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+pub use flags::Machine;
 use flags::{Command, Flags};
 use terminal::WriteError;
 

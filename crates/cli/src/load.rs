@@ -62,7 +62,7 @@ impl ModelFile {
     ///
     /// # Errors
     /// There is no plan, a read failed, or a weight holds what no model can have.
-    pub(crate) fn load(&self, work: &Work) -> anyhow::Result<(CpuBackend, Setting)> {
+    pub fn load(&self, work: &Work) -> anyhow::Result<(CpuBackend, Setting)> {
         let needs = placement::needs(&self.header, &self.model, work);
         let plan = Plan::new(&needs, work.request, budget::available().as_ref())
             .map_err(|error| anyhow::anyhow!("{}: {error}", self.name))?;

@@ -2,17 +2,15 @@
 
 use std::io::Write;
 use std::path::Path;
-use std::time::Instant;
 
 use cpu::{CpuBackend, PassShape};
 use model::{Backend, Cancel, NoObserver, Observer, Row, forward};
-use store::StoreCounts;
 
 use crate::load::{self, ModelFile};
 use crate::output::Output;
 use crate::placement::Work;
 use crate::record::Recording;
-use crate::stats::{Report, Traffic};
+use crate::stats::{Meter, Report, Traffic};
 use crate::terminal::{self, Unit, WriteError};
 use crate::{Outcome, flags, interrupt, npy};
 
@@ -33,12 +31,12 @@ pub fn logits(flags: &flags::Logits) -> anyhow::Result<Outcome> {
         None => None,
     };
     let mut observer = recording.as_ref().map_or_else(|| Box::new(NoObserver) as _, Recording::observer);
-    let start = Instant::now();
+    let meter = Meter::start(&backend);
     match out.write(|out| write_all(flags, &backend, &tokens, &cancel, &mut *observer, out)) {
         Ok(()) => {
             drop(observer);
             recording.map_or(Ok(()), Recording::end)?;
-            let all = Traffic::between(StoreCounts::default(), backend.stats(), tokens.len(), start.elapsed());
+            let all = meter.stop(&backend, tokens.len());
             report.tell(&setting, &all, &Traffic::default())?;
             Ok(Outcome::Done)
         }

@@ -125,7 +125,7 @@ impl Setting {
             precision: name(precision),
             experts: if is_streamed { "streamed" } else { "resident" },
             slots: is_streamed.then_some(total),
-            reader: backend.reader(),
+            reader: backend.reader().name(),
         }
     }
 

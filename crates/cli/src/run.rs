@@ -2,7 +2,6 @@
 
 use std::io::Read;
 use std::ops::ControlFlow;
-use std::time::Instant;
 
 use model::Cancel;
 use session::{Context, Limits, Sampler, StopReason, TurnOptions, generate};
@@ -16,7 +15,7 @@ use crate::load::ModelFile;
 use crate::output::Output;
 use crate::placement::Work;
 use crate::screen::Screen;
-use crate::stats::{Report, Traffic};
+use crate::stats::{Meter, Report};
 use crate::terminal::{Stream, WriteError, harmless};
 use crate::{Outcome, flags, interrupt, setup};
 
@@ -116,7 +115,7 @@ fn answer_raw(
 ) -> anyhow::Result<Figures> {
     let mut figures = Figures::default();
     let Some(logits) = engine.read(prompt, cancel, &mut figures)? else { return Ok(figures) };
-    let (start, held, before) = (Instant::now(), engine.session.tokens().len(), engine.backend.stats());
+    let (meter, held) = (Meter::start(&engine.backend), engine.session.tokens().len());
     let mut characters = Utf8Stream::default();
     let mut unwritable = None;
     let Engine { backend, session, tokenizer, .. } = engine;
@@ -131,8 +130,7 @@ fn answer_raw(
     let line_end = if Stream::Out.is_terminal() { "\n" } else { "" };
     write_raw(&(characters.finish() + line_end))?;
     figures.ended = Some(ended.map_err(|error| engine.name(error))?);
-    let passes = engine.session.tokens().len() - held;
-    figures.decode = Traffic::between(before, engine.backend.stats(), passes, start.elapsed());
+    figures.decode = meter.stop(&engine.backend, engine.session.tokens().len() - held);
     Ok(figures)
 }
 

@@ -1,10 +1,11 @@
 //! What experts cost: how many were found in memory, what was read, and how long computing waited for it.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use cpu::CpuBackend;
 use serde_json::{Value, json};
-use store::StoreCounts;
+use store::{CacheCounts, StoreCounts};
 
 use crate::output::Output;
 use crate::placement::Setting;
@@ -18,41 +19,34 @@ pub struct Traffic {
     pub tokens: usize,
     /// How long that took.
     pub time: Duration,
-    /// Experts that were in a slot when a layer wanted them, or on their way into one.
-    pub hits: u64,
-    /// Experts that were not.
-    pub misses: u64,
-    /// Experts read before a layer wanted them.
-    pub prefetched: u64,
-    /// Bytes of experts that were read.
-    pub read_bytes: u64,
-    /// Microseconds in which computing stood still because an expert was not there.
-    pub stall_us: u64,
+    /// What happened in the expert store.
+    pub counts: StoreCounts,
+}
+
+/// Takes the time and the counts of passes that begin now.
+pub struct Meter {
+    start: Instant,
+    before: StoreCounts,
+}
+
+impl Meter {
+    /// Begins.
+    pub fn start(backend: &CpuBackend) -> Meter {
+        Meter { start: Instant::now(), before: backend.stats() }
+    }
+
+    /// What happened since, over so many tokens.
+    pub fn stop(&self, backend: &CpuBackend, tokens: usize) -> Traffic {
+        Traffic { tokens, time: self.start.elapsed(), counts: backend.stats().since(&self.before) }
+    }
 }
 
 impl Traffic {
-    /// What happened between two looks at the counts.
-    pub fn between(before: StoreCounts, after: StoreCounts, tokens: usize, time: Duration) -> Traffic {
-        Traffic {
-            tokens,
-            time,
-            hits: after.cache.hits - before.cache.hits,
-            misses: after.cache.misses - before.cache.misses,
-            prefetched: after.cache.prefetched - before.cache.prefetched,
-            read_bytes: after.read_bytes - before.read_bytes,
-            stall_us: after.stall_us - before.stall_us,
-        }
-    }
-
     /// Adds the counts of other passes.
     pub fn add(&mut self, other: &Traffic) {
         self.tokens += other.tokens;
         self.time += other.time;
-        self.hits += other.hits;
-        self.misses += other.misses;
-        self.prefetched += other.prefetched;
-        self.read_bytes += other.read_bytes;
-        self.stall_us += other.stall_us;
+        self.counts.add(&other.counts);
     }
 
     fn per_token(&self, count: u64) -> u64 {
@@ -61,20 +55,22 @@ impl Traffic {
 
     /// One object.
     pub fn json(&self) -> Value {
+        let StoreCounts { cache, read_bytes, stall_us } = self.counts;
         json!({
             "tokens": self.tokens,
             "time_us": self.time.as_micros() as u64,
-            "hits": self.hits,
-            "misses": self.misses,
-            "prefetched": self.prefetched,
-            "read_bytes": self.read_bytes,
-            "stall_us": self.stall_us,
-            "stall_us_per_token": self.per_token(self.stall_us),
+            "hits": cache.hits,
+            "misses": cache.misses,
+            "prefetched": cache.prefetched,
+            "read_bytes": read_bytes,
+            "stall_us": stall_us,
+            "stall_us_per_token": self.per_token(stall_us),
         })
     }
 
     fn row(&self, name: &str) -> String {
-        let Traffic { tokens, hits, misses, prefetched, read_bytes, stall_us, .. } = *self;
+        let Traffic { tokens, counts: StoreCounts { cache, read_bytes, stall_us }, .. } = *self;
+        let CacheCounts { hits, misses, prefetched, .. } = cache;
         let (read, read_each) = (terminal::bytes(read_bytes), terminal::bytes(self.per_token(read_bytes)));
         let stall = self.per_token(stall_us);
         format!("{name:<8}{tokens:>8}{hits:>10}{misses:>10}{prefetched:>11}{read:>13}{read_each:>13}{stall:>16}")

@@ -110,8 +110,8 @@ impl CpuBackend {
     }
 
     /// What weights are read with.
-    pub fn reader(&self) -> &'static str {
-        self.reader.name()
+    pub fn reader(&self) -> &Arc<dyn Reader> {
+        &self.reader
     }
 
     /// How often experts were found, read and waited for since loading.

@@ -76,8 +76,20 @@ impl CpuBackend {
             }
             weigh(scores, experts, config.route_scale, weights);
         }
+        Ok(self.selection(pass))
+    }
+
+    /// The experts that the pass has chosen.
+    fn selection(&self, pass: &Pass) -> Selection {
         let places = pass.batch.runs().iter().flat_map(|run| 0..run.rows.len()).collect();
-        Ok(Selection::new(&pass.experts, used, config.experts, places))
+        Selection::new(&pass.experts, self.config.experts_used, self.config.experts, places)
+    }
+
+    /// What [`model::Backend::route`] would have returned if the rows had chosen `experts`, `[R, K]`, distinct in a row; the
+    /// routed weights stay, rank by rank. For measuring with routes that were recorded or made up.
+    pub fn reroute(&self, pass: &mut Pass, experts: &[u32]) -> Selection {
+        pass.experts.copy_from_slice(experts);
+        self.selection(pass)
     }
 
     pub(crate) fn stage_shared_expert(&self, layer: usize, pass: &mut Pass) -> Result<(), Error> {

@@ -34,6 +34,34 @@ pub struct StoreCounts {
     pub stall_us: u64,
 }
 
+impl StoreCounts {
+    /// What happened since an earlier look at the same store.
+    pub fn since(&self, before: &StoreCounts) -> StoreCounts {
+        self.with(before, |now, before| now - before)
+    }
+
+    /// Adds what happened at other times.
+    pub fn add(&mut self, other: &StoreCounts) {
+        *self = self.with(other, |a, b| a + b);
+    }
+
+    fn with(&self, other: &StoreCounts, each: fn(u64, u64) -> u64) -> StoreCounts {
+        let (a, b) = (&self.cache, &other.cache);
+        StoreCounts {
+            cache: CacheCounts {
+                hits: each(a.hits, b.hits),
+                misses: each(a.misses, b.misses),
+                evictions: each(a.evictions, b.evictions),
+                prefetched: each(a.prefetched, b.prefetched),
+                prefetch_hits: each(a.prefetch_hits, b.prefetch_hits),
+                prefetch_waste: each(a.prefetch_waste, b.prefetch_waste),
+            },
+            read_bytes: each(self.read_bytes, other.read_bytes),
+            stall_us: each(self.stall_us, other.stall_us),
+        }
+    }
+}
+
 impl HostStore {
     /// Reads every expert of every layer. `loaded` is told of bytes as they arrive.
     ///

@@ -215,7 +215,7 @@ impl Subject {
         if let Some(note) = backend.note() {
             return Err(note.to_owned());
         }
-        assert_eq!(backend.reader(), reader_name, "{cell}");
+        assert_eq!(backend.reader().name(), reader_name, "{cell}");
 
         let mut demands = Demands::new(&self.model);
         let mut others = [(); 2].map(|()| backend.new_state().unwrap());
