@@ -13,6 +13,7 @@ use store::{
 };
 
 use crate::experts::Selection;
+use crate::memory::static_bytes;
 use crate::parallel::Workers;
 use crate::pass::Pass;
 use crate::weights::{self, Weight};
@@ -79,12 +80,11 @@ impl CpuBackend {
         loaded: &mut dyn FnMut(u64),
     ) -> Result<CpuBackend, Error> {
         let extents: Vec<ExpertExtents> = model.experts.iter().map(|layer| layer.extents).collect();
-        let all_bytes: u64 = extents.iter().map(ExpertExtents::total_bytes).sum();
         let expert_bytes = match &options.residency {
-            Residency::Resident => all_bytes,
+            Residency::Resident => extents.iter().map(ExpertExtents::total_bytes).sum(),
             Residency::Streamed { slots } => store::slots_bytes(&extents, slots),
         };
-        store::check_available(model.weight_bytes() - all_bytes + expert_bytes)?;
+        store::check_available(static_bytes(model, options.residency != Residency::Resident) + expert_bytes)?;
         let (reader, note) = store::open_reader(source, options.reader)?;
         Ok(CpuBackend {
             config: model.config.clone(),

@@ -1,6 +1,7 @@
 //! Owned, page-aligned memory for weights.
 //!
-//! Page alignment lets direct I/O read into it. A block can be cut in two at a page border and joined again: a slab is
+//! Page alignment lets direct I/O read into it, and it is made of huge pages where the system has them: the kernel then
+//! has 512 times fewer pages to hand out, to clear and to pin for a read. A block can be cut in two at a page border and joined again: a slab is
 //! cut into slots, a slot into the pieces that are read at the same time. Each piece is owned by whoever may write to it,
 //! so "nobody computes with bytes that are being read" is a matter of types.
 
@@ -8,10 +9,14 @@ use std::sync::Arc;
 
 use memmap2::{MmapMut, MmapRaw};
 
-use crate::StoreError;
+use crate::{StoreError, budget};
 
 /// Alignment of every [`AlignedBytes`], in bytes.
 pub const ALIGNMENT_BYTES: usize = 4096;
+
+/// Bytes of a huge page; blocks of at least one begin on a border of such. (Of x86-64; elsewhere they may be larger, and
+/// the system then uses fewer of them.)
+const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// `bytes` rounded up to whole pages.
 pub(crate) const fn page_up(bytes: usize) -> usize {
@@ -32,9 +37,16 @@ impl AlignedBytes {
     /// # Errors
     /// [`StoreError::Memory`] if the system refuses.
     pub fn zeroed(len: usize) -> Result<AlignedBytes, StoreError> {
-        let refused = |_| StoreError::Memory { wanted_bytes: len as u64, available_bytes: available_bytes() };
-        let mapping = MmapMut::map_anon(len.max(1)).map_err(refused)?;
-        Ok(AlignedBytes { mapping: Arc::new(MmapRaw::from(mapping)), start: 0, len })
+        let refused = |_| StoreError::Memory {
+            wanted_bytes: len as u64,
+            available_bytes: budget::available().map(|available| available.bytes),
+        };
+        // Room to begin on a border. What lies before it and behind the block is never touched, and so takes no memory.
+        let room = if len < HUGE_PAGE_BYTES { 0 } else { HUGE_PAGE_BYTES - ALIGNMENT_BYTES };
+        let mapping = MmapMut::map_anon(len.saturating_add(room).max(1)).map_err(refused)?;
+        let start = if room == 0 { 0 } else { mapping.as_ptr().align_offset(HUGE_PAGE_BYTES) };
+        advise_huge_pages(&mapping, start, len);
+        Ok(AlignedBytes { mapping: Arc::new(MmapRaw::from(mapping)), start, len })
     }
 
     /// The bytes.
@@ -67,6 +79,19 @@ impl AlignedBytes {
     }
 }
 
+/// Asks for huge pages wherever a whole one lies within the block, so that no memory is taken beyond its last page. Advice:
+/// if it is not taken, reading is slower and nothing else happens.
+#[cfg(target_os = "linux")]
+fn advise_huge_pages(mapping: &MmapMut, start: usize, len: usize) {
+    let whole = len / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
+    if whole > 0 {
+        let _ = mapping.advise_range(memmap2::Advice::HugePage, start, whole);
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn advise_huge_pages(_: &MmapMut, _: usize, _: usize) {}
+
 impl std::ops::Deref for AlignedBytes {
     type Target = [u8];
 
@@ -81,19 +106,12 @@ impl std::ops::Deref for AlignedBytes {
 /// # Errors
 /// [`StoreError::Memory`] with both numbers. Where the system does not say what it has, nothing is refused.
 pub fn check_available(wanted_bytes: u64) -> Result<(), StoreError> {
-    match available_bytes() {
-        Some(available) if wanted_bytes > available => {
-            Err(StoreError::Memory { wanted_bytes, available_bytes: Some(available) })
+    match budget::available() {
+        Some(available) if wanted_bytes > available.bytes => {
+            Err(StoreError::Memory { wanted_bytes, available_bytes: Some(available.bytes) })
         }
         _ => Ok(()),
     }
-}
-
-/// Memory that can be taken without swapping, as Linux estimates it; `None` elsewhere.
-fn available_bytes() -> Option<u64> {
-    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
 #[cfg(test)]
@@ -104,7 +122,7 @@ mod tests {
     fn more_than_there_is_is_refused() {
         let error = AlignedBytes::zeroed(1 << 62).err().unwrap().to_string();
         assert!(error.contains("4611686018427387904 bytes"), "{error}");
-        if available_bytes().is_none() {
+        if budget::available().is_none() {
             println!("skipped: this system does not say how much memory is available");
             return;
         }
@@ -121,6 +139,41 @@ mod tests {
             assert_eq!(bytes.len(), len);
             assert_eq!(bytes.as_mut_slice().as_ptr() as usize % ALIGNMENT_BYTES, 0);
             assert!(bytes.iter().all(|&b| b == 0));
+        }
+    }
+
+    /// Areas of memory for which huge pages were asked for, as the kernel tells.
+    #[cfg(target_os = "linux")]
+    fn advised_areas() -> Vec<std::ops::Range<usize>> {
+        let (mut areas, mut area) = (Vec::new(), 0..0);
+        for line in std::fs::read_to_string("/proc/self/smaps").unwrap().lines() {
+            let first = line.split(' ').next().unwrap();
+            if let Some((start, end)) = first.split_once('-') {
+                area = usize::from_str_radix(start, 16).unwrap()..usize::from_str_radix(end, 16).unwrap();
+            } else if first == "VmFlags:" && line.split(' ').any(|flag| flag == "hg") {
+                areas.push(area.clone());
+            }
+        }
+        areas
+    }
+
+    /// A huge page that reached beyond the block would take memory that no plan counts.
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn huge_pages_cover_large_blocks_and_nothing_else() {
+        if !std::fs::exists("/sys/kernel/mm/transparent_hugepage").unwrap() {
+            println!("skipped: this kernel has no huge pages");
+            return;
+        }
+        for len in [HUGE_PAGE_BYTES - 1, HUGE_PAGE_BYTES, 3 * HUGE_PAGE_BYTES + 5, 7 * HUGE_PAGE_BYTES + 12_288] {
+            let bytes = AlignedBytes::zeroed(len).unwrap();
+            let (start, huge_bytes) = (bytes.as_ptr() as usize, len / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES);
+            let advised: Vec<_> = advised_areas().into_iter().filter(|area| area.contains(&start)).collect();
+            match huge_bytes {
+                0 => assert_eq!(advised, []),
+                _ => assert_eq!(advised, [start..start + huge_bytes]),
+            }
+            assert!(huge_bytes == 0 || start % HUGE_PAGE_BYTES == 0);
         }
     }
 

@@ -1,33 +1,66 @@
 //! io_uring: one thread and one system call for many reads.
+//!
+//! Only the ring's thread enters the kernel. To begin a read, the kernel pins its memory and hands out pages that were
+//! never touched, which may take longer than the disk does: not the time of a thread that computes. Who submits a read
+//! puts it on a list and, if the thread sleeps, wakes it through an event that the ring polls.
 
 use std::collections::VecDeque;
 use std::io::Error;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use io_uring::{IoUring, opcode, types::Fd};
+use rustix::event::{EventfdFlags, eventfd};
 
 use super::{Next, Progress, Read, Reader, complete};
-use crate::{Source, StoreError};
+use crate::Source;
 
 /// Reads past the page cache through one ring.
 pub struct Uring {
-    ring: Arc<Ring>,
+    inbox: Arc<Inbox>,
+    depth: usize,
 }
 
+/// What the ring's thread shares with those who submit.
+struct Inbox {
+    state: Mutex<State>,
+    wake: OwnedFd,
+}
+
+#[derive(Default)]
+struct State {
+    waiting: VecDeque<Read>,
+    closed: bool,
+    /// The thread will not look here again before it is woken.
+    asleep: bool,
+}
+
+impl Inbox {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes what the thread shall see, and wakes it where it must be.
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        let mut state = self.lock();
+        change(&mut state);
+        let wake = std::mem::take(&mut state.asleep);
+        drop(state);
+        if wake {
+            // It fails only if the event counts 2^64 wakes already.
+            let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+        }
+    }
+}
+
+/// What belongs to the ring's thread alone.
 struct Ring {
     ring: IoUring,
     source: Source,
-    table: Mutex<Table>,
-}
-
-/// What is under way and what waits. Its lock is also the right to put entries into the submission queue.
-struct Table {
+    inbox: Arc<Inbox>,
     /// A completion names its read by the index here.
     under_way: Vec<Option<UnderWay>>,
-    waiting: VecDeque<Read>,
-    closed: bool,
 }
 
 struct UnderWay {
@@ -35,8 +68,8 @@ struct UnderWay {
     progress: Progress,
 }
 
-/// The completion that wakes the thread to end.
-const CLOSE: u64 = u64::MAX;
+/// The completion of the poll for the event.
+const WAKE: u64 = u64::MAX;
 
 /// Most bytes of one entry, whose length has 32 bits.
 const MOST_BYTES: usize = 1 << 30;
@@ -47,106 +80,93 @@ impl Uring {
     /// # Errors
     /// The kernel does not offer io_uring or forbids it here, or no thread could be started.
     pub fn new(source: Source, depth: usize) -> std::io::Result<Uring> {
-        let table = Table { under_way: (0..depth).map(|_| None).collect(), waiting: VecDeque::new(), closed: false };
-        let ring = Arc::new(Ring { ring: IoUring::new(depth as u32 * 2)?, source, table: Mutex::new(table) });
-        let thread_ring = ring.clone();
-        std::thread::Builder::new().name("infall-uring".into()).spawn(move || thread_ring.work())?;
-        Ok(Uring { ring })
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let inbox = Arc::new(Inbox { state: Mutex::default(), wake });
+        let under_way = (0..depth).map(|_| None).collect();
+        let ring = Ring { ring: IoUring::new(depth as u32 * 2)?, source, inbox: inbox.clone(), under_way };
+        std::thread::Builder::new().name("infall-uring".into()).spawn(move || ring.work())?;
+        Ok(Uring { inbox, depth })
     }
 }
 
 impl Ring {
-    fn lock(&self) -> MutexGuard<'_, Table> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Starts what waits, as far as there is room.
-    fn start(&self, table: &mut Table) {
-        while let Some(index) = table.under_way.iter().position(Option::is_none)
-            && let Some(read) = table.waiting.pop_front()
-        {
-            let progress = Progress::new(&read.extent);
-            table.under_way[index] = Some(UnderWay { read, progress });
-            self.push(table, index);
+    /// Starts reads and takes completions until the ring is closed and nothing is under way.
+    fn work(mut self) {
+        self.poll();
+        while self.start() {
+            if self.ring.submit_and_wait(1).is_err() {
+                // Interrupted, or short of memory for a moment; what was not taken is still queued.
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            let completions: Vec<(u64, i32)> =
+                self.ring.completion().map(|entry| (entry.user_data(), entry.result())).collect();
+            self.inbox.lock().asleep = false;
+            for (index, result) in completions {
+                match index {
+                    WAKE => self.poll(),
+                    index => self.ended(index as usize, result),
+                }
+            }
         }
     }
 
+    /// Starts what waits, as far as there is room; whether anything will come of waiting.
+    fn start(&mut self) -> bool {
+        let inbox = self.inbox.clone();
+        let mut state = inbox.lock();
+        while let Some(index) = self.under_way.iter().position(Option::is_none)
+            && let Some(read) = state.waiting.pop_front()
+        {
+            let progress = Progress::new(&read.extent);
+            self.under_way[index] = Some(UnderWay { read, progress });
+            self.push(index);
+        }
+        state.asleep = true;
+        !state.closed || self.under_way.iter().any(Option::is_some)
+    }
+
+    /// Asks for a completion when the event is set, after taking back what it was set by before.
+    fn poll(&mut self) {
+        let _ = rustix::io::read(&self.inbox.wake, &mut [0; 8]);
+        let poll = opcode::PollAdd::new(Fd(self.inbox.wake.as_raw_fd()), rustix::event::PollFlags::IN.bits().into());
+        self.queue(poll.build().user_data(WAKE));
+    }
+
     /// Puts what is left of a read into the submission queue.
-    fn push(&self, table: &mut Table, index: usize) {
-        let UnderWay { read, progress } = table.under_way[index].as_mut().expect("a read that was started");
+    fn push(&mut self, index: usize) {
+        let UnderWay { read, progress } = self.under_way[index].as_mut().expect("a read that was started");
         let file = self.source.file(read.extent.file).expect("a ring reads files only");
         let (piece, offset) = progress.piece();
         let memory = &mut read.memory.as_mut_slice()[piece];
         let bytes = memory.len().min(MOST_BYTES) as u32;
         let entry = opcode::Read::new(Fd(file.as_raw_fd()), memory.as_mut_ptr(), bytes).offset(offset).build();
-        self.queue(table, entry.user_data(index as u64));
+        self.queue(entry.user_data(index as u64));
     }
 
-    /// `_table` is here for its lock.
-    fn queue(&self, _table: &mut Table, entry: io_uring::squeue::Entry) {
-        // SAFETY: the submission queue is touched only here, under the table's lock, so this is its only user. A read's
-        // entry points into memory that `under_way` owns and gives away only after the entry's completion was seen; the
-        // memory's address does not change when its owner is moved. The file stays open as long as the ring, in `source`.
-        let pushed = unsafe { self.ring.submission_shared().push(&entry) };
+    fn queue(&mut self, entry: io_uring::squeue::Entry) {
+        // SAFETY: a read's entry points into memory that `under_way` owns and gives away only after the entry's
+        // completion was seen; the memory's address does not change when its owner is moved. Files and event stay open
+        // as long as the ring, in `source` and `inbox`; `work` drops them only when nothing but the poll is queued.
+        let pushed = unsafe { self.ring.submission().push(&entry) };
         pushed.expect("twice as many entries as reads under way");
     }
 
-    /// Hands the queue to the kernel.
-    fn submit(&self) {
-        while let Err(cause) = self.ring.submit() {
-            // The kernel is short of something for a moment; what it has not taken is still queued.
-            debug_assert!(cause.raw_os_error().is_some());
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-
-    /// The ring's thread: takes completions until the ring is closed and nothing is under way.
-    fn work(&self) {
-        loop {
-            if self.ring.submit_and_wait(1).is_err() {
-                // Interrupted, or short of memory for a moment.
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            // SAFETY: only this thread looks at the completion queue.
-            let completions: Vec<(u64, i32)> =
-                unsafe { self.ring.completion_shared() }.map(|entry| (entry.user_data(), entry.result())).collect();
-            let mut ended = Vec::new();
-            let mut table = self.lock();
-            for (index, result) in completions.into_iter().filter(|(index, _)| *index != CLOSE) {
-                ended.extend(self.ended(&mut table, index as usize, result));
-            }
-            if table.closed && table.under_way.iter().all(Option::is_none) {
-                return;
-            }
-            self.start(&mut table);
-            drop(table);
-            self.submit();
-            ended.into_iter().for_each(|(read, result)| complete(read, result));
-        }
-    }
-
-    /// A completion: the read, if it is done for good or for bad; else its rest is queued.
-    fn ended(&self, table: &mut Table, index: usize, result: i32) -> Option<(Read, Result<(), StoreError>)> {
-        let UnderWay { read, progress } = table.under_way[index].as_mut().expect("a completion of a read under way");
-        let extent = read.extent;
+    /// A completion: the read, if it is done for good or for bad, is handed over; else its rest is queued.
+    fn ended(&mut self, index: usize, result: i32) {
+        let UnderWay { read, progress } = self.under_way[index].as_mut().expect("a completion of a read under way");
         let result = match usize::try_from(result) {
             Ok(bytes) => match progress.advance(bytes) {
                 Next::Done => Ok(()),
-                Next::Short => Err(self.source.short(extent)),
-                Next::More => return self.again(table, index),
+                Next::Short => Err(self.source.short(read.extent)),
+                Next::More => return self.push(index),
             },
             Err(_) => match Error::from_raw_os_error(-result) {
-                cause if is_passing(&cause) => return self.again(table, index),
-                cause => Err(self.source.refused(extent, cause)),
+                cause if is_passing(&cause) => return self.push(index),
+                cause => Err(self.source.refused(read.extent, cause)),
             },
         };
-        let UnderWay { read, .. } = table.under_way[index].take().expect("looked at above");
-        Some((read, result))
-    }
-
-    fn again<T>(&self, table: &mut Table, index: usize) -> Option<T> {
-        self.push(table, index);
-        None
+        let UnderWay { read, .. } = self.under_way[index].take().expect("looked at above");
+        complete(read, result);
     }
 }
 
@@ -157,15 +177,11 @@ fn is_passing(cause: &Error) -> bool {
 
 impl Reader for Uring {
     fn submit(&self, read: Read) {
-        let mut table = self.ring.lock();
-        table.waiting.push_back(read);
-        self.ring.start(&mut table);
-        drop(table);
-        self.ring.submit();
+        self.inbox.change(|state| state.waiting.push_back(read));
     }
 
     fn in_flight(&self) -> usize {
-        self.ring.lock().under_way.len()
+        self.depth
     }
 
     fn name(&self) -> &'static str {
@@ -176,11 +192,9 @@ impl Reader for Uring {
 /// The thread ends when what is under way has ended; until then it keeps the memory that the kernel writes to.
 impl Drop for Uring {
     fn drop(&mut self) {
-        let mut table = self.ring.lock();
-        table.closed = true;
-        table.waiting.clear();
-        self.ring.queue(&mut table, opcode::Nop::new().build().user_data(CLOSE));
-        drop(table);
-        self.ring.submit();
+        self.inbox.change(|state| {
+            state.closed = true;
+            state.waiting.clear();
+        });
     }
 }
