@@ -189,7 +189,9 @@ fn decode(what: &What, stages: &Path, routes: Option<&Path>, json: Option<&Path>
     let bound = |token: &Token| Bound::new(&times, &token_reads(model, token), disk_bytes_per_us);
     let bounds: Vec<Bound> = tokens.iter().map(bound).collect();
     print_terms(&times, &in_the_run, &Bound::mean(&bounds));
-    report(&tokens, &Bound::mean(&bounds), disk_bytes_per_us, &setting, json)
+    let wanted = tokens.iter().flat_map(|token| token_reads(model, token));
+    let wanted_bytes = wanted.map(|layer| layer.missing * layer.expert_bytes).sum();
+    report(&tokens, &Bound::mean(&bounds), disk_bytes_per_us, wanted_bytes, &setting, json)
 }
 
 /// The rate at which experts come when nothing else runs.
@@ -223,6 +225,7 @@ fn report(
     tokens: &[Token],
     bound: &Bound,
     disk_bytes_per_us: f64,
+    wanted_bytes: f64,
     setting: &Setting,
     json: Option<&Path>,
 ) -> Result<()> {
@@ -250,7 +253,7 @@ fn report(
         "setting": setting, "tokens": tokens.len(), "bound": bound, "bound_us": bound.total_us(),
         "measured_us": measured_us, "median_us": median_us, "disk_bytes_per_us": disk_bytes_per_us,
         "hits": cache.hits, "misses": cache.misses, "prefetched": cache.prefetched,
-        "read_bytes": counts.read_bytes, "stall_us": counts.stall_us,
+        "read_bytes": counts.read_bytes, "wanted_bytes": wanted_bytes, "stall_us": counts.stall_us,
     });
     std::fs::write(json, format!("{figures:#}\n")).with_context(|| json.display().to_string())
 }
