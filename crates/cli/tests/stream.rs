@@ -2,9 +2,12 @@
 
 mod common;
 
+use std::io::{Read, Write};
 use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
 
-use common::{run, run_with_input, tiny};
+use common::{finish, infall, run, run_with_input, signal, tiny};
 use gguf::Gguf;
 use model::Model;
 use serde_json::Value;
@@ -141,6 +144,13 @@ fn total(path: &Value, name: &str) -> u64 {
     turns.flat_map(|turn| ["prefill", "decode"].map(|phase| turn[phase][name].as_u64().unwrap())).sum()
 }
 
+/// What was said in every turn of every path: text, calls and the block as it was generated.
+fn transcripts(run: &Value) -> Vec<[Value; 3]> {
+    let paths = run["paths"].as_array().unwrap().iter();
+    let turns = paths.flat_map(|path| path["turns"].as_array().unwrap());
+    turns.map(|turn| ["content", "calls", "raw_block"].map(|key| turn[key].clone())).collect()
+}
+
 #[test]
 fn tool_call_quality_passes_with_the_same_logits_wherever_experts_are() {
     let ((code, resident), (streamed_code, streamed)) = (check(&[]), check(&["--stream", "--cache", "1"]));
@@ -148,6 +158,13 @@ fn tool_call_quality_passes_with_the_same_logits_wherever_experts_are() {
     let paths = |run: &Value| run["paths"].as_array().unwrap().clone();
     let hashes = |run: &Value| paths(run).iter().map(|path| path["logits_xxh3"].clone()).collect::<Vec<_>>();
     assert_eq!(hashes(&resident), hashes(&streamed));
+    assert!(hashes(&resident).iter().all(|hash| hash.as_str().is_some_and(|hash| hash.len() == 16)), "{resident:#}");
+    assert_eq!(transcripts(&resident), transcripts(&streamed));
+    // The model built into the program is in memory; the same from its file goes through the disk.
+    let nano = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/nano.gguf");
+    let (code, from_file) = check(&["-m", nano, "--stream", "--cache", "1"]);
+    assert_eq!((code, hashes(&from_file)), (Some(0), hashes(&resident)), "{from_file:#}");
+    assert_eq!(transcripts(&from_file), transcripts(&resident));
     for (path, precision) in paths(&streamed).iter().zip(["fast", "exact"]) {
         assert_eq!((&path["setting"]["precision"], &path["passed"]), (&precision.into(), &true.into()), "{path:#}");
         assert_eq!(path["setting"]["slots"]["slots"], 1);
@@ -173,4 +190,60 @@ fn tool_call_quality_fails_a_model_that_cannot_call() {
     assert!(ran.code == Some(1) && ran.err.contains("checks failed, expected none"), "{}", ran.err);
     let table = String::from_utf8(ran.out).unwrap();
     assert!(table.contains("turn 1 finishes with calls           FAIL\n") && table.contains("turn 2 is reached"));
+}
+
+/// Ctrl-C while weights are loaded, a prompt is read or an answer is generated, at the fewest slots: the program ends soon, and
+/// what it has printed is the beginning of what it would have printed.
+#[test]
+fn an_interrupt_ends_it_in_any_phase() {
+    let model = tiny("tiny-iq2");
+    let prompt = "lorem ipsum ".repeat(60);
+    let common = ["run", "-m", as_str(&model), "--nothink", "--temp", "0", "--threads", "1", "-n", "600", &prompt];
+    let whole = run(&common).success();
+    let streamed = [&common[..], &["--stream", "--cache", "1"]].concat();
+    let mut ends = Vec::new();
+    for phase in [Some(0), Some(10), Some(50), Some(100), Some(200), None] {
+        let mut child = infall(&streamed).spawn().unwrap();
+        let mut begun = vec![0; if phase.is_none() { 20 } else { 0 }];
+        match phase {
+            Some(milliseconds) => std::thread::sleep(Duration::from_millis(milliseconds)),
+            // The answer has begun.
+            None => child.stdout.as_mut().unwrap().read_exact(&mut begun).unwrap(),
+        }
+        signal(child.id(), "INT");
+        let ran = finish(child);
+        let printed = [begun, ran.out].concat();
+        let printed = printed.strip_suffix(b"\n").unwrap_or(&printed);
+        assert!(whole.starts_with(printed), "{phase:?}: {}", String::from_utf8_lossy(printed));
+        // While nothing but loading goes on, the signal itself ends the process.
+        assert!(matches!(ran.code, None | Some(130)), "{phase:?}: {:?} {}", ran.code, ran.err);
+        assert!(ran.code.is_some() || printed.is_empty(), "{phase:?}");
+        ends.push((ran.code, printed.is_empty()));
+    }
+    println!("exit codes, and whether nothing had been printed: {ends:?}");
+    assert_eq!(ends.last(), Some(&(Some(130), false)), "the last one was interrupted in its answer");
+}
+
+/// The file loses its end while a chat goes on: the next request fails and says why, and what was said before is kept.
+#[test]
+fn a_model_truncated_in_use_ends_a_script_with_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.gguf");
+    std::fs::copy(tiny("tiny-iq2"), &path).unwrap();
+    let args = ["chat", "-m", as_str(&path), "--nothink", "--temp", "0", "-n", "4", "--stream", "--cache", "1"];
+    let mut child = infall(&args).stdin(Stdio::piped()).spawn().unwrap();
+    let mut input = child.stdin.take().unwrap();
+    input.write_all(b"Hello\n").unwrap();
+    let mut answer = Vec::new();
+    while answer.last() != Some(&b'\n') {
+        let mut byte = [0];
+        child.stdout.as_mut().unwrap().read_exact(&mut byte).unwrap();
+        answer.extend(byte);
+    }
+    std::fs::File::options().write(true).open(&path).unwrap().set_len(1 << 20).unwrap();
+    input.write_all(b"Hello again\n").unwrap();
+    drop(input);
+    let ran = finish(child);
+    assert!(ran.code == Some(1) && ran.out.is_empty(), "{:?} {}", ran.code, ran.err);
+    assert!(ran.err.contains("model.gguf ends at 1048576 bytes") && ran.err.contains("truncated"), "{}", ran.err);
 }

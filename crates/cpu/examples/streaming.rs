@@ -1,5 +1,5 @@
 //! The whole proof that streaming changes no bit, every cell of `tests/common/cells.rs`:
-//! `cargo run --profile verify -p infall-cpu --example streaming -- RECORD [--seconds N]`
+//! `cargo run --release -p infall-cpu --example streaming -- RECORD [--seconds N]`
 //!
 //! As many cells at a time as the machine has processors. A line for each goes into the file RECORD; cells that are there
 //! already are not run again, so that the proof can be made in several sittings of at most N seconds. When none is left, a
@@ -10,7 +10,7 @@ mod cells;
 #[path = "../tests/common/mod.rs"]
 mod common;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::error::Error;
 use std::fs::OpenOptions;
 use std::io::Write;
@@ -20,6 +20,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use cells::{AXES, Cell, Subject};
+use store::StoreCounts;
 
 const USAGE: &str = "usage: streaming RECORD [--seconds N]";
 
@@ -36,7 +37,13 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     let began = Instant::now();
     let lines = read(path)?;
     let record = OpenOptions::new().create(true).append(true).open(path)?;
-    let to_run: Vec<Cell> = Cell::all().filter(|cell| !lines.contains_key(&cell.to_string())).collect();
+    // Those that come along with others are not run for themselves.
+    let along: HashSet<String> = Cell::all()
+        .flat_map(|cell| cell.sequence().into_iter().filter(move |other| *other != cell))
+        .map(|cell| cell.to_string())
+        .collect();
+    let is_to_run = |cell: &Cell| !lines.contains_key(&cell.to_string()) && !along.contains(&cell.to_string());
+    let to_run: Vec<Cell> = Cell::all().filter(is_to_run).collect();
     let subjects = [0, 1, 2].map(Subject::new);
     let (to_run, done) = (Mutex::new(to_run.into_iter()), Mutex::new((lines, record)));
     std::thread::scope(|scope| {
@@ -45,11 +52,13 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
                 while began.elapsed() < Duration::from_secs(seconds)
                     && let Some(cell) = to_run.lock().expect("nobody panics").next()
                 {
-                    let (ended, figures) = run(&subjects[cell.0[0]], cell);
-                    let line = format!("{cell}\t{ended}\t{}", figures.map(|figure| figure.to_string()).join("\t"));
+                    let results = run(&subjects[cell.0[0]], cell);
                     let (lines, record) = &mut *done.lock().expect("nobody panics");
-                    writeln!(record, "{line}").expect("the record can be written to");
-                    lines.insert(cell.to_string(), (ended, figures));
+                    for (cell, (ended, figures)) in results {
+                        let figures_text = figures.map(|figure| figure.to_string()).join("\t");
+                        writeln!(record, "{cell}\t{ended}\t{figures_text}").expect("the record can be written to");
+                        lines.insert(cell.to_string(), (ended, figures));
+                    }
                 }
             });
         }
@@ -64,20 +73,26 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-fn run(subject: &Subject, cell: Cell) -> Line {
+/// Runs a cell, and what comes along with it. They share the time.
+fn run(subject: &Subject, cell: Cell) -> Vec<(Cell, Line)> {
     let began = Instant::now();
     let result = catch_unwind(AssertUnwindSafe(|| subject.run(cell)));
-    let milliseconds = began.elapsed().as_millis() as u64;
+    let cells = cell.sequence();
+    let milliseconds = began.elapsed().as_millis() as u64 / cells.len() as u64;
+    let all = |ended: &str| cells.iter().map(|&cell| (cell, (ended.to_owned(), [0, 0, 0, milliseconds]))).collect();
     match result {
-        Ok(Ok(counts)) => {
-            ("passed".into(), [counts.cache.misses, counts.cache.prefetched, counts.read_bytes, milliseconds])
+        Ok(Ok(done)) => {
+            let line = |(cell, StoreCounts { cache, read_bytes, .. })| {
+                (cell, ("passed".to_owned(), [cache.misses, cache.prefetched, read_bytes, milliseconds]))
+            };
+            done.into_iter().map(line).collect()
         }
         Ok(Err(note)) => {
             eprintln!("{cell}: skipped, since {note}");
-            ("skipped".into(), [0; 4])
+            all("skipped")
         }
         // The panic has said why.
-        Err(_) => ("failed".into(), [0, 0, 0, milliseconds]),
+        Err(_) => all("failed"),
     }
 }
 
@@ -104,8 +119,8 @@ that had to be and nothing that had not, bytes read as the misses say (rows of t
 counted nowhere here). What a cell is and what it asserts: `crates/cpu/tests/common/cells.rs`. To repeat it:
 `scripts/test-full streaming`.
 
-*Cold*: the store has just been opened. *Warm*: the same run was done before. *After another session*: another session with other
-tokens ran before and lives on, and a third one is read a token of after every pass. *pread* reads past the page cache in every
+*Cold*: the store has just been opened. *Warm*: the cold run was done before. Figures of a warm cell are those of both runs. *After another session*: another session with other
+tokens ran before and lives on, and a third one reads a token after every fourth pass. *pread* reads past the page cache in every
 other cell and through it in the others. *Read ahead* counts experts that were read before they were demanded.
 ";
 

@@ -55,7 +55,7 @@ fn cells_of(model: usize) {
     assert!(cells.len() >= 8, "the corners and more");
     for cell in cells {
         match subject.run(cell) {
-            Ok(outcome) => println!("{cell}: {outcome:?}"),
+            Ok(done) => done.iter().for_each(|(cell, counts)| println!("{cell}: {counts:?}")),
             Err(note) => println!("{cell}: SKIPPED, since {note}"),
         }
     }

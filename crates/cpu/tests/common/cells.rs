@@ -85,6 +85,13 @@ impl Cell {
         }
     }
 
+    /// The cells that a backend runs one after the other for this one.
+    pub fn sequence(&self) -> Vec<Cell> {
+        let mut cold = *self;
+        cold.0[HISTORY] = 0;
+        if self.value(HISTORY) == "warm" { vec![cold, *self] } else { vec![*self] }
+    }
+
     fn chunk(&self) -> usize {
         self.value(CHUNK).parse().unwrap_or(PROMPT)
     }
@@ -205,9 +212,9 @@ impl Subject {
         }
     }
 
-    /// Runs a cell and panics if anything is not as it must be; what its store did. If the system has no such reader,
-    /// says so instead.
-    pub fn run(&self, cell: Cell) -> Result<StoreCounts, String> {
+    /// Runs a cell and panics if anything is not as it must be; what its store did. A warm cell is preceded by its cold one,
+    /// which is then checked too. If the system has no such reader, says so instead.
+    pub fn run(&self, cell: Cell) -> Result<Vec<(Cell, StoreCounts)>, String> {
         let (reader, reader_name) = cell.reader();
         let residency = streamed(&self.model, self.slots(cell));
         let (precision, threads) = (PRECISIONS[cell.0[PRECISION]], cell.0[THREADS] + 1);
@@ -217,37 +224,36 @@ impl Subject {
         }
         assert_eq!(backend.reader().name(), reader_name, "{cell}");
 
-        let mut demands = Demands::new(&self.model);
+        let (mut demands, mut done) = (Demands::new(&self.model), Vec::new());
+        // One session that has read something else and lives on, and one whose tokens come between ours.
         let mut others = [(); 2].map(|()| backend.new_state().unwrap());
-        match cell.value(HISTORY) {
-            "cold" => {}
-            "warm" => self.read(cell, &backend, None, &mut demands),
-            // One that has read something else and lives on, and one whose tokens come between ours.
-            _ => {
-                let tokens: Vec<u32> = self.tokens.iter().rev().copied().take(OTHERS).collect();
-                for chunk in tokens.chunks(cell.chunk()) {
-                    advance(&backend, &mut others[0], chunk, &mut demands);
-                }
+        let is_disturbed = cell.value(HISTORY) == "after another session";
+        if is_disturbed {
+            let tokens: Vec<u32> = self.tokens.iter().rev().copied().take(OTHERS).collect();
+            for chunk in tokens.chunks(cell.chunk()) {
+                advance(&backend, &mut others[0], chunk, &mut demands);
             }
         }
-        let before = backend.stats().cache;
-        demands.used.clear();
-        let between = (cell.value(HISTORY) == "after another session").then_some(&mut others[1]);
-        self.read(cell, &backend, between, &mut demands);
-        self.check_path(cell, &backend, before, &demands);
-        Ok(backend.stats())
+        for cell in cell.sequence() {
+            let before = backend.stats().cache;
+            demands.used.clear();
+            self.read(cell, &backend, is_disturbed.then_some(&mut others[1]), &mut demands);
+            self.check_path(cell, &backend, before, &demands);
+            done.push((cell, backend.stats()));
+        }
+        Ok(done)
     }
 
     /// Reads the prompt in the cell's chunks and the rest token by token, and compares all logits; `between` reads a token
-    /// of its own after each pass.
+    /// of its own after every fourth pass.
     fn read(&self, cell: Cell, backend: &CpuBackend, mut between: Option<&mut State>, demands: &mut Demands) {
         let (prompt, decoded) = self.tokens.split_at(PROMPT);
         let mut state = backend.new_state().unwrap();
         let mut between_tokens = self.tokens.iter().rev();
         let mut ours = Vec::new();
-        for chunk in prompt.chunks(cell.chunk()).chain(decoded.chunks(1)) {
+        for (pass, chunk) in prompt.chunks(cell.chunk()).chain(decoded.chunks(1)).enumerate() {
             ours.extend(advance(backend, &mut state, chunk, demands));
-            if let Some(other) = between.as_deref_mut() {
+            if let (Some(other), true) = (between.as_deref_mut(), pass.is_multiple_of(4)) {
                 let token = between_tokens.next().expect("as many tokens as passes");
                 advance(backend, other, &[*token], demands);
             }
