@@ -35,10 +35,6 @@ pub struct Options {
     pub reader: ReaderKind,
 }
 
-/// In passes of so many rows nearly all experts of a layer are chosen, so the whole next layer is read ahead into empty
-/// slots: 100 rows that choose 6 of 256 experts at random choose 91 % of them (docs/spec/streaming.md §3.8).
-const READ_AHEAD_ROWS: usize = 100;
-
 impl Default for Options {
     fn default() -> Options {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -129,6 +125,14 @@ impl CpuBackend {
             let rows = batch.rows().iter();
             let mut experts = rows.flat_map(|row| table.int_row(row.token as usize)).map(|expert| expert as u32);
             self.experts.prefetch(layer, &mut experts, Prefetch::Certain);
+        }
+    }
+
+    /// Reads of the next layer's experts that need no waiting for its attention: most guesses are right
+    /// (docs/performance.md, "Lookahead").
+    fn look_ahead(&self, layer: usize, pass: &Pass) {
+        if self.experts.is_streamed() && layer < self.config.layers {
+            self.experts.prefetch(layer, &mut self.probable_experts(layer, pass).into_iter(), Prefetch::Guess);
         }
     }
 
@@ -226,8 +230,12 @@ impl Backend for CpuBackend {
         self.stage_attention_out(layer, pass)
     }
 
-    fn hc_post(&self, _layer: usize, _sub_layer: SubLayer, pass: &mut Pass) -> Result<(), Error> {
-        self.stage_hc_post(pass)
+    fn hc_post(&self, layer: usize, sub_layer: SubLayer, pass: &mut Pass) -> Result<(), Error> {
+        self.stage_hc_post(pass)?;
+        if sub_layer == SubLayer::Experts {
+            self.look_ahead(layer + 1, pass);
+        }
+        Ok(())
     }
 
     fn route(&self, layer: usize, pass: &mut Pass) -> Result<Selection, Error> {
@@ -235,11 +243,7 @@ impl Backend for CpuBackend {
     }
 
     fn lease<'s>(&'s self, layer: usize, selection: &Selection) -> Result<HostLeases<'s>, Error> {
-        let leases = self.experts.lease(layer, selection.experts(), selection.choices());
-        if selection.rows() >= READ_AHEAD_ROWS && layer + 1 < self.config.layers {
-            self.experts.prefetch(layer + 1, &mut (0..self.config.experts as u32), Prefetch::Guess);
-        }
-        Ok(leases)
+        Ok(self.experts.lease(layer, selection.experts(), selection.choices()))
     }
 
     fn shared_expert(&self, layer: usize, pass: &mut Pass) -> Result<(), Error> {

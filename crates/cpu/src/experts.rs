@@ -2,7 +2,7 @@
 
 use gguf::TensorType;
 use model::tensors::Routing;
-use model::{Cancel, Error};
+use model::{Cancel, Error, SubLayer};
 use quant::math;
 use store::HostLeases;
 
@@ -40,11 +40,6 @@ impl Selection {
         &self.experts
     }
 
-    /// Rows of the pass.
-    pub(crate) fn rows(&self) -> usize {
-        self.places.len()
-    }
-
     /// Every choice of an expert, with the place of the row that made it.
     pub(crate) fn choices(&self) -> impl Iterator<Item = (u32, usize)> {
         let uses =
@@ -57,12 +52,11 @@ impl CpuBackend {
     pub(crate) fn stage_route(&self, layer: usize, pass: &mut Pass) -> Result<Selection, Error> {
         let (config, w) = (&self.config, &self.weights.layers[layer].moe);
         let used = config.experts_used;
-        let mut scores = Vec::new();
-        self.workers.matmul(w.router.matrix(), &pass.input, &mut scores);
+        let mut scores = self.router_logits(layer, &pass.input);
         if let Some(i) = scores.iter().position(|score| !score.is_finite()) {
             return Err(Error::NotFinite { position: pass.batch.rows()[i / config.experts].position });
         }
-        scores.iter_mut().for_each(|score| *score = math::softplus(*score).sqrt());
+        scores.iter_mut().for_each(|score| *score = affinity(*score));
         let rows = scores.chunks_exact(config.experts).zip(pass.batch.rows());
         for ((scores, row), (experts, weights)) in
             rows.zip(pass.experts.chunks_exact_mut(used).zip(pass.expert_weights.chunks_exact_mut(used)))
@@ -90,6 +84,29 @@ impl CpuBackend {
     pub fn reroute(&self, pass: &mut Pass, experts: &[u32]) -> Selection {
         pass.experts.copy_from_slice(experts);
         self.selection(pass)
+    }
+
+    /// `[R, E]`.
+    fn router_logits(&self, layer: usize, input: &[f32]) -> Vec<f32> {
+        let mut logits = Vec::new();
+        self.workers.matmul(self.weights.layers[layer].moe.router.matrix(), input, &mut logits);
+        logits
+    }
+
+    /// Which experts of `layer` the rows will probably choose, the surest first: what they would if no attention came
+    /// before it. Nothing where it follows from the tokens.
+    pub(crate) fn probable_experts(&self, layer: usize, pass: &Pass) -> Vec<u32> {
+        let Routing::Bias(bias) = &self.weights.layers[layer].moe.routing else { return Vec::new() };
+        let mut input = vec![0.0; pass.input.len()];
+        self.sub_layer_input(layer, SubLayer::Experts, pass, &mut input);
+        let mut scores = self.router_logits(layer, &input);
+        scores.iter_mut().for_each(|score| *score = affinity(*score));
+        let mut experts = vec![0; pass.experts.len()];
+        let used = self.config.experts_used;
+        for (scores, experts) in scores.chunks_exact(self.config.experts).zip(experts.chunks_exact_mut(used)) {
+            best_experts(scores, bias.values(), experts);
+        }
+        (0..used).flat_map(|rank| experts.iter().skip(rank).step_by(used)).copied().collect()
     }
 
     pub(crate) fn stage_shared_expert(&self, layer: usize, pass: &mut Pass) -> Result<(), Error> {
@@ -156,6 +173,11 @@ impl CpuBackend {
             gate.iter_mut().zip(up).for_each(|(gate, up)| *gate = *gate * up.clamp(-limit, limit) * weight);
         }
     }
+}
+
+/// An expert's score, from the router's logit.
+fn affinity(logit: f32) -> f32 {
+    math::softplus(logit).sqrt()
 }
 
 /// The experts of the highest biased scores, best first. Of equal scores the lower number wins.

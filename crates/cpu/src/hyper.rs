@@ -126,23 +126,37 @@ impl CpuBackend {
     }
 
     pub(crate) fn stage_hc_pre(&self, layer: usize, sub_layer: SubLayer, pass: &mut Pass) -> Result<(), Error> {
+        let mut input = std::mem::take(&mut pass.input);
+        let weights = self.sub_layer_input(layer, sub_layer, pass, &mut input);
+        pass.input = input;
+        for (r, w) in weights.iter().enumerate() {
+            let s = self.config.streams;
+            pass.post[r * s..][..s].copy_from_slice(&w.post);
+            pass.mix[r * s * s..][..s * s].copy_from_slice(&w.mix);
+        }
+        Ok(())
+    }
+
+    /// What a sub-layer makes of the streams as they are: its normalised input, `[R, D]`, and its hyper-connection.
+    pub(crate) fn sub_layer_input(
+        &self,
+        layer: usize,
+        sub_layer: SubLayer,
+        pass: &Pass,
+        input: &mut [f32],
+    ) -> Vec<Weights> {
         let (level, config) = (self.workers.level, &self.config);
         let (hc, norm) = self.hyper_connection(layer, sub_layer);
         let projected = self.project_streams(hc, pass);
         let (scale, base) = (hc.scale.values(), hc.base.values());
         let split = |row: &[f32]| Weights::new(row, scale, base, config.sinkhorn_iterations, config.hc_eps);
         let weights: Vec<Weights> = projected.chunks_exact(config.hc_outputs()).map(split).collect();
-        for (r, w) in weights.iter().enumerate() {
-            let s = config.streams;
-            pass.post[r * s..][..s].copy_from_slice(&w.post);
-            pass.mix[r * s * s..][..s * s].copy_from_slice(&w.mix);
-        }
         let streams = &pass.streams;
-        self.workers.rows(&mut pass.input, config.d_model, config.stream_width(), |r, input| {
+        self.workers.rows(input, config.d_model, config.stream_width(), |r, input| {
             collapse(level, &weights[r].pre, &streams[r * config.stream_width()..][..config.stream_width()], input);
             rms_norm(level, input, Some(norm.values()), config.rms_eps);
         });
-        Ok(())
+        weights
     }
 
     fn hyper_connection(&self, layer: usize, sub_layer: SubLayer) -> (&HyperConnection<Weight>, &Weight) {

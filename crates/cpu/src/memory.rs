@@ -144,13 +144,16 @@ fn attention_out(c: &Config, precision: Precision, rows: usize) -> usize {
 
 fn hyper_connections(c: &Config, precision: Precision, shape: PassShape) -> usize {
     let weights = shape.rows * (floats(c.hc_outputs()) + 3 * size_of::<Vec<f32>>());
-    let before = product(precision, shape.rows, c.stream_width(), c.hc_outputs())
-        .max(floats(shape.rows * c.hc_outputs()) + weights);
+    let before = floats(shape.rows * c.d_model)
+        + product(precision, shape.rows, c.stream_width(), c.hc_outputs())
+            .max(floats(shape.rows * c.hc_outputs()) + weights);
     before.max(shape.threads * floats(c.stream_width()))
 }
 
 fn experts(c: &Config, precision: Precision, rows: usize) -> usize {
-    let route = product(precision, rows, c.d_model, c.experts)
+    // A look ahead at the next layer's choice has an input of its own.
+    let route = floats(rows * c.d_model)
+        + product(precision, rows, c.d_model, c.experts)
         + c.experts * size_of::<Vec<usize>>()
         + rows * c.experts_used * 32;
     let ffn = |width: usize| {

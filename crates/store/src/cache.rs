@@ -6,9 +6,9 @@
 //! can still be forgotten. A slot is given to another expert only if its own is ready and nobody wants it. Among those
 //! [`Policy`] chooses.
 //!
-//! Prefetched experts are *held* until they are used or the pass ends. At most half the slots of a class hold such, and
-//! at most half the reads under way are for such, so that prefetch can slow demand down but never stop it: with one slot
-//! nothing is prefetched.
+//! Prefetched experts are *held* until their layer demands its experts or the pass ends. At most half the slots of a class
+//! hold such, and at most half the reads under way are for such, so that prefetch can slow demand down but never stop it:
+//! with one slot nothing is prefetched. Nor does it take slots from layers that come before the one it is for.
 
 use std::collections::VecDeque;
 
@@ -28,9 +28,9 @@ pub struct SlotRead {
 /// How sure it is that a prefetched expert will be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Prefetch {
-    /// It will: its number follows from a token id. May take the slot of an expert that nobody wants.
+    /// It will: its number follows from a token id.
     Certain,
-    /// It may. Takes empty slots only.
+    /// It may. Read after what is certain.
     Guess,
 }
 
@@ -101,6 +101,8 @@ pub struct Cache {
     entries: Vec<Entry>,
     /// What each slot holds or will hold.
     occupants: Vec<Option<ExpertId>>,
+    /// The layer that comes next in the pass.
+    next_layer: usize,
     most_reads: usize,
     reading: usize,
     reading_held: usize,
@@ -133,6 +135,7 @@ impl Cache {
             entries: vec![Entry::default(); class_of_layer.len() * experts],
             class_of_layer,
             occupants: vec![None; slots as usize],
+            next_layer: 0,
             most_reads,
             reading: 0,
             reading_held: 0,
@@ -177,6 +180,18 @@ impl Cache {
     pub fn prefetch(&mut self, id: ExpertId, prefetch: Prefetch) {
         if self.entry(id).place == Place::Absent {
             self.enqueue(id, if prefetch == Prefetch::Certain { Queue::Certain } else { Queue::Guess });
+        }
+    }
+
+    /// A layer has demanded all that it wants in this pass. What else was prefetched for it was a wrong guess.
+    pub fn layer_demanded(&mut self, layer: usize) {
+        self.next_layer = layer + 1;
+        for expert in 0..self.experts as u32 {
+            let id = ExpertId { layer: layer as u32, expert };
+            match self.entry(id).place {
+                Place::Queued(Queue::Certain | Queue::Guess) => self.entry(id).place = Place::Absent,
+                _ => self.stop_holding(id, false),
+            }
         }
     }
 
@@ -240,8 +255,9 @@ impl Cache {
         (id, wanted)
     }
 
-    /// Nothing that was prefetched is held any longer, and nothing that has not begun will be.
+    /// Nothing that was prefetched is held any longer, and nothing that has not begun will be: a pass begins or has ended.
     pub fn end_prefetch(&mut self) {
+        self.next_layer = 0;
         for class in 0..self.classes.len() {
             for queue in [Queue::Certain, Queue::Guess] {
                 for id in std::mem::take(&mut self.classes[class].queues[queue as usize]) {
@@ -312,7 +328,9 @@ impl Cache {
         if let Some(slot) = self.classes[class].empty.pop() {
             return Some((slot, None));
         }
-        let victim = if queue == Queue::Guess { None } else { self.policy.evict(id.layer as usize) }?;
+        let layer = id.layer as usize;
+        let spared = if queue == Queue::Demand { 0..0 } else { self.next_layer..layer + 1 };
+        let victim = self.policy.evict(layer, spared)?;
         let entry = self.entry(victim);
         let Place::Ready(slot) = entry.place else { panic!("{victim:?} is to be evicted but is not ready") };
         assert!(entry.wants == 0 && !entry.held, "{victim:?} is to be evicted but is wanted");

@@ -23,6 +23,8 @@ struct World {
     /// Requests: what each still waits for.
     requests: Vec<Vec<ExpertId>>,
     most_reads: usize,
+    /// The layer after the one demanded last in this pass.
+    next_layer: u32,
     random: u64,
     events: usize,
 }
@@ -37,6 +39,7 @@ impl World {
             leased: BTreeMap::new(),
             requests: Vec::new(),
             most_reads,
+            next_layer: 0,
             random: seed,
             events: 0,
         }
@@ -63,6 +66,11 @@ impl World {
             assert_eq!(self.holds.insert(slot, id), evicted, "what slot {slot} held");
             let wanted = |id: &ExpertId| self.requests.iter().flatten().any(|wanted| wanted == id);
             assert!(!evicted.as_ref().is_some_and(wanted), "{evicted:?} was evicted while somebody waits for it");
+            let comes_before = |other: &ExpertId| (self.next_layer..=id.layer).contains(&other.layer);
+            assert!(
+                wanted(&id) || !evicted.as_ref().is_some_and(comes_before),
+                "{evicted:?} comes before {id:?}, which nobody waits for yet"
+            );
             let places = self.holds.values().filter(|&&held| held == id).count();
             assert_eq!(places, 1, "{id:?} is in two slots");
         }
@@ -82,6 +90,10 @@ impl World {
         }
         experts.iter().for_each(|&id| self.cache.demand(id));
         self.requests.push(experts);
+        self.cache.layer_demanded(layer);
+        self.next_layer = layer as u32 + 1;
+        let held = |expert: usize| self.cache.entries[layer * EXPERTS + expert].held;
+        assert!(!(0..EXPERTS).any(held), "what was guessed for layer {layer} is settled");
     }
 
     fn end_read(&mut self) {
@@ -146,8 +158,12 @@ impl World {
             38 => {
                 let tokens = self.draw(5);
                 self.cache.tokens_ended(tokens);
+                self.next_layer = 0;
             }
-            _ => self.cache.end_prefetch(),
+            _ => {
+                self.cache.end_prefetch();
+                self.next_layer = 0;
+            }
         }
         self.reads();
     }
@@ -284,15 +300,53 @@ fn one_slot_prefetches_nothing_and_serves_every_expert() {
     }
 }
 
-#[test]
-fn guesses_take_empty_slots_only() {
-    let mut cache = cache(4, 8);
-    (0..3).for_each(|expert| cache.demand(id(0, expert)));
+/// Three layers, four slots, which layers 0, 1 and 2 have one, one and two of.
+fn full_cache() -> Cache {
+    let mut cache = Cache::new(vec![0, 0, 0], 8, &[4], 8, 16);
+    let cached = [id(0, 0), id(1, 0), id(2, 0), id(2, 1)];
+    cached.iter().for_each(|&id| {
+        cache.chosen(id, 0);
+        cache.demand(id);
+    });
     drain(&mut cache).iter().for_each(|read| {
         cache.read_ended(read.slot, true);
     });
-    (0..3).for_each(|expert| cache.give_up(id(0, expert)));
-    (0..3).for_each(|expert| cache.prefetch(id(1, expert), Prefetch::Guess));
+    cached.iter().for_each(|&id| cache.give_up(id));
+    cache
+}
+
+#[test]
+fn prefetch_takes_no_slot_of_layers_that_come_before() {
+    for prefetch in [Prefetch::Certain, Prefetch::Guess] {
+        let evicted = |cache: &mut Cache, layer: usize| -> Vec<u32> {
+            (4..8).for_each(|expert| cache.prefetch(id(layer, expert), prefetch));
+            drain(cache).iter().map(|read| read.evicted.expect("the cache is full").layer).collect()
+        };
+        // The pass is before layer 0: what is read for layer 1 may push out only layer 2; for layer 2, nothing.
+        assert_eq!(evicted(&mut full_cache(), 1), [2, 2]);
+        assert_eq!(evicted(&mut full_cache(), 2), []);
+        // After layer 1 has got what it wants, layers 0 and 1 are the farthest away.
+        let mut cache = full_cache();
+        cache.layer_demanded(1);
+        assert_eq!(evicted(&mut cache, 2), [1, 0]);
+    }
+}
+
+#[test]
+fn wrong_guesses_are_let_go_when_the_layer_is_known() {
+    let mut cache = full_cache();
+    (0..5).for_each(|expert| cache.prefetch(id(1, expert), Prefetch::Guess));
+    // One of the five is there, two are as many as may be held.
     let reads = drain(&mut cache);
-    assert_eq!(reads.iter().map(|read| (read.id, read.evicted)).collect::<Vec<_>>(), [(id(1, 0), None)]);
+    assert_eq!(reads.iter().map(|read| read.id).collect::<Vec<_>>(), [id(1, 1), id(1, 2)]);
+    reads.iter().for_each(|read| {
+        cache.read_ended(read.slot, true);
+    });
+    [id(1, 2), id(1, 7)].into_iter().for_each(|id| cache.demand(id));
+    cache.layer_demanded(1);
+    // The wrong guess gives its slot to what is wanted, being worth least of the fullest layer; what had not begun does not.
+    let read = SlotRead { slot: reads[0].slot, id: id(1, 7), evicted: Some(id(1, 1)) };
+    assert_eq!(drain(&mut cache), [read]);
+    let counts = cache.counts();
+    assert_eq!((counts.prefetched, counts.prefetch_hits, counts.prefetch_waste), (2, 1, 1));
 }

@@ -10,6 +10,7 @@
 //! What this was chosen over: docs/performance.md, "Which expert to evict".
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 /// One routed expert of one layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -129,11 +130,13 @@ impl Policy {
 
     /// Gives up an expert so that one of `layer` can have its slot, if there is a candidate: the one worth least of the
     /// layer that, of those in the same size class, would then have most slots. Of equal layers it is the one whose turn
-    /// is farthest away, `layer` itself last.
-    pub fn evict(&mut self, layer: usize) -> Option<ExpertId> {
+    /// is farthest away, `layer` itself last. Layers in `spared` give up nothing.
+    pub fn evict(&mut self, layer: usize, spared: Range<usize>) -> Option<ExpertId> {
         let layers = self.class_of_layer.len();
         let with_candidates = (0..layers).filter(|&other| {
-            self.class_of_layer[other] == self.class_of_layer[layer] && !self.candidates[other].is_empty()
+            self.class_of_layer[other] == self.class_of_layer[layer]
+                && !self.candidates[other].is_empty()
+                && !spared.contains(&other)
         });
         let fullest = with_candidates.max_by_key(|&other| {
             let until_turn = if other == layer { layers } else { (other + layers - layer) % layers };
@@ -187,7 +190,7 @@ mod tests {
         Ended(usize),
         MayEvict(u32, u32),
         MustKeep(u32, u32),
-        Evict(usize),
+        Evict(usize, Range<usize>),
     }
 
     const LAYERS: usize = 3;
@@ -202,7 +205,7 @@ mod tests {
             2 => (0..20usize).prop_map(Event::Ended),
             4 => id().prop_map(|(l, e)| Event::MayEvict(l, e)),
             1 => id().prop_map(|(l, e)| Event::MustKeep(l, e)),
-            2 => (0..LAYERS).prop_map(Event::Evict),
+            2 => (0..LAYERS, 0..=LAYERS, 0..=LAYERS).prop_map(|(l, start, end)| Event::Evict(l, start..end)),
         ];
         prop::collection::vec(event, 0..200)
     }
@@ -234,8 +237,9 @@ mod tests {
 
         /// The fullest layer with a candidate, counting the one that asks as one fuller, and of equal ones the last before
         /// it in the circle of layers, itself first; there the least score, and of equal ones the oldest choice.
-        fn evict(&mut self, layer: usize) -> Option<ExpertId> {
-            let candidates: Vec<ExpertId> = self.cached.iter().copied().filter(|id| !self.kept.contains(id)).collect();
+        fn evict(&mut self, layer: usize, spared: &Range<usize>) -> Option<ExpertId> {
+            let may_go = |id: &ExpertId| !self.kept.contains(id) && !spared.contains(&(id.layer as usize));
+            let candidates: Vec<ExpertId> = self.cached.iter().copied().filter(may_go).collect();
             let slots =
                 |of: u32| self.cached.iter().filter(|id| id.layer == of).count() + usize::from(of as usize == layer);
             let circle = (0..LAYERS).map(|back| ((layer + LAYERS - back) % LAYERS) as u32);
@@ -279,7 +283,10 @@ mod tests {
                         policy.must_keep(id);
                         model.kept.push(id);
                     }
-                    Event::Evict(layer) => prop_assert_eq!(policy.evict(layer), model.evict(layer)),
+                    Event::Evict(layer, spared) => {
+                        let victim = model.evict(layer, &spared);
+                        prop_assert_eq!(policy.evict(layer, spared), victim);
+                    }
                 }
             }
         }
@@ -289,7 +296,7 @@ mod tests {
     fn scores_survive_any_number_of_tokens() {
         let id = |expert| ExpertId { layer: 0, expert };
         let mut policy = Policy::new(vec![0], 3, 16);
-        let evict = |policy: &mut Policy| policy.evict(0).map(|id| id.expert);
+        let evict = |policy: &mut Policy| policy.evict(0, 0..0).map(|id| id.expert);
         for _ in 0..100 {
             (0..3).for_each(|expert| policy.may_evict(id(expert)));
             [0, 0, 1, 1, 1, 2].into_iter().for_each(|expert| policy.chosen(id(expert), 0));

@@ -252,7 +252,7 @@ impl Order {
     /// Takes an expert out of its slot, so that one of `layer` can have it. Panics if there is none in a slot.
     fn evict(&mut self, layer: usize) -> ExpertId {
         let victim = match self {
-            Order::Decay(policy) => policy.evict(layer),
+            Order::Decay(policy) => policy.evict(layer, 0..0),
             Order::Sorted(sorted) => sorted.evict(sorted.class_of_layer[layer]),
         };
         victim.expect("every slot holds an expert")

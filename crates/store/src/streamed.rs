@@ -126,6 +126,7 @@ impl Streamed {
         self.event(|cache| {
             choices.for_each(|(expert, ahead_tokens)| cache.chosen(id(layer, expert), ahead_tokens));
             experts.iter().for_each(|&expert| cache.demand(id(layer, expert)));
+            cache.layer_demanded(layer);
         });
         Pending { store: self, layer, experts }
     }
