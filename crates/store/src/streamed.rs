@@ -17,6 +17,10 @@ use crate::{
 /// How often a wait looks for a cancel.
 const PATIENCE: Duration = Duration::from_millis(50);
 
+/// Bytes that keep a disk busy. With more under way all experts of a layer come at the end together, and nothing can be
+/// computed before (docs/performance.md, "Experts under way at once").
+const UNDER_WAY_BYTES: usize = 8 << 20;
+
 /// Layers whose experts can use the same slots: each layer's class, and the bytes of a slot of each class.
 pub fn size_classes(layers: &[ExpertExtents]) -> (Vec<usize>, Vec<usize>) {
     let mut slot_bytes: Vec<usize> = Vec::new();
@@ -87,8 +91,9 @@ impl Streamed {
                 slots.push(Slot::Idle(std::mem::replace(&mut slab, rest)));
             }
         }
-        // An expert is up to three reads.
-        let most_reads = (reader.in_flight() / 3).max(2);
+        // An expert is up to three reads, and two keep the disk busy while one ends.
+        let busy = slot_bytes.iter().min().map_or(0, |bytes| UNDER_WAY_BYTES.div_ceil(*bytes));
+        let most_reads = busy.min(reader.in_flight() / 3).max(2);
         let half_life_tokens = Policy::half_life_tokens(slots.len(), layers.len() * experts_used);
         let cache = Cache::new(class_of_layer, experts, slots_of_class, most_reads, half_life_tokens);
         let state = State { cache, slots, errors: HashMap::new(), read_bytes: 0, stall: Duration::ZERO };
