@@ -3,6 +3,7 @@
 //!
 //! How a value is made of these fields stands in `decode.rs` (docs/spec/model.md §5).
 
+use crate::iq2_grid::{GRID, SIGNS};
 use bytemuck::{Pod, Zeroable};
 use gguf::TensorType;
 
@@ -182,6 +183,8 @@ pub struct ActivationQ8_0 {
     pub d: f32,
     /// Codes.
     pub q: [i8; 32],
+    /// Sum of the codes.
+    pub sum: i32,
 }
 
 /// Activations quantised per 256 for the integer dots with K and IQ weights: x = d·q. Lives in memory only.
@@ -196,7 +199,7 @@ pub struct ActivationQ8K {
     pub sums: [i16; QK_K / 16],
 }
 
-const _: () = assert!(size_of::<ActivationQ8_0>() == 36 && size_of::<ActivationQ8K>() == 292);
+const _: () = assert!(size_of::<ActivationQ8_0>() == 40 && size_of::<ActivationQ8K>() == 292);
 
 /// The blocks that `bytes` are. Panics if they are not whole blocks.
 pub fn view<B: Pod>(bytes: &[u8]) -> &[B] {
@@ -207,25 +210,26 @@ pub fn view<B: Pod>(bytes: &[u8]) -> &[B] {
 /// The 6-bit scales and minimums of the eight sub-blocks of a [`Q4K`] or [`Q5K`] block.
 #[inline(always)]
 pub fn scales_and_minimums(packed: &[u8; 12]) -> ([u8; 8], [u8; 8]) {
-    let mut scales = [0; 8];
-    let mut minimums = [0; 8];
-    for j in 0..4 {
-        scales[j] = packed[j] & 63;
-        minimums[j] = packed[j + 4] & 63;
-        scales[j + 4] = (packed[j + 8] & 15) | (packed[j] >> 6 << 4);
-        minimums[j + 4] = (packed[j + 8] >> 4) | (packed[j + 4] >> 6 << 4);
-    }
-    (scales, minimums)
+    let [scales, minimums, rest] = words(packed);
+    let upper = |word: u32| word >> 2 & 0x3030_3030;
+    let scales = [scales & 0x3f3f_3f3f, (rest & 0x0f0f_0f0f) | upper(scales)];
+    let minimums = [minimums & 0x3f3f_3f3f, (rest >> 4 & 0x0f0f_0f0f) | upper(minimums)];
+    (bytemuck::cast(scales.map(u32::to_le_bytes)), bytemuck::cast(minimums.map(u32::to_le_bytes)))
 }
 
 /// The signed scales (−32 taken away) of the sixteen sub-blocks of a [`Q3K`] block.
 #[inline(always)]
 pub fn q3_scales(packed: &[u8; 12]) -> [i8; 16] {
-    std::array::from_fn(|j| {
-        let low = if j < 8 { packed[j] & 15 } else { packed[j - 8] >> 4 };
-        let high = packed[8 + j % 4] >> (2 * (j / 4)) & 3;
-        (low | high << 4) as i8 - 32
-    })
+    let [first, second, high] = words(packed);
+    let low = [first, second, first >> 4, second >> 4];
+    let scales: [u32; 4] = std::array::from_fn(|i| (low[i] & 0x0f0f_0f0f) | (high >> (2 * i) & 0x0303_0303) << 4);
+    bytemuck::cast::<_, [u8; 16]>(scales.map(u32::to_le_bytes)).map(|scale| scale as i8 - 32)
+}
+
+/// Four bytes at a time.
+#[inline(always)]
+fn words(packed: &[u8; 12]) -> [u32; 3] {
+    bytemuck::cast::<_, [[u8; 4]; 3]>(*packed).map(u32::from_le_bytes)
 }
 
 // The integer codes of a block in element order, offset taken away: the part that the dequantising and the
@@ -311,6 +315,21 @@ impl Q6K {
             for (code, &low) in codes.iter_mut().zip(low) {
                 *code = (*code << 4 | (low >> (4 * (group / 2)) & 15) as i8) - 32;
             }
+        }
+        codes
+    }
+}
+
+impl Iq2Xxs {
+    /// Magnitudes 8, 25 and 43 under their signs.
+    #[inline(always)]
+    pub(crate) fn codes(&self) -> [i8; QK_K] {
+        let mut codes = [0; QK_K];
+        for (i, codes) in codes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+            let [points @ .., s0, s1, s2, s3] = self.groups[i / 4];
+            let pattern = u32::from_le_bytes([s0, s1, s2, s3]) >> (7 * (i % 4)) & 127;
+            let (magnitudes, signs) = (GRID[usize::from(points[i % 4])], SIGNS[pattern as usize]);
+            *codes = std::array::from_fn(|j| magnitudes[j] * signs[j]);
         }
         codes
     }

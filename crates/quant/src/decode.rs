@@ -2,7 +2,6 @@
 //! order, no fused operations.
 
 use crate::blocks::*;
-use crate::iq2_grid::{GRID_F32, SIGNS_F32};
 use crate::simd::{Simd, kernel};
 use bytemuck::Pod;
 use gguf::TensorType;
@@ -180,20 +179,10 @@ impl Format for Q6K {
 impl Format for Iq2Xxs {
     const ELEMENTS: usize = Self::ELEMENTS;
     #[inline(always)]
-    fn decode<S: Simd>(&self, _simd: S, out: &mut [f32]) {
+    fn decode<S: Simd>(&self, simd: S, out: &mut [f32]) {
         let d = self.d.to_f32();
-        for (group, out) in self.groups.iter().zip(out.chunks_exact_mut(32)) {
-            let [indices @ .., s0, s1, s2, s3] = *group;
-            let word = u32::from_le_bytes([s0, s1, s2, s3]);
-            let scale = d * (0.5 + (word >> 28) as f32) * 0.25;
-            for (l, x) in out.chunks_exact_mut(8).enumerate() {
-                let grid = &GRID_F32[usize::from(indices[l])];
-                let signs = &SIGNS_F32[(word >> (7 * l) & 127) as usize];
-                for ((x, grid), sign) in x.iter_mut().zip(grid).zip(signs) {
-                    *x = scale * grid * sign;
-                }
-            }
-        }
+        let scales = self.groups.map(|group| d * (0.5 + f32::from(group[7] >> 4)) * 0.25);
+        scaled(simd, &simd.iq2_codes(self), scales, out);
     }
 }
 

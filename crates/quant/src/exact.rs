@@ -6,7 +6,7 @@
 //! 2, 1. Every function here that returns dots returns exactly those bits, so a batch equals its rows one by one.
 
 use crate::decode::{Format, dequantize_at, for_format, row_bytes};
-use crate::simd::{Level, Simd, kernel, level};
+use crate::simd::{Level, Simd, kernel, level, prefetch};
 use gguf::TensorType;
 
 kernel! {
@@ -82,6 +82,9 @@ pub const TILE_ROWS: usize = 16;
 /// Elements that the fused dots decode at a time: one super-block.
 const CHUNK: usize = 256;
 
+/// Rows whose product with one vector is computed together.
+const INTERLEAVED: usize = 4;
+
 /// Adds `w[i] · x[i]` to the lanes. Only the last call on the same lanes may have a length not a multiple of 16.
 #[inline(always)]
 fn accumulate<S: Simd>(simd: S, mut acc: S::V, w: &[f32], x: &[f32]) -> S::V {
@@ -153,16 +156,45 @@ fn matvec_body<S: Simd>(simd: S, ty: TensorType, rows: &[u8], x: &[f32], out: &m
 fn matvec_format<S: Simd, F: Format>(simd: S, rows: &[u8], x: &[f32], out: &mut [f32]) {
     let rows = bytemuck::cast_slice::<u8, F>(rows);
     let blocks_per_row = x.len() / F::ELEMENTS;
-    let mut buffer = [0.0; CHUNK];
-    for (i, out) in out.iter_mut().enumerate() {
-        let row = &rows[i * blocks_per_row..][..blocks_per_row];
-        let mut acc = simd.splat(0.0);
-        for (blocks, x) in row.chunks(CHUNK / F::ELEMENTS).zip(x.chunks(CHUNK)) {
-            F::decode_all(simd, blocks, &mut buffer);
-            acc = accumulate(simd, acc, &buffer[..x.len()], x);
+    let mut buffers = [[0.0; CHUNK]; INTERLEAVED];
+    for (i, out) in out.chunks_mut(INTERLEAVED).enumerate() {
+        // At the end the last row stands in for rows that are not there.
+        let row = |n: usize| &rows[(INTERLEAVED * i + n.min(out.len() - 1)) * blocks_per_row..][..blocks_per_row];
+        let rows: [&[F]; INTERLEAVED] = std::array::from_fn(row);
+        let mut acc = [simd.splat(0.0); INTERLEAVED];
+        for (c, x) in x.chunks(CHUNK).enumerate() {
+            let blocks = c * (CHUNK / F::ELEMENTS)..c * (CHUNK / F::ELEMENTS) + x.len() / F::ELEMENTS;
+            for (row, buffer) in rows.iter().zip(&mut buffers) {
+                F::decode_all(simd, &row[blocks.clone()], buffer);
+                prefetch(row, blocks.start + INTERLEAVED * blocks_per_row, blocks.len());
+            }
+            acc = accumulate_rows(simd, acc, &buffers, x);
         }
-        *out = simd.reduce(acc);
+        for (out, acc) in out.iter_mut().zip(acc) {
+            *out = simd.reduce(acc);
+        }
     }
+}
+
+/// `accumulate` of several rows with the same `x`: their chains of additions, each waiting for its last, go on together.
+#[inline(always)]
+fn accumulate_rows<S: Simd>(
+    simd: S,
+    mut acc: [S::V; INTERLEAVED],
+    w: &[[f32; CHUNK]; INTERLEAVED],
+    x: &[f32],
+) -> [S::V; INTERLEAVED] {
+    let (chunks, tail) = x.as_chunks::<16>();
+    for (i, x) in chunks.iter().enumerate() {
+        let x = simd.load(x);
+        for (acc, w) in acc.iter_mut().zip(w) {
+            *acc = simd.fma(simd.load(&w.as_chunks().0[i]), x, *acc);
+        }
+    }
+    for (acc, w) in acc.iter_mut().zip(w) {
+        *acc = accumulate_tail(simd, *acc, &w[16 * chunks.len()..x.len()], tail);
+    }
+    acc
 }
 
 #[inline(always)]

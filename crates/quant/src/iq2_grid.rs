@@ -1,8 +1,8 @@
 //! The IQ2_XXS code book: 256 points of eight magnitudes, and the even-parity sign patterns.
 
-/// Two bits per element, element j at bits 2j: 0, 1, 2 mean the magnitudes 8, 25, 43. The points are data of the
+/// Two bits per element, element j at bits 2j: indices of [`MAGNITUDES`]. The points are data of the
 /// format (`iq2xxs_grid` in ggml-common.h, MIT; the same packing as in PyPI `gguf`).
-const PACKED: [u16; 256] = [
+pub(crate) const PACKED: [u16; 256] = [
     0x0000, 0x0002, 0x0005, 0x0008, 0x000a, 0x0011, 0x0014, 0x0020, 0x0022, 0x0028, 0x002a, 0x0041, 0x0044, 0x0050,
     0x0058, 0x0061, 0x0064, 0x0080, 0x0082, 0x008a, 0x00a2, 0x0101, 0x0104, 0x0110, 0x0115, 0x0140, 0x0184, 0x0198,
     0x0200, 0x0202, 0x0222, 0x0282, 0x0401, 0x0404, 0x0410, 0x0421, 0x0424, 0x0440, 0x0442, 0x0448, 0x0460, 0x0481,
@@ -24,19 +24,16 @@ const PACKED: [u16; 256] = [
     0xa200, 0xa418, 0xa850, 0xa904,
 ];
 
+/// Magnitudes of the elements of points. There is no fourth.
+pub(crate) const MAGNITUDES: [i8; 4] = [8, 25, 43, 0];
+
 /// Magnitudes of a code-book point: `GRID[index][j]` is 8, 25 or 43.
 pub(crate) static GRID: [[i8; 8]; 256] = grid();
-
-/// `GRID` as f32.
-pub(crate) static GRID_F32: [[f32; 8]; 256] = grid_f32();
 
 /// `GRID` by place: `GRID_COLUMNS[j][index]`.
 pub(crate) static GRID_COLUMNS: [[f32; 256]; 8] = grid_columns();
 
 /// The eight signs of a 7-bit pattern as ±1: sign 7 makes the number of minus signs even.
-pub(crate) static SIGNS_F32: [[f32; 8]; 128] = signs_f32();
-
-/// `SIGNS_F32` as bytes.
 pub(crate) static SIGNS: [[i8; 8]; 128] = signs();
 
 /// The eight sign bits of a 7-bit pattern, bit j set for a minus at element j.
@@ -48,29 +45,18 @@ const fn grid() -> [[i8; 8]; 256] {
     let mut table = [[0; 8]; 256];
     let mut i = 0;
     while i < 256 * 8 {
-        table[i / 8][i % 8] = [8, 25, 43][(PACKED[i / 8] >> (2 * (i % 8)) & 3) as usize];
-        i += 1;
-    }
-    table
-}
-
-const fn grid_f32() -> [[f32; 8]; 256] {
-    let bytes = grid();
-    let mut table = [[0.0; 8]; 256];
-    let mut i = 0;
-    while i < 256 * 8 {
-        table[i / 8][i % 8] = bytes[i / 8][i % 8] as f32;
+        table[i / 8][i % 8] = MAGNITUDES[(PACKED[i / 8] >> (2 * (i % 8)) & 3) as usize];
         i += 1;
     }
     table
 }
 
 const fn grid_columns() -> [[f32; 256]; 8] {
-    let rows = grid_f32();
+    let rows = grid();
     let mut table = [[0.0; 256]; 8];
     let mut i = 0;
     while i < 256 * 8 {
-        table[i % 8][i / 8] = rows[i / 8][i % 8];
+        table[i % 8][i / 8] = rows[i / 8][i % 8] as f32;
         i += 1;
     }
     table
@@ -83,17 +69,6 @@ const fn signs() -> [[i8; 8]; 128] {
         if sign_bits((i / 8) as u8) >> (i % 8) & 1 == 1 {
             table[i / 8][i % 8] = -1;
         }
-        i += 1;
-    }
-    table
-}
-
-const fn signs_f32() -> [[f32; 8]; 128] {
-    let bytes = signs();
-    let mut table = [[0.0; 8]; 128];
-    let mut i = 0;
-    while i < 128 * 8 {
-        table[i / 8][i % 8] = bytes[i / 8][i % 8] as f32;
         i += 1;
     }
     table

@@ -11,7 +11,7 @@ use quant::integer::*;
 use quant::simd::Level;
 
 fn activations_q8_0(x: &[f32]) -> Vec<ActivationQ8_0> {
-    let mut out = vec![ActivationQ8_0 { d: 0.0, q: [0; 32] }; x.len() / 32];
+    let mut out = vec![ActivationQ8_0 { d: 0.0, q: [0; 32], sum: 0 }; x.len() / 32];
     quantize_q8_0(x, &mut out);
     out
 }
@@ -98,7 +98,7 @@ fn q8_k_equals_the_specification() {
 
 #[test]
 fn zeros_and_what_is_not_finite() {
-    assert_eq!(activations_q8_0(&[0.0; 32])[0], ActivationQ8_0 { d: 0.0, q: [0; 32] });
+    assert_eq!(activations_q8_0(&[0.0; 32])[0], ActivationQ8_0 { d: 0.0, q: [0; 32], sum: 0 });
     assert_eq!(activations_q8_k(&[0.0; 256])[0], ActivationQ8K { d: 0.0, q: [0; 256], sums: [0; 16] });
     let mut random = Random(8);
     for bad in [f32::NAN, f32::INFINITY] {

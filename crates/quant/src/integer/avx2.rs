@@ -6,10 +6,10 @@
 //! Products are made by `maddubs`, unsigned times signed bytes into i16: the sign of a weight goes over to the
 //! activation. Its pairwise sums stay within i16, for magnitudes of weights are at most 128 and of activations 127.
 
-use super::IntegerSimd;
-use super::blocks::{LongBlock, ShortBlock, iq2_indices};
+use super::blocks::{LongBlock, ShortBlock};
+use super::{IntegerSimd, tiles};
 use crate::blocks::*;
-use crate::iq2_grid::{GRID, SIGNS};
+use crate::iq2_grid::GRID;
 use crate::simd::Avx2;
 use std::arch::x86_64::*;
 use std::array::from_fn;
@@ -35,10 +35,10 @@ impl IntegerSimd for Avx2 {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn short<W: ShortBlock>(simd: Avx2, weights: &[W], x: &[ActivationQ8_0], batch: usize, out: &mut [f32]) {
-    tiles(weights, x, batch, out, |w: [&W; ROWS], x, sums| {
+    tiles::<_, _, _, ROWS, BATCH>(weights, x, batch, out, _mm_setzero_ps(), lanes, |w, x, sums| {
         let codes = w.map(|w| w.register(simd));
         let magnitudes = codes.map(|codes| _mm256_abs_epi8(codes));
-        let scales = floats(w.map(|w| w.scale()));
+        let scales = W::scales_4(simd, w);
         for (x, sum) in x.iter().zip(sums) {
             let values = load(simd, &x.q);
             let dots = from_fn(|i| {
@@ -52,7 +52,7 @@ fn short<W: ShortBlock>(simd: Avx2, weights: &[W], x: &[ActivationQ8_0], batch: 
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn long<W: LongBlock>(simd: Avx2, weights: &[W], x: &[ActivationQ8K], batch: usize, out: &mut [f32]) {
-    tiles(weights, x, batch, out, |w: [&W; ROWS], x, sums| {
+    tiles::<_, _, _, ROWS, BATCH>(weights, x, batch, out, _mm_setzero_ps(), lanes, |w, x, sums| {
         let d = _mm_mul_ps(halves(w.map(|w| w.d())), _mm_set1_ps(W::FACTOR));
         let dmin = halves(w.map(|w| w.dmin()));
         let add = |dots, minimums: [__m256i; ROWS], x: &ActivationQ8K, sum: &mut __m128| {
@@ -109,33 +109,6 @@ fn magnitudes<W: LongBlock>(codes: __m256i) -> __m256i {
     if W::SIGNED { _mm256_abs_epi8(codes) } else { codes }
 }
 
-/// Calls `add(blocks, activations, sums)` for every block of every four weight rows and up to `BATCH` rows of
-/// activations; lane i of a sum belongs to weight row i. Then writes the sums to `out`, `[n, R]`.
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn tiles<W, X>(weights: &[W], x: &[X], batch: usize, out: &mut [f32], add: impl Fn([&W; ROWS], &[X], &mut [__m128])) {
-    let per_row = x.len() / batch;
-    let rows = weights.len() / per_row;
-    for n in (0..rows).step_by(ROWS) {
-        // At the end the last row stands in for rows that are not there.
-        let w: [&[W]; ROWS] = from_fn(|i| &weights[(n + i).min(rows - 1) * per_row..][..per_row]);
-        for r in (0..batch).step_by(BATCH) {
-            let mut sums = [_mm_setzero_ps(); BATCH];
-            let sums = &mut sums[..BATCH.min(batch - r)];
-            for b in 0..per_row {
-                add(w.map(|row| &row[b]), &x[b * batch + r..][..sums.len()], sums);
-            }
-            for (r, sum) in (r..).zip(sums) {
-                let mut lanes = [0.0; ROWS];
-                // SAFETY: the unaligned store is all of `lanes`.
-                unsafe { _mm_storeu_ps(lanes.as_mut_ptr(), *sum) };
-                let out = out[n * batch + r..].iter_mut().step_by(batch);
-                lanes.iter().zip(out).for_each(|(lane, out)| *out = *lane);
-            }
-        }
-    }
-}
-
 /// A block of 256 as `maddubs` and `madd` take it, 32 values a register.
 struct Unpacked {
     magnitudes: [__m256i; 8],
@@ -181,15 +154,32 @@ fn across(v: [__m256i; ROWS]) -> __m128 {
     _mm_cvtepi32_ps(_mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums)))
 }
 
-#[target_feature(enable = "avx2")]
-#[inline]
-fn floats(v: [f32; ROWS]) -> __m128 {
-    _mm_set_ps(v[3], v[2], v[1], v[0])
+/// The lanes as an array.
+#[inline(always)]
+pub(super) fn lanes(v: __m128) -> [f32; ROWS] {
+    let mut lanes = [0.0; ROWS];
+    // SAFETY: every x86-64 has SSE; the unaligned store is all of `lanes`.
+    unsafe { _mm_storeu_ps(lanes.as_mut_ptr(), v) };
+    lanes
+}
+
+/// Four numbers as lanes.
+#[inline(always)]
+pub(super) fn floats(v: [f32; ROWS]) -> __m128 {
+    // SAFETY: every x86-64 has SSE.
+    unsafe { _mm_set_ps(v[3], v[2], v[1], v[0]) }
+}
+
+/// Four halves as lanes.
+#[inline(always)]
+pub(super) fn scales(_: Avx2, v: [Half; ROWS]) -> __m128 {
+    // SAFETY: the first argument exists only where `detect` found F16C.
+    unsafe { halves(v) }
 }
 
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
-fn halves(v: [Half; ROWS]) -> __m128 {
+pub(super) fn halves(v: [Half; ROWS]) -> __m128 {
     let bits = v.map(|half| i16::from_le_bytes(half.0));
     _mm_cvtph_ps(_mm_set_epi16(0, 0, 0, 0, bits[3], bits[2], bits[1], bits[0]))
 }
@@ -204,7 +194,7 @@ fn load_i16(numbers: &[i16; 16]) -> __m256i {
 /// Sixteen bytes as i16.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn widen(bytes: &[i8; 16]) -> __m256i {
+pub(super) fn widen(bytes: &[i8; 16]) -> __m256i {
     // SAFETY: the unaligned load is all of `bytes`.
     _mm256_cvtepi8_epi16(unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) })
 }
@@ -216,29 +206,78 @@ pub(super) fn load(_: Avx2, bytes: &[i8; 32]) -> __m256i {
     unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
 }
 
+/// The codes of an IQ2_XXS block.
+#[inline(always)]
+pub(crate) fn iq2_codes(simd: Avx2, groups: &[[u8; 8]; 8]) -> [i8; QK_K] {
+    let mut codes = [0; QK_K];
+    for (codes, register) in codes.as_chunks_mut::<32>().0.iter_mut().zip(iq2_registers(simd, groups)) {
+        // SAFETY: `simd` exists only where `detect` found AVX2; the unaligned store is all of `codes`.
+        unsafe { _mm256_storeu_si256(codes.as_mut_ptr().cast(), register) };
+    }
+    codes
+}
+
 /// The codes of an IQ2_XXS block: points of the code book under patterns of signs.
 #[inline(always)]
 pub(super) fn iq2_registers(_: Avx2, groups: &[[u8; 8]; 8]) -> [__m256i; 8] {
     // SAFETY: the first argument exists only where `detect` found AVX2.
-    unsafe { iq2_codes(groups) }
+    unsafe { iq2(groups) }
 }
 
 #[target_feature(enable = "avx2")]
 #[inline]
-fn iq2_codes(groups: &[[u8; 8]; 8]) -> [__m256i; 8] {
-    from_fn(|g| {
-        let (points, patterns) = iq2_indices(&groups[g]);
-        _mm256_sign_epi8(look_up(&GRID, points), look_up(&SIGNS, patterns))
-    })
+fn iq2(groups: &[[u8; 8]; 8]) -> [__m256i; 8] {
+    let signs: [[u8; 4]; 8] = bytemuck::cast(iq2_signs(groups));
+    let bits = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64.cast_signed());
+    // In each 128 bits, two bytes of signs eight times.
+    let place = _mm256_set_epi64x(0x0303_0303_0303_0303, 0x0202_0202_0202_0202, 0x0101_0101_0101_0101, 0);
+    let mut registers = [_mm256_setzero_si256(); 8];
+    for (g, register) in registers.iter_mut().enumerate() {
+        let [points @ .., _, _, _, _] = groups[g];
+        let signs = _mm256_shuffle_epi8(_mm256_set1_epi32(i32::from_le_bytes(signs[SIGN_ORDER[g]])), place);
+        let minus = _mm256_cmpeq_epi8(_mm256_and_si256(signs, bits), bits);
+        *register = _mm256_sub_epi8(_mm256_xor_si256(look_up(points), minus), minus);
+    }
+    registers
 }
 
-/// Four entries of a table, one after the other. Broadcasts and blends, for inserts would all wait for one port.
+/// Where [`iq2_signs`] has the signs of each group.
+const SIGN_ORDER: [usize; 8] = [0, 1, 4, 5, 2, 3, 6, 7];
+
+/// The 32 sign bits of each group: patterns of 7 bits, each followed by their parity.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn look_up<const N: usize>(table: &[[i8; 8]; N], indices: [usize; 4]) -> __m256i {
-    let entry = |l: usize| _mm256_set1_epi64x(i64::from_le_bytes(bytemuck::cast(table[indices[l]])));
-    let low = _mm256_blend_epi32::<0b1100>(entry(0), entry(1));
-    let high = _mm256_blend_epi32::<0b1100_0000>(entry(2), entry(3));
+fn iq2_signs(groups: &[[u8; 8]; 8]) -> __m256i {
+    // SAFETY: the two unaligned loads are all of `groups`.
+    let (low, high) = unsafe {
+        let groups = groups.as_ptr().cast::<__m256i>();
+        (_mm256_loadu_si256(groups), _mm256_loadu_si256(groups.add(1)))
+    };
+    let words = _mm256_shuffle_ps::<0b11_01_11_01>(_mm256_castsi256_ps(low), _mm256_castsi256_ps(high));
+    let words = _mm256_castps_si256(words);
+    let pattern = |shifted, mask| _mm256_and_si256(shifted, _mm256_set1_epi32(mask));
+    let patterns = _mm256_or_si256(
+        _mm256_or_si256(pattern(words, 0x7f), pattern(_mm256_slli_epi32::<1>(words), 0x7f << 8)),
+        _mm256_or_si256(
+            pattern(_mm256_slli_epi32::<2>(words), 0x7f << 16),
+            pattern(_mm256_slli_epi32::<3>(words), 0x7f << 24),
+        ),
+    );
+    let nibbles = _mm256_xor_si256(patterns, _mm256_srli_epi16::<4>(patterns));
+    let nibbles = _mm256_and_si256(nibbles, _mm256_set1_epi8(15));
+    // Bit 7 set for each nibble of odd parity.
+    let parity =
+        _mm256_broadcastsi128_si256(_mm_set_epi64x(0x0080_8000_8000_0080, 0x8000_0080_0080_8000_u64.cast_signed()));
+    _mm256_or_si256(patterns, _mm256_shuffle_epi8(parity, nibbles))
+}
+
+/// Four points of the code book, one after the other. Broadcasts and blends, for inserts would all wait for one port.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn look_up(points: [u8; 4]) -> __m256i {
+    let point = |l: usize| _mm256_set1_epi64x(i64::from_le_bytes(bytemuck::cast(GRID[usize::from(points[l])])));
+    let low = _mm256_blend_epi32::<0b1100>(point(0), point(1));
+    let high = _mm256_blend_epi32::<0b1100_0000>(point(2), point(3));
     _mm256_blend_epi32::<0b1111_0000>(low, high)
 }
 

@@ -2,10 +2,13 @@
 
 use crate::blocks::*;
 use crate::decode::mxfp4_scale;
-use crate::iq2_grid::{GRID, SIGNS};
 use bytemuck::Pod;
 #[cfg(target_arch = "x86_64")]
-use {super::avx2, crate::simd::Avx2, std::arch::x86_64::__m256i};
+use {
+    super::{avx2, avx512},
+    crate::simd::{Avx2, Avx512},
+    std::arch::x86_64::{__m128, __m256i, __m512, __m512i},
+};
 
 /// A weight block that has an integer dot.
 pub trait IntegerDot: Pod {
@@ -24,6 +27,24 @@ pub(super) trait ShortBlock: IntegerDot<Activation = ActivationQ8_0> {
     #[inline(always)]
     fn register(&self, simd: Avx2) -> __m256i {
         avx2::load(simd, &self.codes())
+    }
+    /// What [`unsigned_512`](Self::unsigned_512) adds to a code.
+    #[cfg(target_arch = "x86_64")]
+    const OFFSET: u8;
+    /// The codes, unsigned, in a register.
+    #[cfg(target_arch = "x86_64")]
+    fn unsigned_512(&self, simd: Avx512) -> __m256i;
+    /// The scales of four blocks.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn scales_4(_: Avx2, blocks: [&Self; 4]) -> __m128 {
+        avx2::floats(blocks.map(|block| block.scale()))
+    }
+    /// The scales of sixteen blocks.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn scales_16(simd: Avx512, blocks: [&Self; 16]) -> __m512 {
+        avx512::floats(simd, blocks.map(|block| block.scale()))
     }
 }
 
@@ -50,6 +71,24 @@ pub(super) trait LongBlock: IntegerDot<Activation = ActivationQ8K> {
     fn registers(&self, simd: Avx2) -> [__m256i; 8] {
         let codes = self.codes();
         std::array::from_fn(|g| avx2::load(simd, &codes.as_chunks().0[g]))
+    }
+    /// Where in the block the halves of each register of [`unsigned_512`](Self::unsigned_512) begin.
+    #[cfg(target_arch = "x86_64")]
+    const ORDER: [[usize; 2]; 4] = [[0, 32], [64, 96], [128, 160], [192, 224]];
+    /// What [`unsigned_512`](Self::unsigned_512) adds to a code.
+    #[cfg(target_arch = "x86_64")]
+    const OFFSET: i32 = 0;
+    /// Values that share a scale: 16 or 32.
+    #[cfg(target_arch = "x86_64")]
+    const SUB_BLOCK: usize = 16;
+    /// The codes, unsigned, in registers of 64.
+    #[cfg(target_arch = "x86_64")]
+    fn unsigned_512(&self, simd: Avx512) -> [__m512i; 4];
+    /// The dots of rows with few rows of activations.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn few_512(simd: Avx512, weights: &[Self], x: &[ActivationQ8K], batch: usize, out: &mut [f32]) {
+        avx512::few(simd, weights, x, batch, out);
     }
 }
 
@@ -85,6 +124,23 @@ impl ShortBlock for Q8_0 {
     fn codes(&self) -> [i8; 32] {
         self.q
     }
+    #[cfg(target_arch = "x86_64")]
+    const OFFSET: u8 = 128;
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn unsigned_512(&self, simd: Avx512) -> __m256i {
+        avx512::flip(simd, &self.q)
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn scales_4(simd: Avx2, blocks: [&Q8_0; 4]) -> __m128 {
+        avx2::scales(simd, blocks.map(|block| block.d))
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn scales_16(simd: Avx512, blocks: [&Q8_0; 16]) -> __m512 {
+        avx512::scales(simd, blocks.map(|block| block.d))
+    }
 }
 
 impl ShortBlock for Mxfp4 {
@@ -100,6 +156,14 @@ impl ShortBlock for Mxfp4 {
     #[inline(always)]
     fn register(&self, simd: Avx2) -> __m256i {
         avx2::look_up_nibbles(simd, &DOUBLED_E2M1, &self.q)
+    }
+    #[cfg(target_arch = "x86_64")]
+    const OFFSET: u8 = 12;
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn unsigned_512(&self, simd: Avx512) -> __m256i {
+        const UNSIGNED: [i8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
+        avx2::look_up_nibbles(simd.avx2(), &UNSIGNED, &self.q)
     }
 }
 
@@ -132,10 +196,17 @@ impl LongBlock for Q2K {
     fn codes(&self) -> [i8; QK_K] {
         self.codes()
     }
+    #[cfg(target_arch = "x86_64")]
+    const ORDER: [[usize; 2]; 4] = avx512::PLANES;
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn unsigned_512(&self, simd: Avx512) -> [__m512i; 4] {
+        avx512::planes(simd, &self.q)
+    }
 }
 
 macro_rules! long_with_6_bit_minimums {
-    ($block:ident) => {
+    ($block:ident, $unsigned_512:expr) => {
         impl LongBlock for $block {
             const SIGNED: bool = false;
             const MINIMUMS: bool = true;
@@ -159,14 +230,23 @@ macro_rules! long_with_6_bit_minimums {
             fn codes(&self) -> [i8; QK_K] {
                 self.codes()
             }
+            #[cfg(target_arch = "x86_64")]
+            const ORDER: [[usize; 2]; 4] = avx512::NIBBLES;
+            #[cfg(target_arch = "x86_64")]
+            const SUB_BLOCK: usize = 32;
+            #[cfg(target_arch = "x86_64")]
+            #[inline(always)]
+            fn unsigned_512(&self, simd: Avx512) -> [__m512i; 4] {
+                $unsigned_512(simd, self)
+            }
         }
     };
 }
-long_with_6_bit_minimums!(Q4K);
-long_with_6_bit_minimums!(Q5K);
+long_with_6_bit_minimums!(Q4K, |simd, block: &Q4K| avx512::nibbles(simd, &block.q));
+long_with_6_bit_minimums!(Q5K, avx512::q5_codes);
 
 macro_rules! long_signed {
-    ($block:ident, $scales:expr) => {
+    ($block:ident, $scales:expr, $order:expr, $offset:literal, $unsigned_512:expr) => {
         impl LongBlock for $block {
             const SIGNED: bool = true;
             #[inline(always)]
@@ -181,11 +261,20 @@ macro_rules! long_signed {
             fn codes(&self) -> [i8; QK_K] {
                 self.codes()
             }
+            #[cfg(target_arch = "x86_64")]
+            const ORDER: [[usize; 2]; 4] = $order;
+            #[cfg(target_arch = "x86_64")]
+            const OFFSET: i32 = $offset;
+            #[cfg(target_arch = "x86_64")]
+            #[inline(always)]
+            fn unsigned_512(&self, simd: Avx512) -> [__m512i; 4] {
+                $unsigned_512(simd, self)
+            }
         }
     };
 }
-long_signed!(Q3K, |block: &Q3K| q3_scales(&block.scales));
-long_signed!(Q6K, |block: &Q6K| block.scales);
+long_signed!(Q3K, |block: &Q3K| q3_scales(&block.scales), avx512::PLANES, 4, avx512::q3_codes);
+long_signed!(Q6K, |block: &Q6K| block.scales, [[0, 32], [64, 96], [128, 160], [192, 224]], 32, avx512::q6_codes);
 
 /// x = d/8 · (2s + 1) · ±grid.
 impl LongBlock for Iq2Xxs {
@@ -201,27 +290,27 @@ impl LongBlock for Iq2Xxs {
     }
     #[inline(always)]
     fn codes(&self) -> [i8; QK_K] {
-        let mut codes = [0; QK_K];
-        for (i, codes) in codes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-            let (points, patterns) = iq2_indices(&self.groups[i / 4]);
-            let (magnitudes, signs) = (GRID[points[i % 4]], SIGNS[patterns[i % 4]]);
-            *codes = std::array::from_fn(|j| magnitudes[j] * signs[j]);
-        }
-        codes
+        self.codes()
     }
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn registers(&self, simd: Avx2) -> [__m256i; 8] {
         avx2::iq2_registers(simd, &self.groups)
     }
-}
-
-/// Indices of a group's four code-book points and of their sign patterns.
-#[inline(always)]
-pub(super) fn iq2_indices(group: &[u8; 8]) -> ([usize; 4], [usize; 4]) {
-    let [points @ .., s0, s1, s2, s3] = *group;
-    let word = u32::from_le_bytes([s0, s1, s2, s3]);
-    (points.map(usize::from), std::array::from_fn(|l| (word >> (7 * l) & 127) as usize))
+    #[cfg(target_arch = "x86_64")]
+    const OFFSET: i32 = 64;
+    #[cfg(target_arch = "x86_64")]
+    const SUB_BLOCK: usize = 32;
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn unsigned_512(&self, simd: Avx512) -> [__m512i; 4] {
+        avx512::iq2_codes(simd, self)
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn few_512(simd: Avx512, weights: &[Iq2Xxs], x: &[ActivationQ8K], batch: usize, out: &mut [f32]) {
+        avx512::few_iq2(simd, weights, x, batch, out);
+    }
 }
 
 macro_rules! integer_dot {

@@ -7,12 +7,16 @@
 //! [`dot`] is that definition in plain code; [`matmul`] is what computes, in the same bits.
 
 #[cfg(target_arch = "x86_64")]
-mod avx2;
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod blocks;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 
 use crate::blocks::*;
 use crate::decode::row_bytes;
-use crate::simd::{Scalar, Simd, kernel};
+use crate::simd::{Scalar, Simd, kernel, prefetch};
 use bytemuck::Zeroable;
 use gguf::TensorType;
 
@@ -130,6 +134,7 @@ fn quantize_q8_k_body<S: Simd>(_simd: S, x: &[f32], out: &mut [ActivationQ8K]) {
 fn quantize_block_q8_0(x: &[f32; 32], out: &mut ActivationQ8_0) {
     let d = largest(x).abs() / 127.0;
     (out.d, out.q) = scaled_codes(x, d, 1.0 / d);
+    out.sum = out.q.iter().map(|&q| i32::from(q)).sum();
 }
 
 #[inline(always)]
@@ -207,6 +212,41 @@ fn dots<W: IntegerDot>(weights: &[W], x: &[W::Activation], batch: usize, out: &m
         for (r, out) in out.iter_mut().enumerate() {
             let blocks = row.iter().zip(x[r..].iter().step_by(batch));
             *out = blocks.fold(0.0, |sum, (w, x)| w.add_dot(x, sum));
+        }
+    }
+}
+
+/// The loops of every vector kernel. Calls `add(blocks, activations, sums)` for every block of every N weight rows and up
+/// to `BATCH` rows of activations, blocks ascending; lane i of a sum belongs to weight row i. Then writes the lanes of
+/// the sums, which begin as `zero`, to `out`, `[n, R]`.
+#[inline(always)]
+fn tiles<W, X, S: Copy, const N: usize, const BATCH: usize>(
+    weights: &[W],
+    x: &[X],
+    batch: usize,
+    out: &mut [f32],
+    zero: S,
+    lanes: impl Fn(S) -> [f32; N],
+    add: impl Fn([&W; N], &[X], &mut [S]),
+) {
+    let per_row = x.len() / batch;
+    let rows = weights.len() / per_row;
+    for n in (0..rows).step_by(N) {
+        // At the end the last row stands in for rows that are not there.
+        let w: [&[W]; N] = std::array::from_fn(|i| &weights[(n + i).min(rows - 1) * per_row..][..per_row]);
+        for r in (0..batch).step_by(BATCH) {
+            let mut sums = [zero; BATCH];
+            let sums = &mut sums[..BATCH.min(batch - r)];
+            for b in 0..per_row {
+                // Rows lie one after the other, and the N after these are read next: to the processor, N streams at
+                // once within few pages look like no stream at all.
+                prefetch(&weights[n * per_row..], N * (per_row + b), N);
+                add(w.map(|row| &row[b]), &x[b * batch + r..][..sums.len()], sums);
+            }
+            for (r, sum) in (r..).zip(sums) {
+                let out = out[n * batch + r..].iter_mut().step_by(batch);
+                lanes(*sum).iter().zip(out).for_each(|(lane, out)| *out = *lane);
+            }
         }
     }
 }

@@ -4,17 +4,39 @@
 //! `kernel!` macro once per [`Level`] under the matching `#[target_feature]`. All operations here are exactly
 //! rounded IEEE 754, so every level gives the same bits (NaN payloads aside); a level changes speed only.
 
-use crate::blocks::Half;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use crate::blocks::{Half, Iq2Xxs, QK_K};
 use std::sync::OnceLock;
+
+#[cfg(target_arch = "aarch64")]
+pub(crate) use neon::{Dotprod, I8mm, Multiply, Neon};
+#[cfg(target_arch = "x86_64")]
+pub(crate) use x86::{Avx2, Avx512};
 
 /// An instruction set that kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Level {
-    /// What the target guarantees: SSE2 on x86-64, NEON on AArch64.
+    /// What the target guarantees, in plain code: SSE2 on x86-64, NEON on AArch64.
     Scalar,
-    /// AVX2, FMA and F16C of x86-64 (2013 and later).
+    /// AVX2, FMA and F16C of x86-64 (Intel Haswell, AMD Zen and later).
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    /// AVX-512 F, BW, VL, VNNI, VBMI and BITALG, and GFNI (Intel Ice Lake, AMD Zen 4 and later).
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    /// NEON of AArch64: every one has it.
+    #[cfg(target_arch = "aarch64")]
+    Neon,
+    /// NEON and `sdot` (Cortex-A76, Graviton 2, Apple M1 and later).
+    #[cfg(target_arch = "aarch64")]
+    Dotprod,
+    /// NEON, `sdot` and `smmla` (Cortex-X2, Graviton 3, Apple M2 and later).
+    #[cfg(target_arch = "aarch64")]
+    I8mm,
 }
 
 impl Level {
@@ -24,6 +46,14 @@ impl Level {
             Level::Scalar,
             #[cfg(target_arch = "x86_64")]
             Level::Avx2,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512,
+            #[cfg(target_arch = "aarch64")]
+            Level::Neon,
+            #[cfg(target_arch = "aarch64")]
+            Level::Dotprod,
+            #[cfg(target_arch = "aarch64")]
+            Level::I8mm,
         ];
         all.into_iter().filter(|level| level.is_available())
     }
@@ -33,6 +63,14 @@ impl Level {
             Level::Scalar => true,
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => Avx2::detect().is_some(),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => Avx512::detect().is_some(),
+            #[cfg(target_arch = "aarch64")]
+            Level::Neon => true,
+            #[cfg(target_arch = "aarch64")]
+            Level::Dotprod => Neon::<Dotprod>::detect().is_some(),
+            #[cfg(target_arch = "aarch64")]
+            Level::I8mm => Neon::<I8mm>::detect().is_some(),
         }
     }
 }
@@ -66,6 +104,11 @@ pub(crate) trait Simd: Copy {
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a · b + c` in each lane, rounded once.
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// `block.codes()`, looked up by vector instructions where that is faster.
+    #[inline(always)]
+    fn iq2_codes(self, block: &Iq2Xxs) -> [i8; QK_K] {
+        block.codes()
+    }
 
     /// The lanes as an array.
     #[inline(always)]
@@ -141,96 +184,18 @@ impl Simd for Scalar {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-pub(crate) use x86::Avx2;
-
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use super::Simd;
-    use crate::blocks::Half;
-    use std::arch::x86_64::*;
-
-    /// Two 8-lane registers. Only [`Avx2::detect`] makes one.
-    #[derive(Clone, Copy)]
-    pub(crate) struct Avx2(());
-
-    impl Avx2 {
-        /// The proof that this machine has AVX2, FMA and F16C, or `None`.
-        pub(crate) fn detect() -> Option<Avx2> {
-            let found =
-                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
-            found.then_some(Avx2(()))
-        }
+/// Asks for `count` items from `first` on to be brought into the cache; they need not exist.
+#[inline(always)]
+pub(crate) fn prefetch<T>(items: &[T], first: usize, count: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..count * size_of::<T>()).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: every x86-64 has SSE, and a prefetch of any address is allowed.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(items.as_ptr().wrapping_add(first).wrapping_byte_add(line).cast()) }
     }
-
-    impl Simd for Avx2 {
-        type V = [__m256; 2];
-
-        #[inline(always)]
-        fn splat(self, value: f32) -> [__m256; 2] {
-            // SAFETY: `self` exists only where `detect` found AVX2.
-            unsafe { [_mm256_set1_ps(value); 2] }
-        }
-
-        #[inline(always)]
-        fn load(self, a: &[f32; 16]) -> [__m256; 2] {
-            // SAFETY: `self` exists only where `detect` found AVX2; both unaligned loads lie inside `a`.
-            unsafe { [_mm256_loadu_ps(a.as_ptr()), _mm256_loadu_ps(a.as_ptr().add(8))] }
-        }
-
-        #[inline(always)]
-        fn load_i8(self, a: &[i8; 16]) -> [__m256; 2] {
-            // SAFETY: `self` exists only where `detect` found AVX2; the unaligned load is all of `a`.
-            unsafe {
-                let bytes = _mm_loadu_si128(a.as_ptr().cast());
-                let low = _mm256_cvtepi8_epi32(bytes);
-                let high = _mm256_cvtepi8_epi32(_mm_srli_si128::<8>(bytes));
-                [_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high)]
-            }
-        }
-
-        #[inline(always)]
-        fn load_half(self, a: &[Half; 16]) -> [__m256; 2] {
-            // SAFETY: `self` exists only where `detect` found F16C; both unaligned loads lie inside `a`.
-            unsafe {
-                let halves = a.as_ptr().cast::<__m128i>();
-                [_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves.add(1)))]
-            }
-        }
-
-        #[inline(always)]
-        fn store(self, v: [__m256; 2], out: &mut [f32; 16]) {
-            // SAFETY: `self` exists only where `detect` found AVX2; both unaligned stores lie inside `out`.
-            unsafe {
-                _mm256_storeu_ps(out.as_mut_ptr(), v[0]);
-                _mm256_storeu_ps(out.as_mut_ptr().add(8), v[1]);
-            }
-        }
-
-        #[inline(always)]
-        fn add(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
-            // SAFETY: `self` exists only where `detect` found AVX2.
-            unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
-        }
-
-        #[inline(always)]
-        fn sub(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
-            // SAFETY: `self` exists only where `detect` found AVX2.
-            unsafe { [_mm256_sub_ps(a[0], b[0]), _mm256_sub_ps(a[1], b[1])] }
-        }
-
-        #[inline(always)]
-        fn mul(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
-            // SAFETY: `self` exists only where `detect` found AVX2.
-            unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
-        }
-
-        #[inline(always)]
-        fn fma(self, a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
-            // SAFETY: `self` exists only where `detect` found FMA.
-            unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
-        }
-    }
+    // AArch64 has no stable intrinsic for it.
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (items, first, count);
 }
 
 /// Makes the two entry points of a kernel from its body, an `#[inline(always)]` function whose first
@@ -244,21 +209,44 @@ macro_rules! kernel {
 
         #[doc = concat!("[`", stringify!($name), "`] at a chosen level. Panics where the machine does not have it.")]
         $vis fn $name_at(level: $crate::simd::Level, $($arg: $ty),*) $(-> $ret)? {
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma,f16c")]
-            fn avx2(simd: $crate::simd::Avx2, $($arg: $ty),*) $(-> $ret)? {
-                $body(simd, $($arg),*)
-            }
             match level {
                 $crate::simd::Level::Scalar => $body($crate::simd::Scalar, $($arg),*),
                 #[cfg(target_arch = "x86_64")]
-                $crate::simd::Level::Avx2 => {
-                    let simd = $crate::simd::Avx2::detect().expect("level Avx2 needs AVX2, FMA and F16C");
-                    // SAFETY: `simd` proves that the machine has every feature `avx2` is compiled for.
-                    unsafe { avx2(simd, $($arg),*) }
-                }
+                $crate::simd::Level::Avx2 => $crate::simd::instance!(
+                    $crate::simd::Avx2, "avx2,fma,f16c", $body($($arg: $ty),*) $(-> $ret)?
+                ),
+                #[cfg(target_arch = "x86_64")]
+                $crate::simd::Level::Avx512 => $crate::simd::instance!(
+                    $crate::simd::Avx512,
+                    "avx512vl,avx512vnni,avx512vbmi,avx512bitalg,gfni",
+                    $body($($arg: $ty),*) $(-> $ret)?
+                ),
+                #[cfg(target_arch = "aarch64")]
+                $crate::simd::Level::Neon => $body($crate::simd::Neon::baseline(), $($arg),*),
+                #[cfg(target_arch = "aarch64")]
+                $crate::simd::Level::Dotprod => $crate::simd::instance!(
+                    $crate::simd::Neon::<$crate::simd::Dotprod>, "neon,dotprod", $body($($arg: $ty),*) $(-> $ret)?
+                ),
+                #[cfg(target_arch = "aarch64")]
+                $crate::simd::Level::I8mm => $crate::simd::instance!(
+                    $crate::simd::Neon::<$crate::simd::I8mm>, "neon,dotprod,i8mm", $body($($arg: $ty),*) $(-> $ret)?
+                ),
             }
         }
     };
 }
 pub(crate) use kernel;
+
+/// Calls a kernel's body compiled with the features that the `Simd` stands for.
+macro_rules! instance {
+    ($simd:ty, $features:literal, $body:ident($($arg:ident: $ty:ty),*) $(-> $ret:ty)?) => {{
+        #[target_feature(enable = $features)]
+        fn instance(simd: $simd, $($arg: $ty),*) $(-> $ret)? {
+            $body(simd, $($arg),*)
+        }
+        let simd = <$simd>::detect().expect(concat!("this level needs a machine with ", $features));
+        // SAFETY: `simd` proves that the machine has every feature that `instance` is compiled for.
+        unsafe { instance(simd, $($arg),*) }
+    }};
+}
+pub(crate) use instance;
