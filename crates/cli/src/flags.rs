@@ -53,6 +53,11 @@ pub enum Command {
     ///
     /// Reads the header only; a file that holds no more than its header will do.
     Plan(Plan),
+    /// Write checksums of a model's experts beside it, which streaming then holds every read against
+    ///
+    /// Do it while the file is known to be right. The checksums are in a small file called like the model's (first) one
+    /// with `.seal` at the end, and are used whenever the model's experts are streamed; remove it to stop that.
+    Seal(Seal),
     /// Check that a model does what it should
     #[command(subcommand)]
     Check(Check),
@@ -223,6 +228,14 @@ pub struct Plan {
     /// Print one JSON object instead of a table
     #[arg(long)]
     pub json: bool,
+}
+
+/// Flags of `seal`.
+#[derive(Args)]
+pub struct Seal {
+    /// GGUF file of a DeepSeek V4 model; of a split model, any part
+    #[arg(short, long, value_name = "FILE")]
+    pub model: PathBuf,
 }
 
 /// Commands of `check`.

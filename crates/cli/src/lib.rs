@@ -21,6 +21,7 @@ mod record;
 mod routes;
 mod run;
 mod screen;
+mod seal;
 mod setup;
 mod sizes;
 mod stats;
@@ -51,6 +52,7 @@ pub fn main() -> ExitCode {
         Command::Logits(flags) => logits::logits(&flags),
         Command::Check(flags::Check::ToolCallQuality(flags)) => check::tool_call_quality(&flags),
         Command::Plan(flags) => plan::plan(&flags),
+        Command::Seal(flags) => seal::seal(&flags),
         Command::Routes(flags::Routes::Replay(flags)) => routes::replay(&flags),
     };
     match outcome {

@@ -5,10 +5,11 @@ use std::path::Path;
 use cpu::{CpuBackend, Options};
 use gguf::{Gguf, Metadata};
 use model::{Config, Model};
-use store::{Plan, ReaderKind, Residency, Source, StoreError, TraceHeader, budget};
+use store::{ExpertExtents, Plan, ReaderKind, Residency, Source, StoreError, TraceHeader, budget};
 use text::{Tokenizer, TokenizerData};
 
 use crate::placement::{self, Setting, Work};
+use crate::seal;
 use crate::terminal::{self, Unit};
 
 /// The model that is part of the program (models/nano).
@@ -66,12 +67,15 @@ impl ModelFile {
         let needs = placement::needs(&self.header, &self.model, work);
         let plan = Plan::new(&needs, work.request, budget::available().as_ref())
             .map_err(|error| anyhow::anyhow!("{}: {error}", self.name))?;
+        let is_streamed = plan.residency != Residency::Resident;
+        let checksums = if is_streamed { seal::of(self)? } else { None };
         plan.warnings.iter().for_each(|warning| terminal::note(&format!("warning: {warning}")));
         let backend = self.load_with(Options {
             threads: work.shape.threads,
             arithmetic: work.arithmetic,
             precision: work.precision,
             residency: plan.residency.clone(),
+            checksums,
             ..Options::default()
         })?;
         if let (Residency::Streamed { .. }, Some(note)) = (&plan.residency, backend.note()) {
@@ -79,6 +83,16 @@ impl ModelFile {
         }
         let setting = Setting::new(work.precision, &plan, &backend);
         Ok((backend, setting))
+    }
+
+    /// Where the experts of each layer are in the model's files.
+    pub(crate) fn experts(&self) -> Vec<ExpertExtents> {
+        self.model.experts.iter().map(|layer| layer.extents).collect()
+    }
+
+    /// The model's files.
+    pub(crate) fn source(&self) -> &Source {
+        &self.source
     }
 
     /// Reads the weights with any options of the backend. On a terminal a bar shows how far that is.

@@ -97,6 +97,8 @@ pub struct Setting {
     pub slots: Option<Slots>,
     /// What they are read with.
     pub reader: &'static str,
+    /// Whether what is read while computing is held against checksums.
+    pub checked: bool,
 }
 
 /// Slots of all size classes together.
@@ -126,6 +128,7 @@ impl Setting {
             experts: if is_streamed { "streamed" } else { "resident" },
             slots: is_streamed.then_some(total),
             reader: backend.reader().name(),
+            checked: backend.checks(),
         }
     }
 
@@ -136,9 +139,10 @@ impl Setting {
 
     /// `precision exact | experts streamed: slots for 8 of 224, 1.20 MiB, read with io_uring`.
     pub fn line(&self) -> String {
-        let Setting { precision, experts, slots, reader } = self;
+        let Setting { precision, experts, slots, reader, checked } = self;
+        let checked = if *checked { ", checked" } else { "" };
         let slots = slots.map_or(String::new(), |Slots { slots, of_experts, bytes }| {
-            format!(": slots for {slots} of {of_experts}, {}, read with {reader}", terminal::bytes(bytes))
+            format!(": slots for {slots} of {of_experts}, {}, read with {reader}{checked}", terminal::bytes(bytes))
         });
         format!("precision {precision} | experts {experts}{slots}")
     }

@@ -247,3 +247,50 @@ fn a_model_truncated_in_use_ends_a_script_with_an_error() {
     assert!(ran.code == Some(1) && ran.out.is_empty(), "{:?} {}", ran.code, ran.err);
     assert!(ran.err.contains("model.gguf ends at 1048576 bytes") && ran.err.contains("truncated"), "{}", ran.err);
 }
+
+/// A sealed model computes the same; a byte changed since is an error that names the expert; a seal that does not fit is
+/// told and not used.
+#[test]
+fn a_sealed_model_is_checked_while_it_streams() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model.gguf");
+    let seal = dir.path().join("model.gguf.seal");
+    std::fs::copy(tiny("tiny-iq2"), &model).unwrap();
+    let answer = |further: &[&str]| {
+        run(&[&["run", "-m", as_str(&model), "--nothink", "--temp", "0", "-n", "8", "Hello"], further].concat())
+    };
+    let streamed = || answer(&["--stream", "--cache", "2"]);
+    let resident = answer(&[]).success();
+    let plain = streamed();
+    assert!(plain.err.contains("experts streamed") && !plain.err.contains("checked"), "{}", plain.err);
+
+    let said = run(&["seal", "-m", as_str(&model)]);
+    assert!(said.err.contains("model.gguf.seal: sealed "), "{}", said.err);
+    said.success();
+    let checked = streamed();
+    assert!(checked.err.contains(", checked\n"), "{}", checked.err);
+    assert!(checked.success() == resident);
+    run(&["seal", "-m", as_str(&model)]).success();
+
+    let sealed = std::fs::read(&seal).unwrap();
+    std::fs::write(&seal, &sealed[..sealed.len() - 1]).unwrap();
+    let unused = streamed();
+    assert!(unused.err.contains("truncated or damaged. Experts are not checked"), "{}", unused.err);
+    assert!(unused.success() == resident);
+    assert!(!answer(&[]).err.contains("seal"), "a resident model does not need it");
+    std::fs::write(&seal, b"notes of mine").unwrap();
+    let refused = run(&["seal", "-m", as_str(&model)]);
+    assert!(refused.code == Some(1) && refused.err.contains("did not write, expected none"), "{}", refused.err);
+    std::fs::write(&seal, &sealed).unwrap();
+
+    // A byte of every expert of the last layer, so that whichever is chosen is wrong; none of them is sampled for the
+    // model's identity, or the seal would be refused as another model's.
+    let extents = Model::from_gguf(&Gguf::open(&model).unwrap()).unwrap().experts.last().unwrap().extents;
+    let mut bytes = std::fs::read(&model).unwrap();
+    for expert in 0..extents.experts as u32 {
+        bytes[extents.part(2, expert).offset as usize + 7] ^= 1;
+    }
+    std::fs::write(&model, &bytes).unwrap();
+    let damaged = streamed();
+    assert!(damaged.code == Some(1) && damaged.err.contains("part 2 of expert "), "{}", damaged.err);
+}

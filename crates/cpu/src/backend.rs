@@ -9,7 +9,8 @@ use model::tensors::{Model, Routing, Tensors};
 use model::{Activation, Arithmetic, Backend, Batch, Config, Error, KvLayout, Precision, State, SubLayer};
 use quant::simd::{self, Level};
 use store::{
-    Cancel, ExpertExtents, HostLeases, HostStore, Prefetch, Reader, ReaderKind, Residency, Source, StoreCounts,
+    Cancel, Checksums, ExpertExtents, HostLeases, HostStore, Prefetch, Reader, ReaderKind, Residency, Source,
+    StoreCounts,
 };
 
 use crate::experts::Selection;
@@ -33,6 +34,8 @@ pub struct Options {
     pub residency: Residency,
     /// What weights are read with. Where it cannot be had, a simpler one is used ([`CpuBackend::note`] says so).
     pub reader: ReaderKind,
+    /// What every read of a streamed expert is held against.
+    pub checksums: Option<Checksums>,
 }
 
 impl Default for Options {
@@ -45,6 +48,7 @@ impl Default for Options {
             level: simd::level(),
             residency: Residency::Resident,
             reader: ReaderKind::Uring,
+            checksums: None,
         }
     }
 }
@@ -91,7 +95,7 @@ impl CpuBackend {
             experts: match &options.residency {
                 Residency::Resident => HostStore::resident(&*reader, &extents, loaded)?,
                 Residency::Streamed { slots } => {
-                    HostStore::streamed(reader.clone(), &extents, slots, model.config.experts_used)?
+                    HostStore::streamed(reader.clone(), &extents, slots, model.config.experts_used, options.checksums)?
                 }
             },
             workers: Workers::new(options.threads, options.level, options.precision)?,
@@ -108,6 +112,11 @@ impl CpuBackend {
     /// What weights are read with.
     pub fn reader(&self) -> &Arc<dyn Reader> {
         &self.reader
+    }
+
+    /// Whether reads of streamed experts are held against checksums.
+    pub fn checks(&self) -> bool {
+        self.experts.checks()
     }
 
     /// How often experts were found, read and waited for since loading.

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use crate::streamed::{Pending, Streamed};
 use crate::{
-    CacheCounts, Cancel, ExpertBytes, ExpertExtents, Extent, Lease, Loaded, Prefetch, Reader, StoreError, read_all,
+    CacheCounts, Cancel, Checksums, ExpertBytes, ExpertExtents, Extent, Lease, Loaded, Prefetch, Reader, StoreError,
+    read_all,
 };
 
 /// Routed experts in host memory.
@@ -82,7 +83,8 @@ impl HostStore {
     }
 
     /// Keeps `slots_of_class` experts of each [size class](crate::size_classes) and reads the others when they are wanted.
-    /// Every layer has the same number of experts, of which a token uses `experts_used`.
+    /// Every layer has the same number of experts, of which a token uses `experts_used`. Where there are `checksums`, an
+    /// expert that does not fit its own is not handed out.
     ///
     /// # Errors
     /// [`StoreError::Memory`] if there is none for the slots.
@@ -91,8 +93,10 @@ impl HostStore {
         layers: &[ExpertExtents],
         slots_of_class: &[usize],
         experts_used: usize,
+        checksums: Option<Checksums>,
     ) -> Result<HostStore, StoreError> {
-        Ok(HostStore { experts: Experts::Streamed(Streamed::new(reader, layers, slots_of_class, experts_used)?) })
+        let store = Streamed::new(reader, layers, slots_of_class, experts_used, checksums)?;
+        Ok(HostStore { experts: Experts::Streamed(store) })
     }
 
     /// Asks for `experts` (distinct numbers) of `layer`. Loading, where it is needed, begins now; the leases come one
@@ -135,6 +139,11 @@ impl HostStore {
     /// Whether experts are read while computing.
     pub fn is_streamed(&self) -> bool {
         matches!(self.experts, Experts::Streamed(_))
+    }
+
+    /// Whether what is read while computing is held against checksums.
+    pub fn checks(&self) -> bool {
+        matches!(&self.experts, Experts::Streamed(store) if store.checks())
     }
 
     /// Bytes of memory for expert weights: all of them, or the slots.

@@ -71,15 +71,24 @@ impl ExpertExtents {
         })
     }
 
+    /// The parts that read number `read` of [`ExpertExtents::reads`] brings, and where in its memory they lie.
+    pub(crate) fn read_places(&self, expert: u32, read: usize) -> impl Iterator<Item = (usize, Range<usize>)> {
+        let run = self.runs().nth(read).expect("a read of the expert");
+        let first = self.part(run.start, expert);
+        run.map(move |part| {
+            let extent = self.part(part, expert);
+            let start = first.lead_bytes() + (extent.offset - first.offset) as usize;
+            (part, start..start + extent.bytes as usize)
+        })
+    }
+
     /// Where in a slot that was filled by [`ExpertExtents::reads`] the parts of an expert lie.
     pub(crate) fn places(&self, expert: u32) -> [Range<usize>; 3] {
         let mut places = [const { 0..0 }; 3];
         let mut read_start = 0;
-        for (run, read) in self.runs().zip(self.reads(expert)) {
-            for part in run {
-                let extent = self.part(part, expert);
-                let start = read_start + read.lead_bytes() + (extent.offset - read.offset) as usize;
-                places[part] = start..start + extent.bytes as usize;
+        for (i, read) in self.reads(expert).enumerate() {
+            for (part, place) in self.read_places(expert, i) {
+                places[part] = read_start + place.start..read_start + place.end;
             }
             read_start += read.cover_bytes();
         }

@@ -64,6 +64,29 @@ pub enum StoreError {
         /// What the system said.
         cause: std::io::Error,
     },
+    /// An expert's bytes are not those that its checksum was made of.
+    #[error("{}: part {part} of expert {expert} in layer {layer} ({bytes} bytes at offset {offset}) has the checksum \
+             {found:016x}, expected {expected:016x}. Nothing was computed from it: the file was changed since it was sealed, or \
+             the disk gives wrong bytes. Try again; if it stays so, check the disk and copy or download the file again",
+             path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// The layer.
+        layer: u32,
+        /// The expert's number within its layer.
+        expert: u32,
+        /// Which of its parts.
+        part: usize,
+        /// Where in the file.
+        offset: u64,
+        /// How many bytes.
+        bytes: u64,
+        /// The checksum of what was read.
+        found: u64,
+        /// The one it should have.
+        expected: u64,
+    },
     /// The file ends before the bytes that its own directory promises.
     #[error("{} ends at {found_bytes} bytes, but {wanted_bytes} bytes at offset {offset} were expected. \
              The file is truncated or was replaced while in use: copy or download it again", path.display())]
@@ -105,7 +128,7 @@ impl Extent {
 /// Pieces of 4 KiB that [`Source::identity`] samples from each file.
 const SAMPLES: u64 = 64;
 
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 enum Part {
     File { path: PathBuf, file: Arc<File>, bytes: u64 },
     Image { name: PathBuf, image: &'static [u8] },
@@ -131,7 +154,7 @@ fn open_part(path: &Path, expected_bytes: u64) -> Result<Part, StoreError> {
 }
 
 /// The files a model is read from, in the order its directory numbers them.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Source {
     parts: Vec<Part>,
 }
@@ -229,6 +252,12 @@ impl Source {
         let _ = extent;
     }
 
+    /// What errors call a file.
+    pub(crate) fn path(&self, file: usize) -> &Path {
+        let (Part::Image { name: path, .. } | Part::File { path, .. }) = &self.parts[file];
+        path
+    }
+
     /// The error for an extent that the file ended in.
     pub(crate) fn short(&self, extent: Extent) -> StoreError {
         let (path, found_bytes) = match &self.parts[extent.file] {
@@ -241,8 +270,12 @@ impl Source {
 
     /// The error for an extent that the system refused to read.
     pub(crate) fn refused(&self, extent: Extent, cause: std::io::Error) -> StoreError {
-        let (Part::Image { name: path, .. } | Part::File { path, .. }) = &self.parts[extent.file];
-        StoreError::Read { path: path.clone(), offset: extent.offset, wanted_bytes: extent.bytes, cause }
+        StoreError::Read {
+            path: self.path(extent.file).to_owned(),
+            offset: extent.offset,
+            wanted_bytes: extent.bytes,
+            cause,
+        }
     }
 
     /// Fills `buf` from `offset` of file number `file`.

@@ -4,14 +4,15 @@
 //! leased, it is in the lease. What is not here cannot be given to anybody else, whatever the cache decides.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak, mpsc};
 use std::time::{Duration, Instant};
 
 use crate::cache::{Cache, Prefetch, SlotRead};
 use crate::lease::{Home, SlotMemory};
 use crate::reader::{Client, Completion, Read};
 use crate::{
-    AlignedBytes, Cancel, ExpertBytes, ExpertExtents, ExpertId, Lease, Policy, Reader, StoreCounts, StoreError,
+    AlignedBytes, Cancel, Checksums, ExpertBytes, ExpertExtents, ExpertId, Lease, Policy, Reader, StoreCounts,
+    StoreError,
 };
 
 /// How often a wait looks for a cancel.
@@ -44,6 +45,7 @@ pub fn slots_bytes(layers: &[ExpertExtents], slots_of_class: &[usize]) -> u64 {
 pub(crate) struct Streamed {
     layers: Vec<ExpertExtents>,
     reader: Arc<dyn Reader>,
+    checker: Option<Checker>,
     memory_bytes: u64,
     state: Mutex<State>,
     changed: Condvar,
@@ -64,6 +66,7 @@ enum Slot {
     Idle(AlignedBytes),
     /// In `left` reads; the pieces that have come back are here.
     Reading {
+        id: ExpertId,
         pieces: Vec<Option<AlignedBytes>>,
         left: usize,
         error: Option<StoreError>,
@@ -77,6 +80,7 @@ impl Streamed {
         layers: &[ExpertExtents],
         slots_of_class: &[usize],
         experts_used: usize,
+        checksums: Option<Checksums>,
     ) -> Result<Arc<Streamed>, StoreError> {
         let (class_of_layer, slot_bytes) = size_classes(layers);
         assert_eq!(slot_bytes.len(), slots_of_class.len(), "a number of slots for each size class");
@@ -98,18 +102,36 @@ impl Streamed {
         let cache = Cache::new(class_of_layer, experts, slots_of_class, most_reads, half_life_tokens);
         let state = State { cache, slots, errors: HashMap::new(), read_bytes: 0, stall: Duration::ZERO };
         let (layers, state) = (layers.to_vec(), Mutex::new(state));
-        Ok(Arc::new_cyclic(|this| Streamed {
+        let (checker, unchecked) = match checksums {
+            Some(checksums) => {
+                let (sender, unchecked) = mpsc::channel();
+                (Some(Checker { checksums, sender }), Some(unchecked))
+            }
+            None => (None, None),
+        };
+        let store = Arc::new_cyclic(|this| Streamed {
             layers,
             reader,
+            checker,
             memory_bytes,
             state,
             changed: Condvar::new(),
             this: this.clone(),
-        }))
+        });
+        if let Some(unchecked) = unchecked {
+            let this = store.this.clone();
+            let thread = std::thread::Builder::new().name("infall-check".into());
+            thread.spawn(move || check_reads(&this, &unchecked)).map_err(|cause| StoreError::Thread { cause })?;
+        }
+        Ok(store)
     }
 
     pub(crate) fn memory_bytes(&self) -> u64 {
         self.memory_bytes
+    }
+
+    pub(crate) fn checks(&self) -> bool {
+        self.checker.is_some()
     }
 
     pub(crate) fn counts(&self) -> StoreCounts {
@@ -160,7 +182,7 @@ impl Streamed {
 
     /// Moves a slot's memory into the reads that fill it.
     fn cut(&self, state: &mut State, SlotRead { slot, id, .. }: SlotRead, reads: &mut Vec<Read>) {
-        let reading = Slot::Reading { pieces: Vec::new(), left: 0, error: None };
+        let reading = Slot::Reading { id, pieces: Vec::new(), left: 0, error: None };
         let taken = std::mem::replace(&mut state.slots[slot as usize], reading);
         let Slot::Idle(mut memory) = taken else {
             panic!("slot {slot} is to be read into but its memory is elsewhere")
@@ -177,15 +199,21 @@ impl Streamed {
         // What the expert, by its place in the file, does not reach.
         pieces.push(Some(memory));
     }
-}
 
-/// A read has come back. The last one of a slot makes it whole again.
-impl Client for Streamed {
-    fn done(&self, completion: Completion) {
-        let Completion { id, extent, memory, result } = completion;
-        let (slot, piece) = ((id >> 8) as u32, (id & 0xff) as usize);
+    /// Whether a read brought the right bytes. Nothing is locked meanwhile: it takes a while.
+    fn check(&self, checksums: &Checksums, read_id: u64, memory: &[u8]) -> Result<(), StoreError> {
+        let (slot, read) = slot_and_read(read_id);
+        let Slot::Reading { id, .. } = self.lock().slots[slot as usize] else {
+            panic!("a read came back for slot {slot}, which was not being read")
+        };
+        checksums.check(id, &self.layers[id.layer as usize], read, memory)
+    }
+
+    /// A read has come back, and was checked if that can be. The last one of a slot makes it whole again.
+    fn read_came(&self, Completion { id, extent, memory, result }: Completion) {
+        let (slot, piece) = slot_and_read(id);
         let mut state = self.lock();
-        let Slot::Reading { pieces, left, error } = &mut state.slots[slot as usize] else {
+        let Slot::Reading { pieces, left, error, .. } = &mut state.slots[slot as usize] else {
             panic!("a read came back for slot {slot}, which was not being read")
         };
         pieces[piece] = Some(memory);
@@ -198,6 +226,39 @@ impl Client for Streamed {
             state.read_ended(slot);
             self.start_reads(state);
             self.changed.notify_all();
+        }
+    }
+}
+
+/// Checksums, and the way to the thread that holds reads against them: neither computing nor a reader waits for that.
+struct Checker {
+    checksums: Checksums,
+    sender: mpsc::Sender<Completion>,
+}
+
+/// The checking thread: read after read until the store is gone.
+fn check_reads(store: &Weak<Streamed>, unchecked: &mpsc::Receiver<Completion>) {
+    for mut completion in unchecked {
+        let Some(store) = store.upgrade() else { return };
+        if let Some(Checker { checksums, .. }) = &store.checker {
+            completion.result = store.check(checksums, completion.id, &completion.memory);
+        }
+        store.read_came(completion);
+    }
+}
+
+/// What a read's number says: its slot, and which of the expert's reads it is.
+fn slot_and_read(id: u64) -> (u32, usize) {
+    ((id >> 8) as u32, (id & 0xff) as usize)
+}
+
+impl Client for Streamed {
+    fn done(&self, completion: Completion) {
+        match &self.checker {
+            Some(checker) if completion.result.is_ok() => {
+                checker.sender.send(completion).expect("the checking thread lives as long as the store");
+            }
+            _ => self.read_came(completion),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The streaming store with every reader: the right bytes at any number of slots, and what happens when the disk does not
 //! do what it should.
 
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Barrier};
@@ -8,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use store::reader::{Faults, SimulatedDisk, Simulation};
 use store::{
-    Cancel, ExpertExtents, Extent, HostStore, Prefetch, ReaderKind, Source, StoreError, open_reader, read_all,
+    Cancel, Checksums, ExpertExtents, Extent, HostStore, Prefetch, ReaderKind, Seal, SealError, Source, StoreError,
+    open_reader, read_all,
 };
 use tempfile::TempDir;
 
@@ -51,7 +53,7 @@ impl Weights {
         if let Some(note) = note {
             println!("another reader than asked for: {note}");
         }
-        HostStore::streamed(reader, &self.layers, &slots, 2).unwrap()
+        HostStore::streamed(reader, &self.layers, &slots, 2, None).unwrap()
     }
 
     /// Leases experts and compares every byte; how many came before an error.
@@ -134,7 +136,7 @@ fn a_model_that_is_part_of_the_program_streams_too() {
     for kind in readers() {
         let (reader, note) = open_reader(&Source::from_image("built in", image), kind).unwrap();
         assert_eq!(note, None);
-        weights.take_all(&HostStore::streamed(reader, &weights.layers, &[2, 1], 2).unwrap()).unwrap();
+        weights.take_all(&HostStore::streamed(reader, &weights.layers, &[2, 1], 2, None).unwrap()).unwrap();
     }
 }
 
@@ -174,7 +176,7 @@ fn a_repacked_layer_is_read_in_one_piece() {
     for kind in readers() {
         let (reader, _) = open_reader(&weights.source(), kind).unwrap();
         let resident = HostStore::resident(&*reader, &weights.layers, &mut |_| {}).unwrap();
-        let streamed = HostStore::streamed(reader, &weights.layers, &[2], 2).unwrap();
+        let streamed = HostStore::streamed(reader, &weights.layers, &[2], 2, None).unwrap();
         for store in [resident, streamed] {
             weights.take(&store, 0, &[0, 5, 15, 7], &Cancel::default()).unwrap();
         }
@@ -260,7 +262,7 @@ fn a_slow_disk_is_waited_for_in_its_own_time() {
     let weights = Weights::new();
     let simulation = Simulation { latency_us: 5_000_000, ..Simulation::reordering(3) };
     let disk = Arc::new(SimulatedDisk::new(weights.source(), simulation));
-    let store = HostStore::streamed(disk.clone(), &weights.layers, &[3, 2], 2).unwrap();
+    let store = HostStore::streamed(disk.clone(), &weights.layers, &[3, 2], 2, None).unwrap();
     let began = Instant::now();
     weights.take_all(&store).unwrap();
     assert!(disk.now_us() > 5_000_000 && began.elapsed() < Duration::from_secs(5), "{} us", disk.now_us());
@@ -333,4 +335,64 @@ fn a_store_can_be_dropped_while_it_reads() {
         store.prefetch(0, &mut (0..8), Prefetch::Certain);
         drop(store.lease(2, &[1, 2, 3, 4], [].into_iter()));
     }
+}
+
+/// The weights' seal, through its file's bytes.
+fn checksums(weights: &Weights) -> Checksums {
+    let (reader, _) = open_reader(&weights.source(), ReaderKind::Buffered).unwrap();
+    let mut sealed_bytes = 0;
+    let seal = Seal::make(&weights.source(), &*reader, &weights.layers, &Cancel::default(), &mut |n| sealed_bytes += n);
+    assert_eq!(sealed_bytes, weights.layers.iter().map(ExpertExtents::total_bytes).sum::<u64>());
+    let seal = Seal::from_bytes(&seal.unwrap().to_bytes()).unwrap();
+    seal.of_model(&weights.source(), weights.source().identity().unwrap(), &weights.layers).unwrap()
+}
+
+#[test]
+fn a_changed_byte_of_a_sealed_model_is_an_error_that_names_its_expert() {
+    let repacked = [(4096, 5000), (9096, 5000), (14_096, 100)].map(|(offset, bytes)| Extent { file: 0, offset, bytes });
+    let repacked = ExpertExtents { experts: EXPERTS, parts: repacked, strides_bytes: [12_288; 3] };
+    for kind in readers() {
+        for (layers, slots) in [(None, &[3, 2][..]), (Some(vec![repacked; 2]), &[3])] {
+            let mut weights = Weights::new();
+            weights.layers = layers.unwrap_or(weights.layers);
+            let (reader, _) = open_reader(&weights.source(), kind).unwrap();
+            let store = HostStore::streamed(reader, &weights.layers, slots, 2, Some(checksums(&weights))).unwrap();
+            assert!(store.checks());
+            let all: Vec<u32> = (0..EXPERTS as u32).collect();
+            let layer = weights.layers.len() - 1;
+            weights.take(&store, layer, &all, &Cancel::default()).unwrap();
+
+            let damaged = weights.layers[layer].part(1, 9);
+            let file = std::fs::File::options().write(true).open(&weights.path).unwrap();
+            let at = damaged.offset + damaged.bytes - 1;
+            file.write_all_at(&[byte_at(at) ^ 1], at).unwrap();
+            let error = weights.take(&store, layer, &all, &Cancel::default()).unwrap_err();
+            let StoreError::Damaged { path, layer: in_layer, expert: 9, part: 1, .. } = &error else {
+                panic!("{error}")
+            };
+            assert_eq!((path, *in_layer as usize), (&weights.path, layer), "{error}");
+            // It was not kept, and the others are right.
+            assert!(weights.take(&store, layer, &[9], &Cancel::default()).is_err());
+            weights.take(&store, layer, &[3, 8, 10], &Cancel::default()).unwrap();
+            file.write_all_at(&[byte_at(at)], at).unwrap();
+            weights.take(&store, layer, &all, &Cancel::default()).unwrap();
+        }
+    }
+}
+
+#[test]
+fn the_seal_of_another_model_is_refused() {
+    let weights = Weights::new();
+    let (reader, _) = open_reader(&weights.source(), ReaderKind::Buffered).unwrap();
+    let seal = Seal::make(&weights.source(), &*reader, &weights.layers, &Cancel::default(), &mut |_| {}).unwrap();
+    let refused = |identity: u128, layers: &[ExpertExtents]| {
+        matches!(seal.clone().of_model(&weights.source(), identity, layers), Err(SealError::OtherModel { .. }))
+    };
+    let identity = weights.source().identity().unwrap();
+    assert!(refused(identity + 1, &weights.layers) && refused(identity, &weights.layers[1..]));
+    assert!(!refused(identity, &weights.layers));
+    let stopped = Cancel::default();
+    stopped.cancel();
+    let made = Seal::make(&weights.source(), &*reader, &weights.layers, &stopped, &mut |_| {});
+    assert!(matches!(made, Err(StoreError::Cancelled(_))));
 }
