@@ -9,10 +9,12 @@
 //! --out ROUTES`) or recorded replace what the learned routers choose. `tools/stream-bench` runs all of it under a limit of memory.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use bench::bound::{Bound, LayerReads, LayerTimes, StageClock, TokenTimes, median};
+use bench::disk::{Memory, bytes_per_second};
 use bench::simulated_router::SimulatedRouter;
 use clap::{Args, Parser};
 use cpu::CpuBackend;
@@ -87,7 +89,7 @@ fn stages(what: &What, out: &Path) -> Result<()> {
 /// The model as the program would load it for a session of the tokens to be run.
 fn load(what: &What) -> Result<(ModelFile, CpuBackend, Setting)> {
     let file = ModelFile::open(Some(&what.file))?;
-    let (backend, setting) = file.load(&Work::new(&what.machine, what.warm + what.tokens))?;
+    let (backend, setting) = file.load(&Work::new(&what.machine, what.warm + what.tokens), &Arc::default())?;
     println!("{}; {}", bench::machine(), setting.line());
     Ok((file, backend, setting))
 }
@@ -203,7 +205,8 @@ fn expert_bytes_per_second(file: &ModelFile, backend: &CpuBackend) -> Result<f64
         .flat_map(|layer| (0..layer.extents.experts as u32).map(move |expert| (layer, expert)));
     let extents = experts.flat_map(|(layer, expert)| layer.extents.reads(expert)).collect();
     let reader = backend.reader();
-    bench::disk::bytes_per_second(reader.clone(), extents, reader.in_flight(), Duration::from_secs(2))
+    let (under_way, time) = (reader.in_flight(), Duration::from_secs(2));
+    bytes_per_second(reader.clone(), extents, under_way, Memory::Touched, time)
 }
 
 /// Where a token's time goes: by the bound, and what the same stages took in memory and in this run.

@@ -76,7 +76,7 @@ pub fn tool_call_quality(flags: &flags::ToolCallQuality) -> anyhow::Result<Outco
     for precision in flags.precisions() {
         let context = Context::new(&file.model.config, Some(CONTEXT_TOKENS.min(file.model.config.context_length)))?;
         let work = Work { precision, ..Work::new(&flags.machine, context.tokens()) };
-        let (backend, setting) = file.load(&work)?;
+        let (backend, setting) = file.load(&work, &cancel)?;
         terminal::dim_note(&setting.line());
         match attempt(&backend, &vocabulary, context, setting, &cancel) {
             _ if cancel.check().is_err() => return Ok(Outcome::Interrupted),

@@ -1,6 +1,7 @@
 //! A loaded model and one session: what answers prompts.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use cpu::CpuBackend;
 use model::{Cancel, NoObserver};
@@ -46,9 +47,15 @@ impl Engine {
     /// Reads the weights, and tells how they are used where that is out of the ordinary.
     ///
     /// # Errors
-    /// They cannot be read, or there is no memory for them.
-    pub fn load(file: ModelFile, tokenizer: Tokenizer, context: Context, work: &Work) -> anyhow::Result<Engine> {
-        let (backend, setting) = file.load(work)?;
+    /// They cannot be read, there is no memory for them, or `cancel` came.
+    pub fn load(
+        file: ModelFile,
+        tokenizer: Tokenizer,
+        context: Context,
+        work: &Work,
+        cancel: &Arc<Cancel>,
+    ) -> anyhow::Result<Engine> {
+        let (backend, setting) = file.load(work, cancel)?;
         if !setting.is_default() {
             terminal::dim_note(&setting.line());
         }

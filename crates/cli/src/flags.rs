@@ -310,6 +310,9 @@ pub struct Machine {
     /// Most memory for everything, such as 16GiB (default: 7/8 of what is free)
     #[arg(long, value_name = "BYTES", allow_negative_numbers = true, value_parser = sizes::bytes)]
     pub memory: Option<u64>,
+    /// Keep weights, and the room for experts, from being swapped out
+    #[arg(long)]
+    pub lock: bool,
     /// Threads to compute with; changes speed, never a bit of the output (default: one a core)
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,

@@ -9,8 +9,7 @@ use crate::terminal;
 /// What the process exits with after Ctrl-C: 128 + SIGINT, as shells have it.
 pub const EXIT_CODE: u8 = 130;
 
-/// From here on Ctrl-C cancels the pass that runs, and a second one ends the process at once. Before, while nothing
-/// but loading goes on, it ends the process as it does any other.
+/// From here on Ctrl-C cancels loading or the pass that runs, and a second one ends the process at once.
 pub fn cancel_on_interrupt() -> anyhow::Result<Arc<Cancel>> {
     let cancel = Arc::new(Cancel::default());
     let handle = cancel.clone();
@@ -38,8 +37,8 @@ impl Interrupts {
         Ok(Interrupts(current))
     }
 
-    /// Runs a reply. Keys typed meanwhile are not shown.
-    pub fn during<R>(&self, reply: impl FnOnce(&Cancel) -> R) -> R {
+    /// Runs a reply, or what can be stopped like one. Keys typed meanwhile are not shown.
+    pub fn during<R>(&self, reply: impl FnOnce(&Arc<Cancel>) -> R) -> R {
         let cancel = Arc::new(Cancel::default());
         let set = |to| *self.0.lock().expect("nothing panics in between") = to;
         set(Some(cancel.clone()));

@@ -59,11 +59,20 @@ pub fn main() -> ExitCode {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
         Ok(Outcome::Interrupted) => ExitCode::from(interrupt::EXIT_CODE),
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) if is_cancelled(&error) => {
+            terminal::note("interrupted while weights were read");
+            ExitCode::from(interrupt::EXIT_CODE)
+        }
         Err(error) => {
             terminal::error(&error);
             ExitCode::FAILURE
         }
     }
+}
+
+/// Whether Ctrl-C ended the reading of weights. (Commands see to what it ends later.)
+fn is_cancelled(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(model::Error::Cancelled))
 }
 
 /// Whether the reader of standard output went away: then nobody is there to be told, and nothing is wrong.

@@ -1,11 +1,12 @@
 //! From a path to a model that can be run.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use cpu::{CpuBackend, Options};
 use gguf::{Gguf, Metadata};
-use model::{Config, Model};
-use store::{ExpertExtents, Plan, ReaderKind, Residency, Source, StoreError, TraceHeader, budget};
+use model::{Cancel, Config, Model};
+use store::{ExpertExtents, Plan, Residency, Source, StoreError, TraceHeader, budget};
 use text::{Tokenizer, TokenizerData};
 
 use crate::placement::{self, Setting, Work};
@@ -62,8 +63,8 @@ impl ModelFile {
     /// another reader than the fastest is used where that matters.
     ///
     /// # Errors
-    /// There is no plan, a read failed, or a weight holds what no model can have.
-    pub fn load(&self, work: &Work) -> anyhow::Result<(CpuBackend, Setting)> {
+    /// There is no plan, a read failed, a weight holds what no model can have, or `cancel` came.
+    pub fn load(&self, work: &Work, cancel: &Arc<Cancel>) -> anyhow::Result<(CpuBackend, Setting)> {
         let needs = placement::needs(&self.header, &self.model, work);
         let plan = Plan::new(&needs, work.request, budget::available().as_ref())
             .map_err(|error| anyhow::anyhow!("{}: {error}", self.name))?;
@@ -76,6 +77,8 @@ impl ModelFile {
             precision: work.precision,
             residency: plan.residency.clone(),
             checksums,
+            lock: work.lock,
+            cancel: cancel.clone(),
             ..Options::default()
         })?;
         if let (Residency::Streamed { .. }, Some(note)) = (&plan.residency, backend.note()) {
@@ -99,11 +102,7 @@ impl ModelFile {
     ///
     /// # Errors
     /// A read failed, or a weight holds what no model can have.
-    pub fn load_with(&self, mut options: Options) -> anyhow::Result<CpuBackend> {
-        if self.name == NANO_NAME {
-            // It is in memory: there is no file that the system could read for us.
-            options.reader = ReaderKind::Buffered;
-        }
+    pub fn load_with(&self, options: Options) -> anyhow::Result<CpuBackend> {
         let bar = terminal::progress("loading", self.weight_bytes(), Unit::Bytes);
         let backend = CpuBackend::load(&self.model, &self.source, options, &mut |bytes| bar.inc(bytes));
         bar.finish_and_clear();

@@ -23,9 +23,9 @@ pub fn logits(flags: &flags::Logits) -> anyhow::Result<Outcome> {
     let (out, routes) = (output(&flags.out)?, flags.record.routes.as_deref().map(output).transpose()?);
     let report = Report::new(&flags.stats, &file)?;
 
-    let (backend, setting) = file.load(&work(flags, tokens.len()))?;
-    terminal::dim_note(&setting.line());
     let cancel = interrupt::cancel_on_interrupt()?;
+    let (backend, setting) = file.load(&work(flags, tokens.len()), &cancel)?;
+    terminal::dim_note(&setting.line());
     let recording = match routes {
         Some(output) => Some(Recording::begin(output, file.trace_header()?)?),
         None => None,

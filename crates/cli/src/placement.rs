@@ -28,6 +28,8 @@ pub struct Work {
     pub shape: PassShape,
     /// What was asked of the plan.
     pub request: Request,
+    /// Whether weights are kept from being swapped out.
+    pub lock: bool,
 }
 
 impl Work {
@@ -44,6 +46,7 @@ impl Work {
                 threads,
             },
             request: Request { memory_bytes: machine.memory, cache: machine.cache, stream: machine.stream },
+            lock: machine.lock,
         }
     }
 }

@@ -37,8 +37,8 @@ pub fn run(flags: &flags::Run) -> anyhow::Result<Outcome> {
 
     let max_tokens = talk.max_tokens.unwrap_or(usize::MAX);
     let end_tokens = tokens.len().saturating_add(max_tokens).min(context.tokens());
-    let mut engine = Engine::load(file, tokenizer, context, &Work::new(&talk.machine, end_tokens))?;
     let cancel = interrupt::cancel_on_interrupt()?;
+    let mut engine = Engine::load(file, tokenizer, context, &Work::new(&talk.machine, end_tokens), &cancel)?;
     routes.map_or(Ok(()), |output| engine.record_routes(output))?;
     let figures = if flags.raw {
         let stop = control.stop_set();

@@ -36,6 +36,10 @@ pub struct Options {
     pub reader: ReaderKind,
     /// What every read of a streamed expert is held against.
     pub checksums: Option<Checksums>,
+    /// Keep weights and slots from being swapped out.
+    pub lock: bool,
+    /// Asks loading to stop.
+    pub cancel: Arc<Cancel>,
 }
 
 impl Default for Options {
@@ -49,6 +53,8 @@ impl Default for Options {
             residency: Residency::Resident,
             reader: ReaderKind::Uring,
             checksums: None,
+            lock: false,
+            cancel: Arc::default(),
         }
     }
 }
@@ -66,13 +72,16 @@ pub struct CpuBackend {
     pub(crate) workers: Workers,
     reader: Arc<dyn Reader>,
     note: Option<String>,
+    /// Files from which weights are read after loading, too.
+    streamed_from: Option<Source>,
 }
 
 impl CpuBackend {
     /// Reads all weights of `model` from `source`. `loaded` is told the bytes of each tensor as it arrives.
     ///
     /// # Errors
-    /// [`Error::Store`] if there is not enough memory or a read fails, [`Error::Value`] if a small tensor holds NaN, infinity or a wrong expert.
+    /// [`Error::Store`] if there is not enough memory, it cannot be locked as asked, a read fails or a file is written to
+    /// meanwhile, [`Error::Value`] if a small tensor holds NaN, infinity or a wrong expert, [`Error::Cancelled`].
     pub fn load(
         model: &Model,
         source: &Source,
@@ -84,16 +93,21 @@ impl CpuBackend {
             Residency::Resident => extents.iter().map(ExpertExtents::total_bytes).sum(),
             Residency::Streamed { slots } => store::slots_bytes(&extents, slots),
         };
-        store::check_available(static_bytes(model, options.residency != Residency::Resident) + expert_bytes)?;
+        let is_streamed = options.residency != Residency::Resident;
+        let wanted_bytes = static_bytes(model, is_streamed) + expert_bytes;
+        store::check_available(wanted_bytes)?;
+        if options.lock {
+            store::check_lockable(wanted_bytes)?;
+        }
         let (reader, note) = store::open_reader(source, options.reader)?;
-        Ok(CpuBackend {
+        let backend = CpuBackend {
             config: model.config.clone(),
             layout: Arc::new(KvLayout::new(&model.config, source.identity()?, options.arithmetic, options.precision)),
             ropes: [Rope::plain(&model.config), Rope::yarn(&model.config)],
-            weights: weights::load(model, source, &*reader, &options.residency, options.level, loaded)?,
+            weights: weights::load(model, source, &*reader, &options, loaded)?,
             expert_types: model.experts.iter().map(|layer| layer.types).collect(),
             experts: match &options.residency {
-                Residency::Resident => HostStore::resident(&*reader, &extents, loaded)?,
+                Residency::Resident => HostStore::resident(&*reader, &extents, &options.cancel, loaded)?,
                 Residency::Streamed { slots } => {
                     HostStore::streamed(reader.clone(), &extents, slots, model.config.experts_used, options.checksums)?
                 }
@@ -101,7 +115,24 @@ impl CpuBackend {
             workers: Workers::new(options.threads, options.level, options.precision)?,
             reader,
             note,
-        })
+            streamed_from: is_streamed.then(|| source.clone()),
+        };
+        source.check_unchanged()?;
+        if options.lock {
+            backend.lock()?;
+        }
+        Ok(backend)
+    }
+
+    /// Keeps weights and slots from being swapped out.
+    fn lock(&self) -> Result<(), Error> {
+        self.weights.try_map(&mut |weight: &Weight| weight.lock())?;
+        Ok(self.experts.lock()?)
+    }
+
+    /// Fails if what this pass or an earlier one read may not be the model's weights.
+    fn check_files(&self) -> Result<(), Error> {
+        Ok(self.streamed_from.as_ref().map_or(Ok(()), Source::check_unchanged)?)
     }
 
     /// Why the reader that was asked for is not the one used, if so: a line for the user.
@@ -206,6 +237,7 @@ impl Backend for CpuBackend {
         for state in states {
             assert!(state.layout() == &self.layout, "a session goes on with the backend it began with");
         }
+        self.check_files()?;
         self.experts.pass_begins();
         self.prefetch_hashed(&batch);
         Ok(Pass::new(batch, &self.config, &self.layout, &self.ropes))
@@ -271,6 +303,8 @@ impl Backend for CpuBackend {
     }
 
     fn head(&self, pass: &mut Pass) -> Result<Vec<f32>, Error> {
+        // Nothing is read after this.
+        self.check_files()?;
         self.stage_head(pass)
     }
 

@@ -6,6 +6,8 @@ use model::{Error, Model, TensorRef};
 use quant::simd::Level;
 use store::{AlignedBytes, Extent, Loaded, Reader, Residency, Source};
 
+use crate::Options;
+
 /// A matrix of `rows` rows of `cols` elements, as a kernel takes it.
 #[derive(Clone, Copy)]
 pub(crate) struct Matrix<'a> {
@@ -59,6 +61,16 @@ impl Weight {
             Bytes::InFile(..) => 0,
             _ => self.memory().len(),
         }
+    }
+
+    /// Keeps it from being swapped out.
+    pub(crate) fn lock(&self) -> Result<(), Error> {
+        match &self.bytes {
+            Bytes::Loaded(bytes) => bytes.lock()?,
+            Bytes::Converted(bytes) => bytes.lock()?,
+            Bytes::InFile(..) => {}
+        }
+        Ok(())
     }
 
     fn memory(&self) -> &[u8] {
@@ -123,21 +135,21 @@ pub(crate) fn load(
     model: &Model,
     source: &Source,
     reader: &dyn Reader,
-    residency: &Residency,
-    level: Level,
+    options: &Options,
     loaded: &mut dyn FnMut(u64),
 ) -> Result<Tensors<Weight>, Error> {
-    let in_file =
-        |tensor: &TensorRef| *residency != Residency::Resident && tensor.extent == model.tensors.embedding.extent;
+    let in_file = |tensor: &TensorRef| {
+        options.residency != Residency::Resident && tensor.extent == model.tensors.embedding.extent
+    };
     let mut extents = Vec::new();
     model.tensors.try_map(&mut |tensor: &TensorRef| {
         extents.extend((!in_file(tensor)).then_some(tensor.extent));
         Ok::<_, Error>(())
     })?;
-    let mut read = store::read_all(reader, &extents, loaded)?.into_iter();
+    let mut read = store::read_all(reader, &extents, &options.cancel, loaded)?.into_iter();
     let weights = model.tensors.try_map(&mut |tensor: &TensorRef| match in_file(tensor) {
         true => Ok(Weight::in_file(tensor, source)),
-        false => Weight::new(tensor, read.next().expect("as many as were asked for"), level),
+        false => Weight::new(tensor, read.next().expect("as many as were asked for"), options.level),
     })?;
     for (layer, tensors) in weights.layers.iter().zip(&model.tensors.layers) {
         if let (Routing::Hash(table), Routing::Hash(tensor)) = (&layer.moe.routing, &tensors.moe.routing) {

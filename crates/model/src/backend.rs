@@ -197,7 +197,8 @@ pub trait Backend {
     ///
     /// # Errors
     /// [`Error::NotFinite`] if a logit, or a stream of the last row of any session, is not a finite number: a pass that
-    /// went wrong must not become part of a session.
+    /// went wrong must not become part of a session. So too if weights that the pass read may not be the model's, because
+    /// their file was written to.
     fn head(&self, pass: &mut Self::Pass) -> Result<Self::Logits, Error>;
 
     /// The logits in host memory, `[wanted, vocab]`.

@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 pub struct Available {
     /// Bytes beyond what the process holds now.
     pub bytes: u64,
+    /// Bytes that it holds now, of its own: a plan counts them, too.
+    pub held_bytes: u64,
     /// The file, or elsewhere the call, that says so.
     pub according_to: PathBuf,
 }
@@ -27,8 +29,10 @@ pub fn available() -> Option<Available> {
 /// The same by the files of Linux below `root`. What cannot be read or understood there is passed over.
 pub fn available_under(root: &Path) -> Option<Available> {
     let meminfo = root.join("proc/meminfo");
-    let system = field(&meminfo, "MemAvailable:").map(|kib| Available { bytes: kib * 1024, according_to: meminfo });
-    system.into_iter().chain(cgroup_limits(root)).min_by_key(|available| available.bytes)
+    let system = field(&meminfo, "MemAvailable:").map(|kib| (kib * 1024, meminfo));
+    let held_bytes = field(&root.join("proc/self/status"), "RssAnon:").unwrap_or(0) * 1024;
+    let least = system.into_iter().chain(cgroup_limits(root)).min_by_key(|(bytes, _)| *bytes);
+    least.map(|(bytes, according_to)| Available { bytes, held_bytes, according_to })
 }
 
 /// A number of a file of `name number …` lines.
@@ -74,20 +78,19 @@ impl Controller {
         self.file_system == file_system && (file_system == VERSION_2.file_system || is_named)
     }
 
-    /// What is left in the group whose files are in `folder`, if it has a limit.
-    fn left_in(&self, folder: &Path) -> impl Iterator<Item = Available> {
+    /// Bytes left in the group whose files are in `folder`, if it has a limit, and the file that says so.
+    fn left_in(&self, folder: &Path) -> impl Iterator<Item = (u64, PathBuf)> {
         let read = |name: &str| number(&folder.join(name));
         let cache = self.cache.iter().filter_map(|name| field(&folder.join("memory.stat"), name)).sum();
         let used = read(self.used).unwrap_or(0).saturating_sub(cache);
         let limits = self.limits.iter().filter_map(|&name| Some((folder.join(name), read(name)?)));
-        let left =
-            |(according_to, limit): (PathBuf, u64)| Available { bytes: limit.saturating_sub(used), according_to };
+        let left = |(according_to, limit): (PathBuf, u64)| (limit.saturating_sub(used), according_to);
         limits.map(left).collect::<Vec<_>>().into_iter()
     }
 }
 
 /// What is left in every memory cgroup of the process that can be seen, from its own up to the mount's root.
-fn cgroup_limits(root: &Path) -> Vec<Available> {
+fn cgroup_limits(root: &Path) -> Vec<(u64, PathBuf)> {
     let read = |path: &str| std::fs::read_to_string(root.join(path)).unwrap_or_default();
     let (mounts, groups) = (read("proc/self/mountinfo"), read("proc/self/cgroup"));
     let mut limits = Vec::new();
@@ -166,7 +169,7 @@ mod macos {
         let page_bytes = u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).ok()?;
         let pages = [statistics.free_count, statistics.purgeable_count, statistics.external_page_count];
         let bytes = pages.into_iter().map(u64::from).sum::<u64>() * page_bytes;
-        Some(Available { bytes, according_to: "host_statistics64".into() })
+        Some(Available { bytes, held_bytes: 0, according_to: "host_statistics64".into() })
     }
 }
 
@@ -264,6 +267,13 @@ mod tests {
             ("sys/fs/cgroup/unified/a/memory.max", "2000000000\n"),
         ];
         assert_eq!(found(&files), Some((2_000_000_000, "sys/fs/cgroup/unified/a/memory.max".into())));
+    }
+
+    #[test]
+    fn what_the_process_holds_is_told_apart() {
+        let root = tree(&[MEMINFO, ("proc/self/status", "VmRSS:\t 9000 kB\nRssAnon:\t    7000 kB\n")]);
+        let available = available_under(root.path()).unwrap();
+        assert_eq!((available.bytes, available.held_bytes), (32_768_000_000, 7_168_000));
     }
 
     #[test]

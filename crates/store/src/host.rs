@@ -67,14 +67,15 @@ impl HostStore {
     /// Reads every expert of every layer. `loaded` is told of bytes as they arrive.
     ///
     /// # Errors
-    /// Whatever reading the files gives; nothing is kept then.
+    /// Whatever reading the files gives, or that `cancel` came; nothing is kept then.
     pub fn resident(
         reader: &dyn Reader,
         layers: &[ExpertExtents],
+        cancel: &Cancel,
         loaded: &mut dyn FnMut(u64),
     ) -> Result<HostStore, StoreError> {
         let stretches: Vec<Vec<Extent>> = layers.iter().map(stretches).collect();
-        let mut memory = read_all(reader, &stretches.concat(), loaded)?.into_iter();
+        let mut memory = read_all(reader, &stretches.concat(), cancel, loaded)?.into_iter();
         let layer = |(extents, stretches): (&ExpertExtents, Vec<Extent>)| ResidentLayer {
             extents: *extents,
             stretches: stretches.into_iter().zip(memory.by_ref()).collect(),
@@ -133,6 +134,19 @@ impl HostStore {
     pub fn pass_ended(&self, tokens: usize) {
         if let Experts::Streamed(store) = &self.experts {
             store.event(|cache| cache.tokens_ended(tokens));
+        }
+    }
+
+    /// Keeps the memory of all experts or slots from being swapped out.
+    ///
+    /// # Errors
+    /// [`StoreError::Lock`] if the system does not allow that.
+    pub fn lock(&self) -> Result<(), StoreError> {
+        match &self.experts {
+            Experts::Resident(layers) => {
+                layers.iter().flat_map(|layer| &layer.stretches).try_for_each(|(_, memory)| memory.lock())
+            }
+            Experts::Streamed(store) => store.lock_slots(),
         }
     }
 

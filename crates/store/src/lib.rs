@@ -26,7 +26,7 @@ pub use cache::{Cache, CacheCounts, Prefetch, SlotRead};
 pub use cancel::{Cancel, Cancelled};
 pub use host::{HostLeases, HostStore, StoreCounts};
 pub use lease::{ExpertBytes, ExpertExtents, Home, Lease};
-pub use memory::{ALIGNMENT_BYTES, AlignedBytes, check_available};
+pub use memory::{ALIGNMENT_BYTES, AlignedBytes, check_available, check_lockable};
 pub use plan::{Needs, Plan, Request, Residency};
 pub use policy::{ExpertId, Policy};
 pub use reader::{Loaded, Reader, ReaderKind, open_reader, read_all};

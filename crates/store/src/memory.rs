@@ -63,6 +63,16 @@ impl AlignedBytes {
         unsafe { std::slice::from_raw_parts_mut(self.mapping.as_mut_ptr().add(self.start), self.len) }
     }
 
+    /// Keeps the block from being swapped out, until its memory is given back.
+    ///
+    /// # Errors
+    /// [`StoreError::Lock`] if the system does not allow that.
+    pub fn lock(&self) -> Result<(), StoreError> {
+        let refused =
+            |cause| StoreError::Lock { wanted_bytes: self.len as u64, limit_bytes: lock_limit_bytes(), cause };
+        lock(self.as_slice()).map_err(refused)
+    }
+
     /// Keeps the first `at` bytes and returns the rest. Panics unless `at` is a page border within the block.
     pub fn split_off(&mut self, at: usize) -> AlignedBytes {
         assert!(at.is_multiple_of(ALIGNMENT_BYTES) && at <= self.len, "cutting {} bytes at {at}", self.len);
@@ -77,6 +87,42 @@ impl AlignedBytes {
         assert!(follows, "only neighbours can be joined");
         self.len += next.len;
     }
+}
+
+/// Refuses before anything is read if so many bytes more may not be locked: tries it on memory that is never touched.
+///
+/// # Errors
+/// As [`AlignedBytes::lock`].
+pub fn check_lockable(wanted_bytes: u64) -> Result<(), StoreError> {
+    AlignedBytes::zeroed(wanted_bytes as usize)?.lock()
+}
+
+/// What is locked is in memory from its first touch on, and not before: a slot that is never used takes none.
+#[cfg(target_os = "linux")]
+fn lock(bytes: &[u8]) -> std::io::Result<()> {
+    // SAFETY: locking changes no byte, and the range belongs to a live mapping.
+    Ok(unsafe {
+        rustix::mm::mlock_with(bytes.as_ptr().cast_mut().cast(), bytes.len(), rustix::mm::MlockFlags::ONFAULT)
+    }?)
+}
+
+#[cfg(all(unix, not(target_os = "linux")))]
+fn lock(bytes: &[u8]) -> std::io::Result<()> {
+    // SAFETY: locking changes no byte, and the range belongs to a live mapping.
+    Ok(unsafe { rustix::mm::mlock(bytes.as_ptr().cast_mut().cast(), bytes.len()) }?)
+}
+
+#[cfg(not(unix))]
+fn lock(_: &[u8]) -> std::io::Result<()> {
+    Err(std::io::ErrorKind::Unsupported.into())
+}
+
+/// Most bytes that this process may lock, where there is such a limit.
+fn lock_limit_bytes() -> Option<u64> {
+    #[cfg(unix)]
+    return rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
+    #[cfg(not(unix))]
+    None
 }
 
 /// Asks for huge pages wherever a whole one lies within the block, so that no memory is taken beyond its last page. Advice:
@@ -172,6 +218,41 @@ mod tests {
             assert_eq!(advised, (huge_bytes > 0).then_some(start..start + huge_bytes));
             assert!(huge_bytes == 0 || start.is_multiple_of(HUGE_PAGE_BYTES));
         }
+    }
+
+    /// Bytes that this process has locked.
+    #[cfg(target_os = "linux")]
+    fn locked_bytes() -> usize {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmLck:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<usize>().unwrap() * 1024
+    }
+
+    /// As much as the limit allows; and, without the right to pass over it, no more.
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn memory_is_locked_within_the_limit() {
+        use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+        use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
+        const LIMIT_BYTES: u64 = 256 << 10;
+        // Of this thread alone.
+        let mut sets = capabilities(None).unwrap();
+        sets.effective.remove(CapabilitySet::IPC_LOCK);
+        set_capabilities(None, sets).unwrap();
+        let before = getrlimit(Resource::Memlock);
+        setrlimit(Resource::Memlock, Rlimit { current: Some(LIMIT_BYTES), ..before }).unwrap();
+
+        let [allowed, refused] = [128 << 10, 512 << 10].map(|len| AlignedBytes::zeroed(len).unwrap());
+        allowed.lock().unwrap();
+        assert_eq!(locked_bytes(), allowed.len());
+        let error = refused.lock().unwrap_err();
+        assert!(matches!(error, StoreError::Lock { wanted_bytes: 524_288, limit_bytes: Some(LIMIT_BYTES), .. }));
+        assert!(error.to_string().contains("ulimit -l"), "{error}");
+        check_lockable(100 << 10).unwrap();
+        assert!(check_lockable(1 << 40).is_err(), "tried without touching it");
+        drop(allowed);
+        assert_eq!(locked_bytes(), 0);
+        setrlimit(Resource::Memlock, before).unwrap();
     }
 
     #[test]

@@ -207,11 +207,11 @@ impl Plan {
             plan.warnings.extend(needs.few_slots(&slots));
             plan.residency = Residency::Streamed { slots };
         }
-        if let Some(Available { bytes, according_to }) =
-            available.filter(|available| plan.total_bytes() > available.bytes)
-        {
-            let according_to = according_to.display().to_string();
-            let (total_bytes, available_bytes) = (plan.total_bytes(), *bytes);
+        // What the process holds already is in the plan's total, as part of the program.
+        let (total_bytes, held_at_most) = (plan.total_bytes(), needs.program_bytes);
+        let own = |available: &Available| available.bytes + available.held_bytes.min(held_at_most);
+        if let Some(available) = available.filter(|available| total_bytes > own(available)) {
+            let (available_bytes, according_to) = (own(available), available.according_to.display().to_string());
             plan.warnings.push(Warning::MoreThanAvailable { total_bytes, available_bytes, according_to });
         }
         Ok(plan)
@@ -226,7 +226,7 @@ impl Plan {
 /// The number to stay within, and where it comes from.
 fn limit(request: Request, available: Option<&Available>) -> Option<(u64, String)> {
     let (taken, of) = AUTOMATIC_SHARE;
-    let automatic = available.map(|Available { bytes, according_to }| {
+    let automatic = available.map(|Available { bytes, according_to, .. }| {
         let share = (u128::from(*bytes) * u128::from(taken) / u128::from(of)) as u64;
         (share, format!("{taken}/{of} of the {bytes} that {} says are free", according_to.display()))
     });
@@ -367,7 +367,7 @@ mod tests {
     }
 
     fn available(bytes: u64) -> Option<Available> {
-        Some(Available { bytes, according_to: "proc/meminfo".into() })
+        Some(Available { bytes, held_bytes: 0, according_to: "proc/meminfo".into() })
     }
 
     fn plan(needs: &Needs, request: Request, free: Option<Available>) -> Result<Plan, PlanError> {
@@ -448,6 +448,16 @@ mod tests {
     fn more_than_there_is_is_said() {
         let plan = plan(&flash(), memory(16_384), available(10 << 30)).unwrap();
         assert!(matches!(plan.warnings[..], [Warning::MoreThanAvailable { .. }]), "{plan:?}");
+    }
+
+    /// All of a group's limit was asked for, a part of which the program itself took before the plan was made.
+    #[test]
+    fn what_the_program_holds_is_not_counted_twice() {
+        let warned = |held_bytes| {
+            let available = Available { bytes: (16 << 30) - 40 * MIB, held_bytes, according_to: "limit".into() };
+            !Plan::new(&flash(), memory(16_384), Some(&available)).unwrap().warnings.is_empty()
+        };
+        assert_eq!([0, 30 * MIB, 40 * MIB].map(warned), [true, true, false]);
     }
 
     prop_compose! {

@@ -20,7 +20,7 @@ pub use simulated::{Faults, SimulatedDisk, Simulation};
 #[cfg(target_os = "linux")]
 pub use uring::Uring;
 
-use crate::{ALIGNMENT_BYTES, AlignedBytes, Extent, Source, StoreError};
+use crate::{ALIGNMENT_BYTES, AlignedBytes, Cancel, Extent, Source, StoreError};
 
 /// A request to fill memory.
 pub struct Read {
@@ -204,6 +204,13 @@ pub struct Loaded {
     place: std::ops::Range<usize>,
 }
 
+impl Loaded {
+    /// As [`AlignedBytes::lock`].
+    pub fn lock(&self) -> Result<(), StoreError> {
+        self.memory.lock()
+    }
+}
+
 impl std::ops::Deref for Loaded {
     type Target = [u8];
 
@@ -218,10 +225,11 @@ const PIECE_BYTES: usize = 4 << 20;
 /// Reads whole extents, many pieces at the same time. `loaded` is told of bytes as they arrive.
 ///
 /// # Errors
-/// The first that occurs; reads under way end by themselves.
+/// The first that occurs, or [`StoreError::Cancelled`]; reads under way end by themselves.
 pub fn read_all(
     reader: &dyn Reader,
     extents: &[Extent],
+    cancel: &Cancel,
     loaded: &mut dyn FnMut(u64),
 ) -> Result<Vec<Loaded>, StoreError> {
     let (sender, receiver) = mpsc::channel();
@@ -231,6 +239,7 @@ pub fn read_all(
     let mut waiting: std::collections::VecDeque<(usize, usize)> = waiting.by_ref().collect();
     let mut under_way = Vec::new();
     loop {
+        cancel.check()?;
         while under_way.len() < reader.in_flight()
             && let Some((tensor, i)) = waiting.pop_front()
         {

@@ -65,7 +65,7 @@ impl Seal {
     /// bytes as they are done. Every layer has the same number of experts.
     ///
     /// # Errors
-    /// A read failed, or `cancel` came.
+    /// A read failed, a file was written to meanwhile, or `cancel` came.
     pub fn make(
         source: &Source,
         reader: &dyn Reader,
@@ -83,13 +83,14 @@ impl Seal {
                 cancel.check()?;
                 let parts = |&expert: &u32| [0, 1, 2].map(|part| layer.part(part, expert));
                 let extents: Vec<Extent> = batch.iter().flat_map(parts).collect();
-                let parts = read_all(reader, &extents, &mut |_| {})?;
+                let parts = read_all(reader, &extents, cancel, &mut |_| {})?;
                 sums.extend(
                     parts.as_chunks().0.iter().map(|parts: &[_; 3]| parts.each_ref().map(|part| xxh3_64(part))),
                 );
                 sealed(batch.len() as u64 * expert_bytes);
             }
         }
+        source.check_unchanged()?;
         Ok(Seal { identity: source.identity()?, layers: layers.len(), experts, sums })
     }
 

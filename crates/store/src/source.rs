@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::SystemTime;
 
 use xxhash_rust::xxh3::Xxh3;
 
@@ -40,6 +42,18 @@ pub enum StoreError {
         /// How many the system says it can give.
         available_bytes: Option<u64>,
     },
+    /// Memory may not be kept from being swapped out.
+    #[error("{wanted_bytes} bytes cannot be locked in memory ({cause}); the limit for this process is {}. Raise it (`ulimit \
+             -l KIBIBYTES` in the shell, LimitMEMLOCK= in a service; an administrator may have to), or leave out --lock",
+            .limit_bytes.map_or("none".to_owned(), |bytes| format!("{bytes} bytes, RLIMIT_MEMLOCK")))]
+    Lock {
+        /// How many bytes were asked for.
+        wanted_bytes: u64,
+        /// Most that may be locked, where there is a limit.
+        limit_bytes: Option<u64>,
+        /// What the system said.
+        cause: std::io::Error,
+    },
     /// The file is not the one whose directory was read.
     #[error("{} has {found_bytes} bytes, but had {expected_bytes} when its header was read. \
              It was replaced or is still being written: try again when it is complete", path.display())]
@@ -50,6 +64,14 @@ pub enum StoreError {
         found_bytes: u64,
         /// Its length then.
         expected_bytes: u64,
+    },
+    /// The file was written to while weights were read from it.
+    #[error("{} was written to or truncated while in use, so that the weights in memory may be a mix of two files; \
+             nothing is computed with them any more. Start again when the file is complete (a new file is best put in \
+             its place by renaming, which harms nobody who reads the old one)", path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
     },
     /// The system refused a read.
     #[error("reading {wanted_bytes} bytes at offset {offset} of {} failed: {cause}. \
@@ -130,7 +152,7 @@ const SAMPLES: u64 = 64;
 
 #[derive(Clone, Debug)]
 enum Part {
-    File { path: PathBuf, file: Arc<File>, bytes: u64 },
+    File { path: PathBuf, file: Arc<File>, bytes: u64, modified: Option<SystemTime> },
     Image { name: PathBuf, image: &'static [u8] },
 }
 
@@ -146,17 +168,20 @@ impl Part {
 fn open_part(path: &Path, expected_bytes: u64) -> Result<Part, StoreError> {
     let cannot = |cause| StoreError::Open { path: path.to_owned(), cause };
     let file = File::open(path).map_err(cannot)?;
-    let bytes = file.metadata().map_err(cannot)?.len();
+    let found = file.metadata().map_err(cannot)?;
+    let (bytes, modified) = (found.len(), found.modified().ok());
     if bytes != expected_bytes {
         return Err(StoreError::Replaced { path: path.to_owned(), found_bytes: bytes, expected_bytes });
     }
-    Ok(Part::File { path: path.to_owned(), file: file.into(), bytes })
+    Ok(Part::File { path: path.to_owned(), file: file.into(), bytes, modified })
 }
 
 /// The files a model is read from, in the order its directory numbers them.
 #[derive(Clone, Debug)]
 pub struct Source {
     parts: Vec<Part>,
+    /// A file was found changed, by any clone of this.
+    changed: Arc<AtomicBool>,
 }
 
 impl Source {
@@ -167,7 +192,29 @@ impl Source {
     /// another length.
     pub fn open<P: AsRef<Path>>(files: impl IntoIterator<Item = (P, u64)>) -> Result<Source, StoreError> {
         let parts = files.into_iter().map(|(path, bytes)| open_part(path.as_ref(), bytes));
-        Ok(Source { parts: parts.collect::<Result<_, _>>()? })
+        Ok(Source { parts: parts.collect::<Result<_, _>>()?, changed: Arc::default() })
+    }
+
+    /// Whether all files are as they were when they were opened: to be asked after reading and before what was read is
+    /// relied on. Who writes to a file in place may keep its length and put its time back afterwards, so a change that was
+    /// seen once is one for ever. A file that another took the place of by renaming is still the one that is open.
+    ///
+    /// # Errors
+    /// [`StoreError::Changed`] for the first that was written to, by its length or its time of modification.
+    pub fn check_unchanged(&self) -> Result<(), StoreError> {
+        let seen = self.changed.load(Ordering::Relaxed);
+        let is_changed = |file: &File, bytes: u64, modified: Option<SystemTime>| {
+            file.metadata().map_or(true, |now| now.len() != bytes || now.modified().ok() != modified)
+        };
+        for part in &self.parts {
+            if let Part::File { path, file, bytes, modified } = part
+                && (seen || is_changed(file, *bytes, *modified))
+            {
+                self.changed.store(true, Ordering::Relaxed);
+                return Err(StoreError::Changed { path: path.clone() });
+            }
+        }
+        Ok(())
     }
 
     /// What tells these files from others: their lengths and a hash of their first megabyte (which holds the header's
@@ -195,7 +242,7 @@ impl Source {
 
     /// A model that is part of the program itself; `name` is what errors call it.
     pub fn from_image(name: &str, image: &'static [u8]) -> Source {
-        Source { parts: vec![Part::Image { name: name.into(), image }] }
+        Source { parts: vec![Part::Image { name: name.into(), image }], changed: Arc::default() }
     }
 
     /// The same files opened once more so that reads go past the system's page cache. Such reads begin and end on page
@@ -207,12 +254,14 @@ impl Source {
     pub fn direct(&self) -> Result<Source, String> {
         let open = |part: &Part| match part {
             Part::Image { .. } => Ok(part.clone()),
-            Part::File { path, file, bytes } => match direct::open(path, file) {
-                Ok(file) => Ok(Part::File { path: path.clone(), file: file.into(), bytes: *bytes }),
+            Part::File { path, file, bytes, modified } => match direct::open(path, file) {
+                Ok(file) => {
+                    Ok(Part::File { path: path.clone(), file: file.into(), bytes: *bytes, modified: *modified })
+                }
                 Err(cause) => Err(format!("{} cannot be read directly ({cause})", path.display())),
             },
         };
-        Ok(Source { parts: self.parts.iter().map(open).collect::<Result<_, _>>()? })
+        Ok(Source { parts: self.parts.iter().map(open).collect::<Result<_, _>>()?, changed: self.changed.clone() })
     }
 
     /// One positional read of what the system gives at once: as many bytes as it says, 0 at the end of the file.
@@ -262,7 +311,7 @@ impl Source {
     pub(crate) fn short(&self, extent: Extent) -> StoreError {
         let (path, found_bytes) = match &self.parts[extent.file] {
             Part::Image { name, image } => (name, image.len() as u64),
-            Part::File { path, file, bytes } => (path, file.metadata().map_or(*bytes, |now| now.len())),
+            Part::File { path, file, bytes, .. } => (path, file.metadata().map_or(*bytes, |now| now.len())),
         };
         let Extent { offset, bytes: wanted_bytes, .. } = extent;
         StoreError::Short { path: path.clone(), offset, wanted_bytes, found_bytes }
@@ -409,6 +458,39 @@ mod tests {
         }
         assert_ne!(file, image(bytes[1..].to_vec()));
         assert!(matches!(Source::open([(&path, 5)]), Err(StoreError::Replaced { expected_bytes: 5, .. })));
+    }
+
+    /// Same length, other bytes; truncated; and time put back after either was seen.
+    #[test]
+    fn a_file_written_to_in_place_is_noticed_for_ever() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("weights");
+        for change in [|file: &File| std::io::Write::write_all(&mut &*file, &[7]), |file: &File| file.set_len(99)] {
+            std::fs::write(&path, numbers(100)).unwrap();
+            let opened = std::fs::metadata(&path).unwrap().modified().unwrap();
+            let source = Source::open([(&path, 100)]).unwrap();
+            source.check_unchanged().unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            let file = File::options().write(true).open(&path).unwrap();
+            change(&file).unwrap();
+            assert!(matches!(source.check_unchanged(), Err(StoreError::Changed { .. })));
+            file.set_len(100).unwrap();
+            file.set_modified(opened).unwrap();
+            let error = source.clone().check_unchanged().unwrap_err().to_string();
+            assert!(error.contains("weights was written to or truncated while in use"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_another_took_the_place_of_is_still_the_one_that_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let [path, other] = ["weights", "other"].map(|name| dir.path().join(name));
+        std::fs::write(&path, numbers(100)).unwrap();
+        std::fs::write(&other, [0; 100]).unwrap();
+        let source = Source::open([(&path, 100)]).unwrap();
+        std::fs::rename(&other, &path).unwrap();
+        assert_eq!(source.read(Extent { file: 0, offset: 0, bytes: 100 }).unwrap()[..], numbers(100));
+        source.check_unchanged().unwrap();
     }
 
     #[test]

@@ -134,6 +134,14 @@ impl Streamed {
         self.checker.is_some()
     }
 
+    /// Keeps the slots that are idle from being swapped out: all of them, before the first pass.
+    pub(crate) fn lock_slots(&self) -> Result<(), StoreError> {
+        self.lock().slots.iter().try_for_each(|slot| match slot {
+            Slot::Idle(memory) => memory.lock(),
+            Slot::Reading { .. } | Slot::Leased => Ok(()),
+        })
+    }
+
     pub(crate) fn counts(&self) -> StoreCounts {
         let state = self.lock();
         let stall_us = state.stall.as_micros() as u64;

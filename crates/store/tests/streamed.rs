@@ -158,7 +158,9 @@ fn resident_and_streamed_show_the_same_bytes() {
     for kind in readers() {
         let (reader, _) = open_reader(&weights.source(), kind).unwrap();
         let mut loaded_bytes = 0;
-        let store = HostStore::resident(&*reader, &weights.layers, &mut |bytes| loaded_bytes += bytes).unwrap();
+        let store =
+            HostStore::resident(&*reader, &weights.layers, &Cancel::default(), &mut |bytes| loaded_bytes += bytes)
+                .unwrap();
         let expected: u64 = weights.layers.iter().map(ExpertExtents::total_bytes).sum();
         assert_eq!((loaded_bytes, store.memory_bytes()), (expected, expected));
         weights.take_all(&store).unwrap();
@@ -175,7 +177,7 @@ fn a_repacked_layer_is_read_in_one_piece() {
     let weights = Weights { layers: vec![layer], ..weights };
     for kind in readers() {
         let (reader, _) = open_reader(&weights.source(), kind).unwrap();
-        let resident = HostStore::resident(&*reader, &weights.layers, &mut |_| {}).unwrap();
+        let resident = HostStore::resident(&*reader, &weights.layers, &Cancel::default(), &mut |_| {}).unwrap();
         let streamed = HostStore::streamed(reader, &weights.layers, &[2], 2, None).unwrap();
         for store in [resident, streamed] {
             weights.take(&store, 0, &[0, 5, 15, 7], &Cancel::default()).unwrap();
@@ -193,7 +195,7 @@ fn large_tensors_are_read_in_pieces() {
     for kind in readers() {
         let (reader, _) = open_reader(&source(&path), kind).unwrap();
         let mut loaded_bytes = 0;
-        let loaded = read_all(&*reader, &extents, &mut |bytes| loaded_bytes += bytes).unwrap();
+        let loaded = read_all(&*reader, &extents, &Cancel::default(), &mut |bytes| loaded_bytes += bytes).unwrap();
         for (extent, bytes) in extents.iter().zip(&loaded) {
             assert_eq!(bytes.len() as u64, extent.bytes);
             assert!(bytes.iter().zip(extent.offset..).all(|(&byte, offset)| byte == byte_at(offset)), "{extent:?}");
@@ -220,7 +222,7 @@ fn a_broken_read_is_an_error_and_the_next_request_is_right() {
     // While weights that every token uses are loaded.
     faults.failing_reads.store(1, Ordering::Relaxed);
     let (reader, _) = open_reader(&weights.source(), simulated(faults)).unwrap();
-    let error = HostStore::resident(&*reader, &weights.layers, &mut |_| {}).err().unwrap();
+    let error = HostStore::resident(&*reader, &weights.layers, &Cancel::default(), &mut |_| {}).err().unwrap();
     assert!(matches!(error, StoreError::Read { .. }), "{error}");
 }
 

@@ -7,7 +7,9 @@ mod lines;
 mod saved;
 
 use std::path::Path;
+use std::sync::Arc;
 
+use model::Cancel;
 use session::{Context, Sampler, StopReason};
 use text::prompt::{AssistantMessage, Call, ControlTokens, Encoding, Message};
 
@@ -27,9 +29,9 @@ use saved::Format;
 
 /// Runs the command. What needs no weights is checked before they are loaded.
 pub fn chat(flags: &flags::Chat) -> anyhow::Result<Outcome> {
-    let conversation = begin(flags)?;
     let lines = Lines::new();
     let interrupts = Interrupts::new(!lines.is_interactive())?;
+    let conversation = interrupts.during(|cancel| begin(flags, cancel))?;
     let talk = &flags.talk;
     let encoding = talk.encoding;
     let mut chat = Chat { conversation, lines, interrupts, encoding, seed: talk.seed, folds: false };
@@ -43,7 +45,7 @@ pub fn chat(flags: &flags::Chat) -> anyhow::Result<Outcome> {
     Ok(outcome)
 }
 
-fn begin(flags: &flags::Chat) -> anyhow::Result<Conversation> {
+fn begin(flags: &flags::Chat, cancel: &Arc<Cancel>) -> anyhow::Result<Conversation> {
     let talk = &flags.talk;
     let file = ModelFile::open(talk.model.as_deref())?;
     let tokenizer = file.tokenizer()?;
@@ -58,7 +60,7 @@ fn begin(flags: &flags::Chat) -> anyhow::Result<Conversation> {
     let instructions = Message::System { content: system.clone().unwrap_or_default(), tools, response_format: None };
     let has_instructions = system.is_some() || !instructions.tools().is_empty();
     let routes = talk.record.routes.as_deref().map(|path| Output::new(path, file.paths())).transpose()?;
-    let mut engine = Engine::load(file, tokenizer, context, &Work::new(&talk.machine, context.tokens()))?;
+    let mut engine = Engine::load(file, tokenizer, context, &Work::new(&talk.machine, context.tokens()), cancel)?;
     routes.map_or(Ok(()), |output| engine.record_routes(output))?;
     let mut conversation = Conversation {
         engine,
