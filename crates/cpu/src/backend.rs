@@ -51,7 +51,7 @@ impl Default for Options {
             precision: Precision::Fast,
             level: simd::level(),
             residency: Residency::Resident,
-            reader: ReaderKind::Uring,
+            reader: ReaderKind::Direct,
             checksums: None,
             lock: false,
             cancel: Arc::default(),
