@@ -33,26 +33,13 @@ fn main() {
         black_box(exact::dot(black_box(&w), black_box(&x)));
     });
     let importance: Vec<f32> = w.iter().map(|w| w * w).collect();
-    let types = [
-        TensorType::F32,
-        TensorType::F16,
-        TensorType::Bf16,
-        TensorType::Q8_0,
-        TensorType::Q2K,
-        TensorType::Q3K,
-        TensorType::Q4K,
-        TensorType::Q5K,
-        TensorType::Q6K,
-        TensorType::Iq2Xxs,
-        TensorType::Mxfp4,
-    ];
     for ty in [TensorType::Q8_0, TensorType::Q2K, TensorType::Q4K, TensorType::Iq2Xxs, TensorType::Mxfp4] {
         let mut blocks = vec![0; quant::row_bytes(ty, COLS)];
         rate(&format!("{ty} quantize"), COLS, || {
             quant::quantize(ty, black_box(&w), Some(&importance), &mut blocks).expect("valid input")
         });
     }
-    for ty in types {
+    for ty in quant::TYPES {
         const ROWS: usize = 64;
         const BATCH: usize = 64;
         // Bytes below 0x3c keep every half-precision scale small and finite.

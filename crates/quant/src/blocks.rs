@@ -357,6 +357,7 @@ pub(crate) fn doubled_e2m1(code: u8) -> i8 {
 }
 
 /// [`doubled_e2m1`] of every code.
+#[cfg(target_arch = "x86_64")]
 pub(crate) const DOUBLED_E2M1: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
 #[cfg(test)]

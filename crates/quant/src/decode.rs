@@ -22,10 +22,15 @@ pub(crate) trait Format: Pod {
     }
 }
 
-/// Whether [`dequantize`] and the dots know this type.
-pub fn is_supported(ty: TensorType) -> bool {
+/// The types that [`dequantize`] and the dots know: floats, then what is quantised.
+pub const TYPES: [TensorType; 11] = {
     use TensorType::*;
-    matches!(ty, F32 | F16 | Bf16 | Q8_0 | Q2K | Q3K | Q4K | Q5K | Q6K | Iq2Xxs | Mxfp4)
+    [F32, F16, Bf16, Q8_0, Q2K, Q3K, Q4K, Q5K, Q6K, Iq2Xxs, Mxfp4]
+};
+
+/// Whether this is one of [`TYPES`].
+pub fn is_supported(ty: TensorType) -> bool {
+    TYPES.contains(&ty)
 }
 
 /// Bytes of a row of `cols` values. Panics if the type is not [supported](is_supported) or `cols` is not a whole

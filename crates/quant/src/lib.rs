@@ -19,5 +19,5 @@ mod quantize;
 pub mod simd;
 pub mod small_float;
 
-pub use decode::{dequantize, dequantize_at, is_supported, row_bytes};
+pub use decode::{TYPES, dequantize, dequantize_at, is_supported, row_bytes};
 pub use quantize::{QuantizeError, quantize};

@@ -2,8 +2,9 @@
 
 mod common;
 
-use common::{Random, TYPES, assert_same_bits};
+use common::{Random, assert_same_bits};
 use proptest::prelude::*;
+use quant::TYPES;
 use quant::exact::*;
 use quant::simd::Level;
 

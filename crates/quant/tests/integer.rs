@@ -3,9 +3,10 @@
 
 mod common;
 
-use common::{Random, TYPES, assert_same_bits, model_vectors, numbers};
+use common::{Random, assert_same_bits, model_vectors, numbers};
 use gguf::TensorType;
 use proptest::prelude::*;
+use quant::TYPES;
 use quant::blocks::*;
 use quant::integer::*;
 use quant::simd::Level;

@@ -53,6 +53,7 @@ pub(super) trait LongBlock: IntegerDot<Activation = ActivationQ8K> {
     /// A power of two.
     const FACTOR: f32 = 1.0;
     /// Whether codes may be negative.
+    #[cfg(target_arch = "x86_64")]
     const SIGNED: bool;
     /// Whether there are minimums.
     const MINIMUMS: bool = false;
@@ -174,6 +175,7 @@ fn twice(numbers: [u8; 8]) -> [i8; 16] {
 }
 
 impl LongBlock for Q2K {
+    #[cfg(target_arch = "x86_64")]
     const SIGNED: bool = false;
     const MINIMUMS: bool = true;
     #[inline(always)]
@@ -208,6 +210,7 @@ impl LongBlock for Q2K {
 macro_rules! long_with_6_bit_minimums {
     ($block:ident, $unsigned_512:expr) => {
         impl LongBlock for $block {
+            #[cfg(target_arch = "x86_64")]
             const SIGNED: bool = false;
             const MINIMUMS: bool = true;
             #[inline(always)]
@@ -248,6 +251,7 @@ long_with_6_bit_minimums!(Q5K, avx512::q5_codes);
 macro_rules! long_signed {
     ($block:ident, $scales:expr, $order:expr, $offset:literal, $unsigned_512:expr) => {
         impl LongBlock for $block {
+            #[cfg(target_arch = "x86_64")]
             const SIGNED: bool = true;
             #[inline(always)]
             fn d(&self) -> Half {
@@ -279,6 +283,7 @@ long_signed!(Q6K, |block: &Q6K| block.scales, [[0, 32], [64, 96], [128, 160], [1
 /// x = d/8 · (2s + 1) · ±grid.
 impl LongBlock for Iq2Xxs {
     const FACTOR: f32 = 0.125;
+    #[cfg(target_arch = "x86_64")]
     const SIGNED: bool = true;
     #[inline(always)]
     fn d(&self) -> Half {

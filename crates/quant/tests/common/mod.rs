@@ -43,20 +43,6 @@ pub fn numbers(v: &serde_json::Value) -> Vec<f64> {
     v.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
 }
 
-pub const TYPES: [TensorType; 11] = [
-    TensorType::F32,
-    TensorType::F16,
-    TensorType::Bf16,
-    TensorType::Q8_0,
-    TensorType::Q2K,
-    TensorType::Q3K,
-    TensorType::Q4K,
-    TensorType::Q5K,
-    TensorType::Q6K,
-    TensorType::Iq2Xxs,
-    TensorType::Mxfp4,
-];
-
 /// A small seeded generator (splitmix64).
 pub struct Random(pub u64);
 
