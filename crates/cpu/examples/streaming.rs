@@ -1,7 +1,7 @@
 //! The whole proof that streaming changes no bit, every cell of `tests/common/cells.rs`:
 //! `cargo run --release -p infall-cpu --example streaming -- RECORD [--seconds N]`
 //!
-//! As many cells at a time as the machine has processors. A line for each goes into the file RECORD; cells that are there
+//! Three cells at a time for each of the machine's processors, since a cell mostly waits for the disk. A line for each goes into the file RECORD; cells that are there
 //! already are not run again, so that the proof can be made in several sittings of at most N seconds. When none is left, a
 //! summary comes to standard output. The exit code is 1 if a cell failed, 0 if all passed, 3 if some are left to be run.
 
@@ -21,6 +21,9 @@ use std::time::{Duration, Instant};
 
 use cells::{AXES, Cell, Subject};
 use store::StoreCounts;
+
+/// Cells under way at the same time, for each processor.
+const CELLS_A_PROCESSOR: usize = 3;
 
 const USAGE: &str = "usage: streaming RECORD [--seconds N]";
 
@@ -47,7 +50,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     let subjects = [0, 1, 2].map(Subject::new);
     let (to_run, done) = (Mutex::new(to_run.into_iter()), Mutex::new((lines, record)));
     std::thread::scope(|scope| {
-        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+        for _ in 0..CELLS_A_PROCESSOR * std::thread::available_parallelism().map_or(1, usize::from) {
             scope.spawn(|| {
                 while began.elapsed() < Duration::from_secs(seconds)
                     && let Some(cell) = to_run.lock().expect("nobody panics").next()
@@ -115,13 +118,14 @@ const TITLE: &str = "\
 Every combination of the values below is a cell. A cell reads 300 tokens and decodes 16 more, one by one, with experts streamed;
 the logits of all 316 must be, byte for byte, those of the same precision with resident experts, one thread and one pass. It
 also asserts which path ran: slots, threads and reader as asked, each demand of the store a hit or a miss, everything loaded
-that had to be and nothing that had not, bytes read as the misses say (rows of the token embedding, which are not experts, are
-counted nowhere here). What a cell is and what it asserts: `crates/cpu/tests/common/cells.rs`. To repeat it:
+that has no other way to be there, nothing loaded twice where everything has a slot, bytes read between those of the misses and
+those of misses and reads ahead together (rows of the token embedding, which are not experts, are counted nowhere here). What a cell is and what it asserts: `crates/cpu/tests/common/cells.rs`. To repeat it:
 `scripts/test-full streaming`.
 
-*Cold*: the store has just been opened. *Warm*: the cold run was done before. Figures of a warm cell are those of both runs. *After another session*: another session with other
-tokens ran before and lives on, and a third one reads a token after every fourth pass. *pread* reads past the page cache in every
-other cell and through it in the others. *Read ahead* counts experts that were read before they were demanded.
+*Cold*: the store has just been opened. *Warm*: the cold run was done before. Figures of a warm cell are those of both runs.
+*After another session*: another session with other tokens ran before and lives on, and a third one reads a token after every
+fourth pass. *pread buffered* reads through the page cache, *pread direct* past it. *Read ahead* counts experts that were read
+before they were demanded. *Minutes* are those that cells took, several of them at the same time.
 ";
 
 fn summarize(lines: &HashMap<String, Line>) {

@@ -8,6 +8,7 @@ mod common;
 
 use std::path::Path;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use cells::{open, streamed, tokens};
@@ -66,18 +67,53 @@ fn assert_goes_on(backend: &CpuBackend, saved: &[u8], expected: &[u32], what: &s
     assert!(bits(advance(backend, &mut state, &tokens(MODEL, HELD + NEXT)[HELD..])) == expected, "{what}");
 }
 
-/// Does something to the disk or the request after one stage of one layer.
+/// A stage of a layer, or of none.
+type Place = (Option<usize>, Stage);
+
+/// Does something to the disk or the request after one stage of one layer, and tells of that one and of those after it.
 struct After<'a> {
-    at: (Option<usize>, Stage),
+    at: Place,
     act: &'a dyn Fn(),
+    has_acted: bool,
+    ended: mpsc::Sender<Place>,
+}
+
+impl<'a> After<'a> {
+    /// And where stages are told of.
+    fn new(at: Place, act: &'a dyn Fn()) -> (After<'a>, mpsc::Receiver<Place>) {
+        let (ended, stages) = mpsc::channel();
+        (After { at, act, has_acted: false, ended }, stages)
+    }
 }
 
 impl Observer<CpuBackend> for After<'_> {
     fn after(&mut self, layer: Option<usize>, stage: Stage, _: &CpuBackend, _: &Pass) -> Result<(), Error> {
         if (layer, stage) == self.at {
             (self.act)();
+            self.has_acted = true;
+        }
+        if self.has_acted {
+            // Nobody listens where it does not matter.
+            let _ = self.ended.send((layer, stage));
         }
         Ok(())
+    }
+}
+
+/// Calls a request off once it has begun to wait, that is, once no further stage ends for far longer than one computes.
+/// Returns after which stage that was; nothing if the request ended by itself.
+fn cancel_waiting(stages: &mpsc::Receiver<Place>, cancel: &Cancel) -> Option<Stage> {
+    const STILL: Duration = Duration::from_millis(15);
+    let (_, mut last) = stages.recv().ok()?;
+    loop {
+        match stages.recv_timeout(STILL) {
+            Ok((_, stage)) => last = stage,
+            Err(RecvTimeoutError::Timeout) => {
+                cancel.cancel();
+                return Some(last);
+            }
+            Err(RecvTimeoutError::Disconnected) => return None,
+        }
     }
 }
 
@@ -86,7 +122,7 @@ impl Observer<CpuBackend> for After<'_> {
 enum Break {
     /// Reads fail from here on.
     Reads,
-    /// The disk is stuck, and somebody who waits for it calls the request off.
+    /// The disk is stuck, and while the request waits for it, another thread calls it off.
     CancelWaiting,
     /// The request is called off while it computes.
     CancelComputing,
@@ -116,7 +152,7 @@ fn faults_in_any_phase_leave_the_session_as_it_was() {
         let layers = [Some(0), Some(last)].map(|layer| Stage::LAYER.map(|stage| (layer, stage)));
         let places = [vec![(None, Stage::Embed)], layers.concat()].concat();
         for count in [NEXT, 1] {
-            let mut failed = [0; 3];
+            let (mut failed, mut waited) = ([0; 3], 0);
             for (&at, breaks) in places
                 .iter()
                 .flat_map(|at| [Break::Reads, Break::CancelWaiting, Break::CancelComputing].map(|b| (at, b)))
@@ -125,14 +161,21 @@ fn faults_in_any_phase_leave_the_session_as_it_was() {
                 let cancel = Cancel::default();
                 let act = || match breaks {
                     Break::Reads => faults.failing_reads.store(1000, Ordering::Relaxed),
-                    Break::CancelWaiting => {
-                        faults.stuck.store(true, Ordering::Relaxed);
-                        cancel.cancel();
-                    }
+                    Break::CancelWaiting => faults.stuck.store(true, Ordering::Relaxed),
                     Break::CancelComputing => cancel.cancel(),
                 };
                 let rows = rows(0, HELD, &tokens[HELD..HELD + count]);
-                let result = forward(&backend, rows, &mut [&mut state], &cancel, &mut After { at, act: &act });
+                let result = std::thread::scope(|scope| {
+                    let (mut after, stages) = After::new(at, &act);
+                    let canceller = matches!(breaks, Break::CancelWaiting)
+                        .then(|| scope.spawn(|| cancel_waiting(&{ stages }, &cancel)));
+                    let result = forward(&backend, rows, &mut [&mut state], &cancel, &mut after);
+                    drop(after);
+                    let last = canceller.and_then(|canceller| canceller.join().expect("it does not panic"));
+                    // Experts are waited for after the shared one.
+                    waited += usize::from(last == Some(Stage::SharedExpert));
+                    result
+                });
                 faults.failing_reads.store(0, Ordering::Relaxed);
                 faults.stuck.store(false, Ordering::Relaxed);
                 match result {
@@ -147,6 +190,7 @@ fn faults_in_any_phase_leave_the_session_as_it_was() {
                 assert_goes_on(&backend, &before, &expected, &what);
             }
             assert!(failed.iter().all(|&failed| failed > Stage::LAYER.len()), "only {failed:?} passes failed");
+            assert!(waited > Stage::LAYER.len(), "only {waited} passes were called off while they waited");
         }
         assert!(bits(advance(&backend, &mut state, &tokens[HELD..])) == expected, "other bits after faults");
     }
@@ -204,33 +248,50 @@ fn load_copy(path: &Path, reader: ReaderKind) -> CpuBackend {
     CpuBackend::load(&model, &source, options, &mut |_| {}).unwrap()
 }
 
-/// The file loses all its experts between two requests: an error that names the file. The session goes on with a whole copy.
+/// The file loses all its experts in the middle of a request: that one fails where it needs one of them, a later one before it
+/// reads anything, and both errors name the file. The session goes on with a whole copy.
 #[test]
 fn a_file_truncated_in_use_fails_the_request() {
     let expected = expected(Precision::Exact);
+    let (model, _) = open(MODEL);
+    let parts = model.experts.iter().flat_map(|layer| layer.extents.parts);
+    let end = parts.map(|part| part.offset).min().unwrap() + 10;
+    let last_experts = (Some(model.config.layers - 1), Stage::RoutedExperts);
     let simulated = ReaderKind::Simulated(Simulation::reordering(3));
-    for reader in [ReaderKind::Buffered, ReaderKind::Direct, ReaderKind::Uring, simulated] {
+    for (reader, count) in [ReaderKind::Buffered, ReaderKind::Direct, ReaderKind::Uring, simulated]
+        .iter()
+        .flat_map(|&reader| [NEXT, 1].map(|count| (reader, count)))
+    {
+        let what = format!("{reader:?}, {count} rows");
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("model.gguf");
         std::fs::copy(test_data(&format!("oracle/{MODEL}.gguf")), &path).unwrap();
         let backend = load_copy(&path, reader);
         let mut state = held(&backend);
         let before = export(&backend, &state);
-
-        let (model, _) = open(MODEL);
-        let parts = model.experts.iter().flat_map(|layer| layer.extents.parts);
-        let end = parts.map(|part| part.offset).min().unwrap() + 10;
-        std::fs::File::options().write(true).open(&path).unwrap().set_len(end).unwrap();
-        for count in [NEXT, 1] {
+        let mut pass = |observer: &mut dyn Observer<CpuBackend>| {
             let rows = rows(0, HELD, &tokens(MODEL, HELD + NEXT)[HELD..HELD + count]);
-            let result = forward(&backend, rows, &mut [&mut state], &Cancel::default(), &mut NoObserver);
-            let error = result.expect_err("nothing can be computed without experts");
-            let is_noticed = matches!(&error, Error::Store(StoreError::Changed { path: named }) if *named == path);
-            assert!(is_noticed, "{reader:?}, {count} rows: {error}");
-            assert!(before == export(&backend, &state), "{reader:?}, {count} rows: it left a trace");
-        }
+            let result = forward(&backend, rows, &mut [&mut state], &Cancel::default(), observer);
+            assert!(before == export(&backend, &state), "{what}: it left a trace");
+            result.expect_err("nothing can be computed without experts")
+        };
+
+        let truncate = || std::fs::File::options().write(true).open(&path).unwrap().set_len(end).unwrap();
+        let (mut after, stages) = After::new((Some(0), Stage::Route), &truncate);
+        let error = pass(&mut after);
+        drop(after);
+        let named = match &error {
+            Error::Store(StoreError::Short { path, .. } | StoreError::Changed { path }) => Some(path),
+            _ => None,
+        };
+        assert_eq!(named, Some(&path), "{what}: {error}");
+        assert!(stages.iter().all(|place| place != last_experts), "{what}: it went on with what it had not read");
+
+        let error = pass(&mut NoObserver);
+        let is_noticed = matches!(&error, Error::Store(StoreError::Changed { path: named }) if *named == path);
+        assert!(is_noticed, "{what}, a later request: {error}");
 
         std::fs::copy(test_data(&format!("oracle/{MODEL}.gguf")), &path).unwrap();
-        assert_goes_on(&load_copy(&path, reader), &before, &expected, "with a whole copy");
+        assert_goes_on(&load_copy(&path, reader), &before, &expected, &format!("{what}, with a whole copy"));
     }
 }

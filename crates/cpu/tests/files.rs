@@ -81,10 +81,13 @@ fn a_file_written_to_in_place_fails_the_pass_and_all_later_ones() {
     }
     let (result, position) = pass(&[8], &mut Rewriting(&copy));
     assert!(position == 3 && is_changed(result));
+    let demands = || streamed.stats().cache.hits + streamed.stats().cache.misses;
+    let demands_before = demands();
     for _ in 0..2 {
         let (result, position) = pass(&[8], &mut NoObserver);
         assert!(position == 3 && is_changed(result));
     }
+    assert_eq!(demands(), demands_before, "a pass that cannot be right does not begin");
     // Who has read everything needs the file no more.
     assert_eq!(advance(&resident, &mut resident_state, &[8]).len(), resident.config().vocab_size);
 }

@@ -26,7 +26,7 @@ fn cover() -> Vec<Cell> {
         let model = i / 8;
         let [slots, threads, chunk] =
             [(0, SLOTS), (1, THREADS), (2, CHUNK)].map(|(bit, axis)| (i >> bit & 1) * last(axis));
-        Cell([model, (i + i / 4) % 2, (i + model) % 3, slots, threads, (i / 2 + model) % 3, chunk])
+        Cell([model, (i + i / 4) % 2, (i + i / 4 + model) % 4, slots, threads, (i / 2 + model) % 3, chunk])
     };
     let mut cells: Vec<Cell> = (0..24).map(corner).collect();
     let all_pairs = || -> BTreeSet<_> { Cell::all().flat_map(pairs).collect() };

@@ -25,7 +25,7 @@ const OTHERS: usize = 60;
 pub const AXES: [(&str, &[&str]); 7] = [
     ("model", &["tiny-iq2", "mixed3-mixed", "nano"]),
     ("precision", &["Exact", "Fast"]),
-    ("reader", &["pread", "io_uring", "simulated"]),
+    ("reader", &["pread buffered", "pread direct", "io_uring", "simulated"]),
     ("slots", &["fewest", "K", "K + 1", "25 %", "50 %", "100 %"]),
     ("threads", &["1", "2"]),
     ("history", &["cold", "warm", "after another session"]),
@@ -73,15 +73,16 @@ impl Cell {
         AXES[axis].1[self.0[axis]]
     }
 
-    /// What the reader is, and what it calls itself. The pool of threads reads through the page cache in every other
-    /// cell, and past it in the others.
+    /// What the reader is, and what it calls itself.
     fn reader(&self) -> (ReaderKind, &'static str) {
-        let sum: usize = self.0.iter().sum();
-        match (self.value(READER), sum.is_multiple_of(2)) {
-            ("pread", true) => (ReaderKind::Buffered, "pread, buffered"),
-            ("pread", false) => (ReaderKind::Direct, "pread, direct"),
-            ("io_uring", _) => (ReaderKind::Uring, "io_uring"),
-            _ => (ReaderKind::Simulated(Simulation::reordering(sum as u64)), "simulated"),
+        match self.value(READER) {
+            "pread buffered" => (ReaderKind::Buffered, "pread, buffered"),
+            "pread direct" => (ReaderKind::Direct, "pread, direct"),
+            "io_uring" => (ReaderKind::Uring, "io_uring"),
+            _ => {
+                let seed = self.0.iter().sum::<usize>() as u64;
+                (ReaderKind::Simulated(Simulation::reordering(seed)), "simulated")
+            }
         }
     }
 
