@@ -65,7 +65,6 @@ pub fn needs(header: &Gguf, model: &Model, work: &Work) -> Needs {
         pass_rows: work.shape.rows,
         pass_bytes: cpu::pass_bytes(config, &layout, work.shape),
         resident_bytes: extents.iter().map(ExpertExtents::total_bytes).sum::<u64>() + resident - streamed,
-        read_bytes: 0,
         experts: config.experts,
         experts_used: config.experts_used,
         classes: size_classes(&extents),
@@ -140,7 +139,7 @@ impl Setting {
         self.precision == name(Precision::Fast) && self.slots.is_none()
     }
 
-    /// `precision exact | experts streamed: slots for 8 of 224, 1.20 MiB, read with io_uring`.
+    /// `precision exact | experts streamed: slots for 8 of 224, 1.20 MiB, read with pread, direct`.
     pub fn line(&self) -> String {
         let Setting { precision, experts, slots, reader, checked } = self;
         let checked = if *checked { ", checked" } else { "" };

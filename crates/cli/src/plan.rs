@@ -71,7 +71,6 @@ fn describe(purpose: Purpose) -> String {
         Purpose::State { tokens } => format!("session of {} tokens", count(tokens)),
         Purpose::Pass { rows } => format!("pass of {} rows", count(rows)),
         Purpose::ResidentExperts => "routed experts and token embedding".into(),
-        Purpose::Reads => "reads in flight, besides slots".into(),
         Purpose::Slots { slots, experts, slot_bytes } => {
             format!("{} slots for {} experts, {} each", count(slots), count(experts), terminal::bytes(slot_bytes))
         }
@@ -85,7 +84,6 @@ fn json_text(plan: &Plan) -> String {
         Purpose::State { tokens } => json!({"for": "session", "tokens": tokens, "bytes": bytes}),
         Purpose::Pass { rows } => json!({"for": "pass", "rows": rows, "bytes": bytes}),
         Purpose::ResidentExperts => json!({"for": "resident_experts", "bytes": bytes}),
-        Purpose::Reads => json!({"for": "reads", "bytes": bytes}),
         Purpose::Slots { slots, experts, slot_bytes } => {
             json!({"for": "slots", "slots": slots, "experts": experts, "slot_bytes": slot_bytes, "bytes": bytes})
         }

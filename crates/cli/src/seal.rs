@@ -4,7 +4,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use store::{Checksums, ExpertExtents, ReaderKind, Seal, SealError, StoreError, open_reader};
+use store::{Checksums, ExpertExtents, Seal, SealError, StoreError, open_reader};
 
 use crate::load::ModelFile;
 use crate::output::Output;
@@ -63,7 +63,7 @@ pub fn seal(flags: &flags::Seal) -> anyhow::Result<Outcome> {
     }
     let output = Output::new(&place, file.paths())?;
     let cancel = interrupt::cancel_on_interrupt()?;
-    let (reader, note) = open_reader(file.source(), ReaderKind::Uring)?;
+    let (reader, note) = open_reader(file.source(), cpu::Options::default().reader)?;
     note.iter().for_each(|note| terminal::dim_note(note));
     let (experts, began) = (file.experts(), Instant::now());
     let experts_bytes = experts.iter().map(ExpertExtents::total_bytes).sum();

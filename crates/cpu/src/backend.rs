@@ -238,9 +238,9 @@ impl Backend for CpuBackend {
             assert!(state.layout() == &self.layout, "a session goes on with the backend it began with");
         }
         self.check_files()?;
-        self.experts.pass_begins();
+        let prefetching = self.experts.pass_begins();
         self.prefetch_hashed(&batch);
-        Ok(Pass::new(batch, &self.config, &self.layout, &self.ropes))
+        Ok(Pass::new(batch, prefetching, &self.config, &self.layout, &self.ropes))
     }
 
     fn embed(&self, pass: &mut Pass) -> Result<(), Error> {

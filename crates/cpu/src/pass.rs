@@ -3,6 +3,7 @@
 use model::rope::{Rope, Rotation};
 use model::state::Delta;
 use model::{Activation, Batch, Config, KvLayout};
+use store::Prefetching;
 
 /// Which compressed rows a query attends to.
 #[derive(Clone, Debug, PartialEq)]
@@ -57,10 +58,18 @@ pub struct Pass {
     pub(crate) experts: Vec<u32>,
     pub(crate) expert_weights: Vec<f32>,
     index_top_k: usize,
+    /// Ends what is read ahead for the pass when it is dropped, finished or not.
+    _prefetching: Prefetching,
 }
 
 impl Pass {
-    pub(crate) fn new(batch: Batch, config: &Config, layout: &KvLayout, ropes: &[Rope; 2]) -> Pass {
+    pub(crate) fn new(
+        batch: Batch,
+        prefetching: Prefetching,
+        config: &Config,
+        layout: &KvLayout,
+        ropes: &[Rope; 2],
+    ) -> Pass {
         let rows = batch.rows().len();
         let rotations = ropes.each_ref().map(|rope| batch.rows().iter().map(|row| rope.at(row.position)).collect());
         let run_of_row =
@@ -81,6 +90,7 @@ impl Pass {
             experts: vec![0; rows * config.experts_used],
             expert_weights: vec![0.0; rows * config.experts_used],
             index_top_k: config.index_top_k,
+            _prefetching: prefetching,
             batch,
         }
     }

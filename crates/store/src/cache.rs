@@ -34,13 +34,13 @@ pub enum Prefetch {
     Guess,
 }
 
-/// How often things happened since the store was made. Every demand is a hit or a miss, and
-/// `misses + prefetched` experts were read or are about to be.
+/// How often things happened since the store was made. Every demand is a hit or a miss, and no
+/// more than `misses + prefetched` experts were read: a miss that was given up before its read began was not.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CacheCounts {
     /// Demanded experts that were in a slot, or on their way into one.
     pub hits: u64,
-    /// Demanded experts that had to be read.
+    /// Demanded experts that were not, and so had to be read unless they were given up before.
     pub misses: u64,
     /// Experts that left their slot for another.
     pub evictions: u64,

@@ -123,11 +123,12 @@ impl HostStore {
         }
     }
 
-    /// A pass begins: what was prefetched for an earlier one that did not end is held no longer.
-    pub fn pass_begins(&self) {
-        if let Experts::Streamed(store) = &self.experts {
-            store.event(|cache| cache.end_prefetch());
-        }
+    /// A pass begins. It keeps what is returned, so that nothing is prefetched for it when it is no more.
+    pub fn pass_begins(&self) -> Prefetching {
+        Prefetching(match &self.experts {
+            Experts::Resident(_) => None,
+            Experts::Streamed(store) => Some(store.clone()),
+        })
     }
 
     /// A pass has ended; `tokens` is the largest number of rows that one session had in it.
@@ -175,6 +176,18 @@ impl HostStore {
         match &self.experts {
             Experts::Resident(_) => StoreCounts::default(),
             Experts::Streamed(store) => store.counts(),
+        }
+    }
+}
+
+/// What is prefetched for a pass. Dropped, it is held no longer, and what has not begun will not be read: the pass has ended,
+/// failed or was cancelled.
+pub struct Prefetching(Option<Arc<Streamed>>);
+
+impl Drop for Prefetching {
+    fn drop(&mut self) {
+        if let Some(store) = &self.0 {
+            store.event(|cache| cache.end_prefetch());
         }
     }
 }

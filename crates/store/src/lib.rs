@@ -24,7 +24,7 @@ pub mod trace;
 
 pub use cache::{Cache, CacheCounts, Prefetch, SlotRead};
 pub use cancel::{Cancel, Cancelled};
-pub use host::{HostLeases, HostStore, StoreCounts};
+pub use host::{HostLeases, HostStore, Prefetching, StoreCounts};
 pub use lease::{ExpertBytes, ExpertExtents, Home, Lease};
 pub use memory::{ALIGNMENT_BYTES, AlignedBytes, check_available, check_lockable};
 pub use plan::{Needs, Plan, Request, Residency};

@@ -89,7 +89,8 @@ impl AlignedBytes {
     }
 }
 
-/// Refuses before anything is read if so many bytes more may not be locked: tries it on memory that is never touched.
+/// Refuses before anything is read if so many bytes more may not be locked, by trying. On Linux that touches none of them;
+/// other systems bring the memory in to lock it, which takes a moment, and it is given back at once.
 ///
 /// # Errors
 /// As [`AlignedBytes::lock`].

@@ -31,8 +31,6 @@ pub struct Needs {
     pub pass_bytes: u64,
     /// What is in memory only when nothing streams: all routed experts, and what else is then loaded whole.
     pub resident_bytes: u64,
-    /// When experts stream: what the reader needs besides slots, into which all experts are read, ahead of time or not.
-    pub read_bytes: u64,
     /// Experts of a layer.
     pub experts: usize,
     /// Experts that a token uses in a layer.
@@ -92,8 +90,6 @@ pub enum Purpose {
     },
     /// [`Needs::resident_bytes`].
     ResidentExperts,
-    /// [`Needs::read_bytes`].
-    Reads,
     /// Slots of one size class.
     Slots {
         /// How many.
@@ -202,7 +198,6 @@ impl Plan {
         if request.stream || request.cache.is_some() || !within(plan.total_bytes()) {
             let slots = needs.streamed(request, limit)?;
             plan.items = needs.fixed();
-            plan.items.extend((needs.read_bytes > 0).then_some((Purpose::Reads, needs.read_bytes)));
             plan.items.extend(needs.slot_items(&slots));
             plan.warnings.extend(needs.few_slots(&slots));
             plan.residency = Residency::Streamed { slots };
@@ -265,7 +260,7 @@ impl Needs {
         let Some((limit_bytes, limit_is)) = limit else {
             return Ok(asked.unwrap_or_else(|| self.share(|_, _| true)));
         };
-        let fixed_bytes = self.fixed().iter().map(|(_, bytes)| bytes).sum::<u64>() + self.read_bytes;
+        let fixed_bytes = self.fixed().iter().map(|(_, bytes)| bytes).sum::<u64>();
         let is_cache_fixed = asked.is_some();
         let smallest = asked.as_deref().unwrap_or(&least);
         let smallest_bytes = fixed_bytes + self.slots_bytes(smallest);
@@ -359,7 +354,6 @@ mod tests {
             pass_rows: 256,
             pass_bytes: 250 * MIB,
             resident_bytes: 77_913_391_104,
-            read_bytes: 0,
             experts: 256,
             experts_used: 6,
             classes: vec![SizeClass { slot_bytes: 7_090_176, layers: 43 }],
@@ -462,17 +456,17 @@ mod tests {
 
     prop_compose! {
         fn any_needs()(
-            numbers in prop::array::uniform5(0u64..5_000),
+            numbers in prop::array::uniform4(0u64..5_000),
             classes in prop::collection::vec((1u64..50, 1usize..9), 1..4),
             experts in 1usize..12,
         ) -> Needs {
-            let [program_bytes, static_bytes, state_bytes, pass_bytes, read_bytes] = numbers;
+            let [program_bytes, static_bytes, state_bytes, pass_bytes] = numbers;
             let classes: Vec<SizeClass> =
                 classes.into_iter().map(|(slot_bytes, layers)| SizeClass { slot_bytes, layers }).collect();
             let resident_bytes = classes.iter().map(|c| c.slot_bytes * (c.layers * experts) as u64).sum();
             Needs {
                 program_bytes, static_bytes, context_tokens: 1, state_bytes, pass_rows: 1, pass_bytes, resident_bytes,
-                read_bytes, experts, experts_used: experts.div_ceil(3), classes,
+                experts, experts_used: experts.div_ceil(3), classes,
             }
         }
     }

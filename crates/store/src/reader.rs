@@ -83,7 +83,10 @@ pub enum ReaderKind {
     Simulated(Simulation),
 }
 
-/// Reads under way at the same time with threads: as many as keep a disk busy, few enough to be started everywhere.
+/// Reads under way at the same time with threads: room for the six of two experts (`streamed.rs`), few enough to be started
+/// everywhere. Into memory that was touched before, one to four read fastest (docs/performance.md, "The disk"); eight are for
+/// memory that was not: there a read begins with clearing pages, which takes longer than the disk and can be done side by
+/// side. How many are best there was not measured.
 const POOL_THREADS: usize = 8;
 /// Reads under way at the same time with io_uring.
 #[cfg(target_os = "linux")]
@@ -96,6 +99,8 @@ const URING_DEPTH: usize = 16;
 pub fn open_reader(source: &Source, kind: ReaderKind) -> Result<(Arc<dyn Reader>, Option<String>), StoreError> {
     match kind {
         ReaderKind::Simulated(simulation) => Ok((Arc::new(SimulatedDisk::new(source.clone(), simulation)), None)),
+        // What is in memory already has no file to give to the kernel.
+        _ if source.file(0).is_none() => Ok((Arc::new(Pool::image(source.clone(), POOL_THREADS)?), None)),
         ReaderKind::Buffered => Ok((Arc::new(Pool::buffered(source.clone(), POOL_THREADS)?), None)),
         ReaderKind::Direct => match source.direct() {
             Ok(source) => Ok((Arc::new(Pool::direct(source, POOL_THREADS)?), None)),
@@ -104,8 +109,6 @@ pub fn open_reader(source: &Source, kind: ReaderKind) -> Result<(Arc<dyn Reader>
                 Ok((Arc::new(Pool::buffered(source.clone(), POOL_THREADS)?), Some(note)))
             }
         },
-        // What is in memory already has no file to give to the kernel.
-        ReaderKind::Uring if source.file(0).is_none() => open_reader(source, ReaderKind::Buffered),
         #[cfg(target_os = "linux")]
         ReaderKind::Uring => match source.direct().map(|source| Uring::new(source, URING_DEPTH)) {
             Ok(Ok(reader)) => Ok((Arc::new(reader), None)),
@@ -186,6 +189,18 @@ fn fill(
             Next::Done => return Ok(()),
             Next::Short => return Err(source.short(extent)),
             Next::More => {}
+        }
+    }
+}
+
+/// Held by a thread that readers depend on. A panic there would leave reads that never end, waits for them without end, and
+/// memory that the kernel still writes to given back: as a panic of the computing thread, it ends the program.
+pub(crate) struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
         }
     }
 }

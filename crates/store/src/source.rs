@@ -1,10 +1,9 @@
 //! The bytes of a model: one or more files, or an image already in memory.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::SystemTime;
 
 use xxhash_rust::xxh3::Xxh3;
 
@@ -152,14 +151,14 @@ const SAMPLES: u64 = 64;
 
 #[derive(Clone, Debug)]
 enum Part {
-    File { path: PathBuf, file: Arc<File>, bytes: u64, modified: Option<SystemTime> },
+    File { path: PathBuf, file: Arc<File>, opened: Metadata },
     Image { name: PathBuf, image: &'static [u8] },
 }
 
 impl Part {
     fn bytes(&self) -> u64 {
         match self {
-            Part::File { bytes, .. } => *bytes,
+            Part::File { opened, .. } => opened.len(),
             Part::Image { image, .. } => image.len() as u64,
         }
     }
@@ -168,12 +167,35 @@ impl Part {
 fn open_part(path: &Path, expected_bytes: u64) -> Result<Part, StoreError> {
     let cannot = |cause| StoreError::Open { path: path.to_owned(), cause };
     let file = File::open(path).map_err(cannot)?;
-    let found = file.metadata().map_err(cannot)?;
-    let (bytes, modified) = (found.len(), found.modified().ok());
-    if bytes != expected_bytes {
-        return Err(StoreError::Replaced { path: path.to_owned(), found_bytes: bytes, expected_bytes });
+    let opened = file.metadata().map_err(cannot)?;
+    if opened.len() != expected_bytes {
+        return Err(StoreError::Replaced { path: path.to_owned(), found_bytes: opened.len(), expected_bytes });
     }
-    Ok(Part::File { path: path.to_owned(), file: file.into(), bytes, modified })
+    Ok(Part::File { path: path.to_owned(), file: file.into(), opened })
+}
+
+/// Whether the file opened at `path` was written to since.
+fn is_written(path: &Path, opened: &Metadata, file: &File) -> bool {
+    file.metadata().map_or(true, |now| {
+        now.len() != opened.len() || now.modified().ok() != opened.modified().ok() || is_touched(path, opened, &now)
+    })
+}
+
+/// Whether a file whose length and time are those it had when it was opened was changed all the same, and its time put
+/// back: the inode's own time of change, which nobody can set, is another. New links, rights or owners change that time,
+/// too, and so does renaming: those say nothing of the bytes.
+#[cfg(unix)]
+fn is_touched(path: &Path, opened: &Metadata, now: &Metadata) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let time = |file: &Metadata| (file.ctime(), file.ctime_nsec());
+    let names_and_rights = |file: &Metadata| (file.nlink(), file.mode(), file.uid(), file.gid());
+    let is_at_path = || std::fs::metadata(path).is_ok_and(|at| (at.dev(), at.ino()) == (now.dev(), now.ino()));
+    time(opened) != time(now) && names_and_rights(opened) == names_and_rights(now) && is_at_path()
+}
+
+#[cfg(not(unix))]
+fn is_touched(_: &Path, _: &Metadata, _: &Metadata) -> bool {
+    false
 }
 
 /// The files a model is read from, in the order its directory numbers them.
@@ -185,7 +207,8 @@ pub struct Source {
 }
 
 impl Source {
-    /// Opens files, each given by its path and the length in bytes that it had when its directory was read.
+    /// Opens files, each given by its path and the length in bytes that it had when its directory was read. From here on
+    /// changes are noticed ([`Source::check_unchanged`]); of what was written between the two, only another length is.
     ///
     /// # Errors
     /// [`StoreError::Open`] for the first file that cannot be opened or measured, [`StoreError::Replaced`] for one of
@@ -197,18 +220,16 @@ impl Source {
 
     /// Whether all files are as they were when they were opened: to be asked after reading and before what was read is
     /// relied on. Who writes to a file in place may keep its length and put its time back afterwards, so a change that was
-    /// seen once is one for ever. A file that another took the place of by renaming is still the one that is open.
+    /// seen once is one for ever; on Unix it is seen after that, too. A file that another took the place of by renaming is
+    /// still the one that is open.
     ///
     /// # Errors
-    /// [`StoreError::Changed`] for the first that was written to, by its length or its time of modification.
+    /// [`StoreError::Changed`] for the first that was written to, by its length, its time of modification or its inode's.
     pub fn check_unchanged(&self) -> Result<(), StoreError> {
         let seen = self.changed.load(Ordering::Relaxed);
-        let is_changed = |file: &File, bytes: u64, modified: Option<SystemTime>| {
-            file.metadata().map_or(true, |now| now.len() != bytes || now.modified().ok() != modified)
-        };
         for part in &self.parts {
-            if let Part::File { path, file, bytes, modified } = part
-                && (seen || is_changed(file, *bytes, *modified))
+            if let Part::File { path, file, opened } = part
+                && (seen || is_written(path, opened, file))
             {
                 self.changed.store(true, Ordering::Relaxed);
                 return Err(StoreError::Changed { path: path.clone() });
@@ -254,10 +275,8 @@ impl Source {
     pub fn direct(&self) -> Result<Source, String> {
         let open = |part: &Part| match part {
             Part::Image { .. } => Ok(part.clone()),
-            Part::File { path, file, bytes, modified } => match direct::open(path, file) {
-                Ok(file) => {
-                    Ok(Part::File { path: path.clone(), file: file.into(), bytes: *bytes, modified: *modified })
-                }
+            Part::File { path, file, opened } => match direct::open(path, file) {
+                Ok(file) => Ok(Part::File { path: path.clone(), file: file.into(), opened: opened.clone() }),
                 Err(cause) => Err(format!("{} cannot be read directly ({cause})", path.display())),
             },
         };
@@ -311,7 +330,7 @@ impl Source {
     pub(crate) fn short(&self, extent: Extent) -> StoreError {
         let (path, found_bytes) = match &self.parts[extent.file] {
             Part::Image { name, image } => (name, image.len() as u64),
-            Part::File { path, file, bytes, .. } => (path, file.metadata().map_or(*bytes, |now| now.len())),
+            Part::File { path, file, opened } => (path, file.metadata().map_or(opened.len(), |now| now.len())),
         };
         let Extent { offset, bytes: wanted_bytes, .. } = extent;
         StoreError::Short { path: path.clone(), offset, wanted_bytes, found_bytes }
@@ -478,6 +497,45 @@ mod tests {
             file.set_modified(opened).unwrap();
             let error = source.clone().check_unchanged().unwrap_err().to_string();
             assert!(error.contains("weights was written to or truncated while in use"), "{error}");
+        }
+    }
+
+    /// Wholly between two checks, as `rsync --inplace -t` does.
+    #[test]
+    #[cfg(unix)]
+    fn a_change_between_two_checks_is_noticed_although_its_time_is_put_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("weights");
+        std::fs::write(&path, numbers(100)).unwrap();
+        let opened = path.metadata().unwrap().modified().unwrap();
+        let source = Source::open([(&path, 100)]).unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        let file = File::options().write(true).open(&path).unwrap();
+        std::io::Write::write_all(&mut &file, &[7]).unwrap();
+        file.set_modified(opened).unwrap();
+        assert!(matches!(source.check_unchanged(), Err(StoreError::Changed { .. })));
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn links_rights_and_names_say_nothing_of_the_bytes() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let [path, other] = ["weights", "other"].map(|name| dir.path().join(name));
+        let changes: [&dyn Fn(); 3] = [
+            &|| std::fs::hard_link(&path, &other).unwrap(),
+            &|| std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o400)).unwrap(),
+            &|| std::fs::rename(&path, &other).unwrap(),
+        ];
+        for change in changes {
+            std::fs::write(&path, numbers(100)).unwrap();
+            let source = Source::open([(&path, 100)]).unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            change();
+            source.check_unchanged().unwrap();
+            for path in [&path, &other].into_iter().filter(|path| path.exists()) {
+                std::fs::remove_file(path).unwrap();
+            }
         }
     }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use crate::cache::{Cache, Prefetch, SlotRead};
 use crate::lease::{Home, SlotMemory};
-use crate::reader::{Client, Completion, Read};
+use crate::reader::{AbortOnPanic, Client, Completion, Read};
 use crate::{
     AlignedBytes, Cancel, Checksums, ExpertBytes, ExpertExtents, ExpertId, Lease, Policy, Reader, StoreCounts,
     StoreError,
@@ -18,9 +18,12 @@ use crate::{
 /// How often a wait looks for a cancel.
 const PATIENCE: Duration = Duration::from_millis(50);
 
-/// Bytes that keep a disk busy. With more under way all experts of a layer come at the end together, and nothing can be
-/// computed before (docs/performance.md, "Experts under way at once").
-const UNDER_WAY_BYTES: usize = 8 << 20;
+/// Experts under way at the same time: one keeps the disk busy while the other ends. With more, all experts of a layer
+/// come at the end together, and nothing can be computed before (docs/performance.md, "Experts under way at once").
+const MOST_EXPERTS: usize = 2;
+
+/// Most reads of one expert, which has three parts.
+const EXPERT_READS: usize = 3;
 
 /// Layers whose experts can use the same slots: each layer's class, and the bytes of a slot of each class.
 pub fn size_classes(layers: &[ExpertExtents]) -> (Vec<usize>, Vec<usize>) {
@@ -95,11 +98,10 @@ impl Streamed {
                 slots.push(Slot::Idle(std::mem::replace(&mut slab, rest)));
             }
         }
-        // An expert is up to three reads, and two keep the disk busy while one ends.
-        let busy = slot_bytes.iter().min().map_or(0, |bytes| UNDER_WAY_BYTES.div_ceil(*bytes));
-        let most_reads = busy.min(reader.in_flight() / 3).max(2);
+        // A reader for fewer reads is given one expert, so that all that it is given begins.
+        let most_experts = (reader.in_flight() / EXPERT_READS).clamp(1, MOST_EXPERTS);
         let half_life_tokens = Policy::half_life_tokens(slots.len(), layers.len() * experts_used);
-        let cache = Cache::new(class_of_layer, experts, slots_of_class, most_reads, half_life_tokens);
+        let cache = Cache::new(class_of_layer, experts, slots_of_class, most_experts, half_life_tokens);
         let state = State { cache, slots, errors: HashMap::new(), read_bytes: 0, stall: Duration::ZERO };
         let (layers, state) = (layers.to_vec(), Mutex::new(state));
         let (checker, unchecked) = match checksums {
@@ -246,6 +248,7 @@ struct Checker {
 
 /// The checking thread: read after read until the store is gone.
 fn check_reads(store: &Weak<Streamed>, unchecked: &mpsc::Receiver<Completion>) {
+    let _guard = AbortOnPanic;
     for mut completion in unchecked {
         let Some(store) = store.upgrade() else { return };
         if let Some(Checker { checksums, .. }) = &store.checker {

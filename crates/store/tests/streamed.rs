@@ -2,19 +2,23 @@
 //! do what it should.
 
 use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Barrier};
+use std::sync::{Arc, Barrier, Mutex};
 use std::time::{Duration, Instant};
 
-use store::reader::{Faults, SimulatedDisk, Simulation};
+use store::reader::{Client, Completion, Faults, Read, Reader, SimulatedDisk, Simulation};
 use store::{
-    Cancel, Checksums, ExpertExtents, Extent, HostStore, Prefetch, ReaderKind, Seal, SealError, Source, StoreError,
-    open_reader, read_all,
+    AlignedBytes, Cancel, Checksums, ExpertExtents, Extent, HostStore, Prefetch, ReaderKind, Seal, SealError, Source,
+    StoreError, open_reader, read_all,
 };
 use tempfile::TempDir;
 
 const EXPERTS: usize = 16;
+/// What ends a process that aborts.
+const SIGABRT: i32 = 6;
 /// Bytes of the parts of layers 0 and 1, and of layer 2: two size classes, and no part begins on a page border.
 const PART_BYTES: [[u64; 3]; 3] = [[10_000, 10_000, 300], [10_000, 10_000, 300], [9_000, 20_000, 4_096]];
 
@@ -136,6 +140,7 @@ fn a_model_that_is_part_of_the_program_streams_too() {
     for kind in readers() {
         let (reader, note) = open_reader(&Source::from_image("built in", image), kind).unwrap();
         assert_eq!(note, None);
+        assert!(["memcpy", "simulated"].contains(&reader.name()), "{kind:?} is {}", reader.name());
         weights.take_all(&HostStore::streamed(reader, &weights.layers, &[2, 1], 2, None).unwrap()).unwrap();
     }
 }
@@ -298,13 +303,13 @@ fn leases_dropped_anywhere_lose_nothing() {
     for kind in readers() {
         let store = weights.streamed(kind, [3, 1]);
         for taken in 0..6 {
+            let _pass = store.pass_begins();
             let mut leases = store.lease(taken % 3, &[1, 3, 5, 7, 9, 11], [].into_iter());
             for _ in 0..taken {
                 leases.next_ready(&Cancel::default()).unwrap().unwrap();
             }
             store.prefetch((taken + 1) % 3, &mut (0..9), Prefetch::Certain);
             drop(leases);
-            store.pass_begins();
         }
         weights.take_all(&store).unwrap();
     }
@@ -336,6 +341,76 @@ fn a_store_can_be_dropped_while_it_reads() {
         let store = weights.streamed(kind, [8, 8]);
         store.prefetch(0, &mut (0..8), Prefetch::Certain);
         drop(store.lease(2, &[1, 2, 3, 4], [].into_iter()));
+    }
+}
+
+/// The simulated disk ends reads only when somebody waits: one prefetched expert has begun by then, and no other will.
+#[test]
+fn what_was_prefetched_for_a_pass_ends_with_it() {
+    let weights = Weights::new();
+    let store = weights.streamed(simulated(faults()), [32, 16]);
+    let pass = store.pass_begins();
+    store.prefetch(0, &mut (0..8), Prefetch::Certain);
+    drop(pass);
+    weights.take(&store, 2, &[1, 2, 3], &Cancel::default()).unwrap();
+    assert_eq!((store.counts().cache.misses, store.counts().cache.prefetched), (3, 1));
+}
+
+/// Keeps all reads that it is given.
+struct Keeping {
+    in_flight: usize,
+    reads: Mutex<Vec<Read>>,
+}
+
+impl Reader for Keeping {
+    fn submit(&self, read: Read) {
+        self.reads.lock().unwrap().push(read);
+    }
+
+    fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    fn name(&self) -> &'static str {
+        "keeping"
+    }
+}
+
+#[test]
+fn two_experts_are_under_way_or_one_with_a_reader_for_fewer_than_six_reads() {
+    let weights = Weights::new();
+    for (in_flight, reads) in [(16, 6), (8, 6), (6, 6), (5, 3), (3, 3), (1, 3)] {
+        let reader = Arc::new(Keeping { in_flight, reads: Mutex::default() });
+        let store = HostStore::streamed(reader.clone(), &weights.layers, &[32, 16], 2, None).unwrap();
+        let _leases = store.lease(0, &[0, 1, 2, 3, 4, 5], [].into_iter());
+        assert_eq!(reader.reads.lock().unwrap().len(), reads, "a reader for {in_flight}");
+    }
+}
+
+/// A client that panics, with each reader in a process of its own.
+#[test]
+fn a_panic_in_a_readers_thread_ends_the_program() {
+    struct Panicking;
+    impl Client for Panicking {
+        fn done(&self, _: Completion) {
+            panic!("a client that panics");
+        }
+    }
+    let (name, variable) = ("a_panic_in_a_readers_thread_ends_the_program", "PANIC_OF_READER");
+    let kinds = [ReaderKind::Buffered, ReaderKind::Direct, ReaderKind::Uring];
+    if let Ok(kind) = std::env::var(variable) {
+        let weights = Weights::new();
+        let (reader, _) = open_reader(&weights.source(), kinds[kind.parse::<usize>().unwrap()]).unwrap();
+        let client: Arc<dyn Client> = Arc::new(Panicking);
+        let (extent, memory) = (Extent { file: 0, offset: 0, bytes: 4096 }, AlignedBytes::zeroed(4096).unwrap());
+        reader.submit(Read { id: 0, extent, memory, client: Arc::downgrade(&client) });
+        std::thread::sleep(Duration::from_secs(10));
+        return;
+    }
+    for (kind, reader) in kinds.iter().enumerate() {
+        let mut again = Command::new(std::env::current_exe().unwrap());
+        let status = again.args(["--exact", name]).env(variable, kind.to_string()).output().unwrap().status;
+        assert_eq!(status.signal(), Some(SIGABRT), "{reader:?}: {status}");
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::{Read, Reader, complete, fill};
+use super::{AbortOnPanic, Read, Reader, complete, fill};
 use crate::{Source, StoreError};
 
 /// A queue of reads and the threads that work on it.
@@ -34,6 +34,14 @@ impl Pool {
     /// [`StoreError::Thread`] if no thread could be started.
     pub fn buffered(source: Source, threads: usize) -> Result<Pool, StoreError> {
         Pool::new(source, threads, true, "pread, buffered")
+    }
+
+    /// Copies from an image ([`Source::from_image`]).
+    ///
+    /// # Errors
+    /// [`StoreError::Thread`] if no thread could be started.
+    pub fn image(source: Source, threads: usize) -> Result<Pool, StoreError> {
+        Pool::new(source, threads, false, "memcpy")
     }
 
     /// Reads past the page cache; `source` was opened so ([`Source::direct`]).
@@ -68,6 +76,7 @@ impl Shared {
 
     /// One thread: read after read until the pool is gone.
     fn work(&self) {
+        let _guard = AbortOnPanic;
         while let Some(mut read) = self.next() {
             let (extent, source) = (read.extent, &self.source);
             let read_at = |into: &mut [u8], offset| source.read_at(extent.file, offset, into);

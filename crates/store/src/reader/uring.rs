@@ -13,7 +13,7 @@ use std::time::Duration;
 use io_uring::{IoUring, opcode, types::Fd};
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::{Next, Progress, Read, Reader, complete};
+use super::{AbortOnPanic, Next, Progress, Read, Reader, complete};
 use crate::Source;
 
 /// Reads past the page cache through one ring.
@@ -92,6 +92,8 @@ impl Uring {
 impl Ring {
     /// Starts reads and takes completions until the ring is closed and nothing is under way.
     fn work(mut self) {
+        // Dropped before `self`, whose memory the kernel may still write to.
+        let _guard = AbortOnPanic;
         self.poll();
         while self.start() {
             if self.ring.submit_and_wait(1).is_err() {
@@ -146,7 +148,8 @@ impl Ring {
     fn queue(&mut self, entry: io_uring::squeue::Entry) {
         // SAFETY: a read's entry points into memory that `under_way` owns and gives away only after the entry's
         // completion was seen; the memory's address does not change when its owner is moved. Files and event stay open
-        // as long as the ring, in `source` and `inbox`; `work` drops them only when nothing but the poll is queued.
+        // as long as the ring, in `source` and `inbox`; `work` drops them only when nothing but the poll is queued, and if
+        // anything there or in a client panics, its guard ends the program before anything is dropped.
         let pushed = unsafe { self.ring.submission().push(&entry) };
         pushed.expect("twice as many entries as reads under way");
     }
