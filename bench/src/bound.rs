@@ -4,7 +4,7 @@
 //! Experts of hash-routed layers are known from the token, so their reads begin with it, one layer after the other. A
 //! learned layer's are known after its router: then the shared expert and the present ones are computed while the missing
 //! ones are read, and the missing ones are computed when all of them are there. An engine that computes some missing experts
-//! while others are still on their way can be faster than this.
+//! while others are still on their way, or guesses what a learned layer will choose, can be faster than this.
 
 use std::time::{Duration, Instant};
 

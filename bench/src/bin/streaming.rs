@@ -99,7 +99,7 @@ struct Token {
     times: TokenTimes,
     total_us: f64,
     counts: StoreCounts,
-    /// Experts that each layer missed when it wanted them.
+    /// Experts of each layer that had to be read for this token, whether they were asked for ahead of time or not.
     missed: Vec<f64>,
 }
 
@@ -116,7 +116,8 @@ impl<B: Backend> Observer<B> for Watch<'_> {
         self.clock.after(layer, stage, backend, pass)?;
         if stage == Stage::RoutedExperts {
             let now = self.store.stats();
-            self.missed.push((now.cache.misses - self.before.cache.misses) as f64);
+            let counts = now.since(&self.before).cache;
+            self.missed.push((counts.misses + counts.prefetch_hits) as f64);
             self.before = now;
         }
         Ok(())
@@ -159,16 +160,6 @@ fn reads(model: &Model, missing: &[f64]) -> Vec<LayerReads> {
     layers.map(reads).collect()
 }
 
-/// What each layer of a token reads: its misses, and for hash-routed layers an equal part of what was read ahead.
-fn token_reads(model: &Model, token: &Token) -> Vec<LayerReads> {
-    let mut reads = reads(model, &token.missed);
-    let hashed = reads.iter().filter(|layer| layer.is_hashed).count().max(1) as f64;
-    for layer in reads.iter_mut().filter(|layer| layer.is_hashed) {
-        layer.missing += token.counts.cache.prefetched as f64 / hashed;
-    }
-    reads
-}
-
 fn decode(what: &What, stages: &Path, routes: Option<&Path>, json: Option<&Path>) -> Result<()> {
     let times: TokenTimes = serde_json::from_slice(&std::fs::read(stages)?)?;
     let (file, backend, setting) = load(what)?;
@@ -188,12 +179,10 @@ fn decode(what: &What, stages: &Path, routes: Option<&Path>, json: Option<&Path>
         }
     };
     let in_the_run = TokenTimes::medians(&tokens.iter().map(|token| token.times.clone()).collect::<Vec<_>>());
-    let bound = |token: &Token| Bound::new(&times, &token_reads(model, token), disk_bytes_per_us);
+    let bound = |token: &Token| Bound::new(&times, &reads(model, &token.missed), disk_bytes_per_us);
     let bounds: Vec<Bound> = tokens.iter().map(bound).collect();
     print_terms(&times, &in_the_run, &Bound::mean(&bounds));
-    let wanted = tokens.iter().flat_map(|token| token_reads(model, token));
-    let wanted_bytes = wanted.map(|layer| layer.missing * layer.expert_bytes).sum();
-    report(&tokens, &Bound::mean(&bounds), disk_bytes_per_us, wanted_bytes, &setting, json)
+    report(&tokens, &Bound::mean(&bounds), disk_bytes_per_us, &setting, json)
 }
 
 /// The rate at which experts come when nothing else runs.
@@ -228,7 +217,6 @@ fn report(
     tokens: &[Token],
     bound: &Bound,
     disk_bytes_per_us: f64,
-    wanted_bytes: f64,
     setting: &Setting,
     json: Option<&Path>,
 ) -> Result<()> {
@@ -256,7 +244,7 @@ fn report(
         "setting": setting, "tokens": tokens.len(), "bound": bound, "bound_us": bound.total_us(),
         "measured_us": measured_us, "median_us": median_us, "disk_bytes_per_us": disk_bytes_per_us,
         "hits": cache.hits, "misses": cache.misses, "prefetched": cache.prefetched,
-        "read_bytes": counts.read_bytes, "wanted_bytes": wanted_bytes, "stall_us": counts.stall_us,
+        "read_bytes": counts.read_bytes, "stall_us": counts.stall_us,
     });
     std::fs::write(json, format!("{figures:#}\n")).with_context(|| json.display().to_string())
 }
