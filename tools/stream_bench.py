@@ -3,10 +3,10 @@
 
     cargo build --release -p infall -p infall-bench
     tools/make_full_gguf.py MODEL.gguf --layers 6
-    tools/stream_bench.py MODEL.gguf [--limit 6GiB] [--pairs 3] [--peer VENV/bin/python] [--steps decode,skewed,start,sweep]
+    tools/stream_bench.py MODEL.gguf [--limit 6GiB] [--pairs 3] [--peer DIR] [--steps decode,skewed,start,sweep]
 
-Linux, as root (it makes a memory cgroup, version 1 or 2, and drops the page cache). `--peer` is a Python that has
-llama-cpp-python (tools/peer_llama.py says how). The limit holds for everything but the step that measures stages with all
+Linux, as root (it makes a memory cgroup, version 1 or 2, and drops the page cache). DIR is where
+tools/second-engine has built llama.cpp. The limit holds for everything but the step that measures stages with all
 weights in memory. Prints Markdown tables; everything else that programs say goes to standard error.
 """
 import argparse, json, os, pathlib, statistics, subprocess, sys, tempfile, time
@@ -15,7 +15,7 @@ ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDe
 ap.add_argument("model")
 ap.add_argument("--limit", default="6GiB")
 ap.add_argument("--pairs", type=int, default=3)
-ap.add_argument("--peer", help="a Python that has llama-cpp-python")
+ap.add_argument("--peer", help="where tools/second-engine has built llama.cpp")
 ap.add_argument("--steps", default="decode,skewed,start,sweep")
 ap.add_argument("--precisions", default="fast,exact")
 ap.add_argument("--tokens", type=int, default=40, help="tokens that are measured")
@@ -38,32 +38,29 @@ def run(command, **more):
 
 
 class Limit:
-    """A memory cgroup."""
+    """A limit of memory: each command runs in a memory cgroup of its own, with nothing in the page cache."""
 
     def __init__(self, size_bytes):
         v1 = pathlib.Path("/sys/fs/cgroup/memory")
         self.is_v1 = v1.is_dir()
-        self.path = (v1 if self.is_v1 else pathlib.Path("/sys/fs/cgroup")) / f"stream-bench-{os.getpid()}"
-        self.path.mkdir()
-        self.write("memory.limit_in_bytes" if self.is_v1 else "memory.max", size_bytes)
-
-    def write(self, name, value):
-        (self.path / name).write_text(str(value))
+        self.root = v1 if self.is_v1 else pathlib.Path("/sys/fs/cgroup")
+        if not self.is_v1 and "memory" not in (self.root / "cgroup.subtree_control").read_text().split():
+            sys.exit("memory is not among the controllers of /sys/fs/cgroup/cgroup.subtree_control: add it (echo +memory)")
+        self.size_bytes = size_bytes
 
     def run(self, command):
-        """Runs a command within the limit, with nothing in the page cache; also returns the most memory it had."""
+        """The command's standard output, and the most memory that it had."""
         run(["sync"])
         pathlib.Path("/proc/sys/vm/drop_caches").write_text("3")
-        if self.is_v1:
-            self.write("memory.force_empty", 0)
-            self.write("memory.max_usage_in_bytes", 0)
-        out = run(command, preexec_fn=lambda: self.write("cgroup.procs", os.getpid()))
-        peak = "memory.max_usage_in_bytes" if self.is_v1 else "memory.peak"
-        return out, int((self.path / peak).read_text())
-
-    def close(self):
-        time.sleep(0.5)
-        self.path.rmdir()
+        group = self.root / f"stream-bench-{os.getpid()}"
+        group.mkdir()
+        try:
+            (group / ("memory.limit_in_bytes" if self.is_v1 else "memory.max")).write_text(str(self.size_bytes))
+            out = run(command, preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())))
+            return out, int((group / ("memory.max_usage_in_bytes" if self.is_v1 else "memory.peak")).read_text())
+        finally:
+            time.sleep(0.5)
+            group.rmdir()
 
 
 def decode(limit, name, *more):
@@ -109,7 +106,10 @@ HEADER = ["", "tokens/s", "bound", "share", "experts read/token", "MB/token", "b
 
 
 def peer(limit):
-    out, _ = limit.run([o.peer, ROOT / "tools/peer_llama.py", o.model, "--prefill", "", "--decode", 12, "--repeat", 1])
+    library = pathlib.Path(o.peer)
+    package = next(library.glob("src/llama_cpp_python-*/llama_cpp"))
+    out, _ = limit.run([ROOT / "target/test-venv/bin/python", ROOT / "tools/peer_llama.py", o.model, "--prefill", 8, "--decode", 12,
+                        "--repeat", 1, "--lib", library / "build/bin", "--pkg", package])
     figures = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     return next(figure["tps"] for figure in figures if figure["what"] == "decode")
 
@@ -177,14 +177,11 @@ def main():
     units = {"GiB": 1 << 30, "MiB": 1 << 20}
     number, unit = o.limit[:-3], o.limit[-3:]
     limit = Limit(int(float(number) * units[unit]))
-    try:
-        planned = plan("--stream", "--memory", o.limit)["total_bytes"]
-        for precision in o.precisions.split(","):
-            stages(precision)
-        for step in o.steps.split(","):
-            {"decode": step_decode, "skewed": step_skewed, "start": step_start, "sweep": step_sweep}[step](limit, planned)
-    finally:
-        limit.close()
+    planned = plan("--stream", "--memory", o.limit)["total_bytes"]
+    for precision in o.precisions.split(","):
+        stages(precision)
+    for step in o.steps.split(","):
+        {"decode": step_decode, "skewed": step_skewed, "start": step_start, "sweep": step_sweep}[step](limit, planned)
 
 
 main()

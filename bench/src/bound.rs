@@ -148,6 +148,7 @@ impl Bound {
         for (times, reads) in times.layers.iter().zip(reads) {
             let asked_us = if reads.is_hashed { 0.0 } else { bound.total_us() + times.attention_us + times.router_us };
             disk_us = f64::max(disk_us, asked_us) + reads.missing * reads.expert_bytes / disk_bytes_per_us;
+            assert!(reads.missing <= reads.used as f64, "{} of {} experts are missing", reads.missing, reads.used);
             let expert_us = times.experts_us / reads.used as f64;
             bound.attention_us += times.attention_us;
             bound.router_us += times.router_us;
