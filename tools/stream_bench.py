@@ -49,15 +49,17 @@ class Limit:
         self.size_bytes = size_bytes
 
     def run(self, command):
-        """The command's standard output, and the most memory that it had."""
+        """The command's standard output, the most memory that it had, and the seconds it took."""
         run(["sync"])
         pathlib.Path("/proc/sys/vm/drop_caches").write_text("3")
         group = self.root / f"stream-bench-{os.getpid()}"
         group.mkdir()
         try:
             (group / ("memory.limit_in_bytes" if self.is_v1 else "memory.max")).write_text(str(self.size_bytes))
+            start = time.perf_counter()
             out = run(command, preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())))
-            return out, int((group / ("memory.max_usage_in_bytes" if self.is_v1 else "memory.peak")).read_text())
+            seconds = time.perf_counter() - start
+            return out, int((group / ("memory.max_usage_in_bytes" if self.is_v1 else "memory.peak")).read_text()), seconds
         finally:
             time.sleep(0.5)
             group.rmdir()
@@ -67,7 +69,7 @@ def decode(limit, name, *more):
     figures = WORK / f"{name}.json"
     command = [BIN / "streaming", "decode", o.model, "--stages", WORK / f"stages-{more[0]}.json", "--json", figures,
                "--warm", o.warm, "--tokens", o.tokens, f"--{more[0]}", *more[1:]]
-    _, peak_bytes = limit.run(command)
+    _, peak_bytes, _ = limit.run(command)
     return {**json.loads(figures.read_text()), "peak_bytes": peak_bytes}
 
 
@@ -108,7 +110,7 @@ HEADER = ["", "tokens/s", "bound", "share", "experts read/token", "MB/token", "b
 def peer(limit):
     library = pathlib.Path(o.peer)
     package = next(library.glob("src/llama_cpp_python-*/llama_cpp"))
-    out, _ = limit.run([ROOT / "target/test-venv/bin/python", ROOT / "tools/peer_llama.py", o.model, "--prefill", 8, "--decode", 12,
+    out, _, _ = limit.run([ROOT / "target/test-venv/bin/python", ROOT / "tools/peer_llama.py", o.model, "--prefill", 8, "--decode", 12,
                         "--repeat", 1, "--lib", library / "build/bin", "--pkg", package])
     figures = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     return next(figure["tps"] for figure in figures if figure["what"] == "decode")
@@ -150,10 +152,8 @@ def step_start(limit, _):
     rows = []
     for pair in range(o.pairs):
         figures = WORK / "start.json"
-        start = time.perf_counter()
-        limit.run([BIN / "infall", "run", "-m", o.model, "--ctx", 4096, "--nothink", "-n", 1, "--stream", "--memory", o.limit,
+        _, _, seconds = limit.run([BIN / "infall", "run", "-m", o.model, "--ctx", 4096, "--nothink", "-n", 1, "--stream", "--memory", o.limit,
                    "--stats-json", figures, "Hello"])
-        seconds = time.perf_counter() - start
         prefill = json.loads(figures.read_text())["prefill"]
         static = next(item["bytes"] for item in plan("--stream", "--memory", o.limit)["items"] if item["for"] == "static_weights")
         bound = (static + prefill["read_bytes"]) / rate * 1.15 + 1
@@ -166,8 +166,8 @@ def step_sweep(limit, _):
     routes = skewed_routes()
     rows = []
     for slots in [6, 36, 77, 154, 384, 614]:
-        even = decode(limit, "sweep", "fast", "--stream", "--cache", slots)
-        skewed = decode(limit, "sweep", "fast", "--stream", "--cache", slots, "--routes", routes)
+        even = decode(limit, "sweep", "fast", "--stream", "--cache", slots, "--memory", o.limit)
+        skewed = decode(limit, "sweep", "fast", "--stream", "--cache", slots, "--memory", o.limit, "--routes", routes)
         rows.append([str(slots)] + [f"{tps(f):.2f} | {(f['misses'] + f['prefetched']) / f['tokens']:.1f}" for f in (even, skewed)])
     table("Slots", ["slots of 1,536", "even routes: tokens/s", "experts read/token", "generated routes: tokens/s",
                     "experts read/token"], rows)
