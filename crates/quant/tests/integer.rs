@@ -166,8 +166,8 @@ fn kernels_follow_the_definition_in_every_shape() {
     let mut random = Random(4);
     for ty in TYPES.into_iter().filter(|&ty| is_supported(ty)) {
         let block = ty.block().unwrap().elements as usize;
-        for (rows, blocks) in [(1, 1), (2, 3), (3, 1), (4, 2), (5, 9), (7, 1), (17, 2)] {
-            for batch in [1, 2, 3, 31, 32, 33, 65] {
+        for (rows, blocks) in [(1, 1), (2, 3), (3, 1), (4, 2), (5, 9), (7, 1), (15, 2), (16, 2), (17, 2), (33, 1)] {
+            for batch in [1, 2, 3, 7, 8, 9, 31, 33, 65, 129, 134] {
                 let weights: Vec<u8> = (0..rows).flat_map(|_| random.row(ty, blocks * block)).collect();
                 let x = random.normals(batch * blocks * block);
                 check_kernels(ty, &weights, &x, blocks * block, &format!("{rows} × {blocks} blocks × {batch}"));
@@ -182,24 +182,50 @@ fn kernels_follow_the_definition_at_the_extremes() {
     let mut random = Random(5);
     for ty in TYPES.into_iter().filter(|&ty| is_supported(ty)) {
         let row_bytes = quant::row_bytes(ty, 512);
-        for turn in 0..64 {
+        // Three rows of activations are few, eleven are many; seventeen of weights are one more than a tile.
+        for (turn, batch) in (0..64).flat_map(|turn| [(turn, 3), (turn, 11)]) {
             let weights: Vec<u8> = match turn {
-                0..32 => (0..5 * row_bytes).map(|_| random.bits() as u8).collect(),
-                _ => vec![[0x00, 0xff, 0x7f, 0x80][turn % 4]; 5 * row_bytes],
+                0..32 => (0..17 * row_bytes).map(|_| random.bits() as u8).collect(),
+                _ => vec![[0x00, 0xff, 0x7f, 0x80][turn % 4]; 17 * row_bytes],
             };
-            let mut x = random.normals(3 * 512);
+            let mut x = random.normals(batch * 512);
+            let last = x.len() - 1;
             match turn % 8 {
                 0 => x.fill(1.0),
                 1 => x.iter_mut().enumerate().for_each(|(i, x)| *x = if i % 3 == 0 { -127.0 } else { 127.0 }),
-                2 => x[700] = f32::NAN,
-                3 => x[100] = f32::NEG_INFINITY,
+                2 => [700, last - 700].into_iter().for_each(|i| x[i] = f32::NAN),
+                3 => [100, last - 100].into_iter().for_each(|i| x[i] = f32::NEG_INFINITY),
                 4 => x.iter_mut().for_each(|x| *x *= 1e-38),
                 5 => x.iter_mut().for_each(|x| *x *= 1e-44),
                 6 => x.iter_mut().for_each(|x| *x *= 1e37),
                 _ => x[..256].fill(0.0),
             }
-            check_kernels(ty, &weights, &x, 512, &format!("extreme {turn}"));
+            check_kernels(ty, &weights, &x, 512, &format!("extreme {turn} × {batch}"));
         }
+    }
+}
+
+#[test]
+fn no_rows_give_no_dots() {
+    let cols = 512;
+    let (weights, x) = (Random(6).row(TensorType::Q4K, cols), Random(7).normals(cols));
+    for level in Level::available() {
+        for (weights, x) in [(&[][..], &x[..]), (&weights[..], &[][..]), (&[], &[])] {
+            let activations = quantize_activations_at(level, TensorType::Q4K, x, cols);
+            matmul_at(level, TensorType::Q4K, weights, &activations, &mut []);
+        }
+    }
+}
+
+#[test]
+fn a_matmul_refuses_other_sizes() {
+    let weights = vec![0; 2 * quant::row_bytes(TensorType::Q4K, 256)];
+    let activations = quantize_activations(TensorType::Q4K, &[0.0; 3 * 256], 256);
+    for (bytes, dots) in [(weights.len(), 5), (weights.len(), 7), (weights.len() - 1, 6), (0, 1), (weights.len(), 0)] {
+        let refused = std::panic::catch_unwind(|| {
+            matmul(TensorType::Q4K, &weights[..bytes], &activations, &mut vec![0.0; dots]);
+        });
+        assert!(refused.is_err(), "{bytes} bytes for {dots} dots");
     }
 }
 

@@ -180,8 +180,13 @@ trait IntegerSimd: Simd {
 #[inline(always)]
 fn matmul_body<S: IntegerSimd>(simd: S, ty: TensorType, weights: &[u8], x: &Activations, out: &mut [f32]) {
     let batch = x.rows;
-    let expected = out.len() / batch.max(1) * row_bytes(ty, x.cols);
-    assert!(weights.len() == expected, "{} dots need {expected} bytes, found {}", out.len(), weights.len());
+    let row_bytes = row_bytes(ty, x.cols);
+    assert!(weights.len().is_multiple_of(row_bytes), "{} bytes are not rows of {row_bytes}", weights.len());
+    let rows = weights.len() / row_bytes;
+    assert!(out.len() == rows * batch, "{rows} rows × {batch} are not {} dots", out.len());
+    if out.is_empty() {
+        return;
+    }
     match (&x.blocks, ty) {
         (Blocks::Short(x), TensorType::Q8_0) => simd.short::<Q8_0>(view(weights), x, batch, out),
         (Blocks::Short(x), TensorType::Mxfp4) => simd.short::<Mxfp4>(view(weights), x, batch, out),

@@ -2,7 +2,7 @@
 //!
 //! First every sub-block is fitted alone with real numbers. Then, in turn: each sub-block takes the best integers
 //! near where it is (its codes following by rounding), and d and dmin take the least-squares solution for the
-//! integers. The best state met is kept.
+//! integers. The best state met is kept, all zeros among them.
 
 use super::{round, scale_to_half, total};
 use crate::blocks::*;
@@ -64,7 +64,10 @@ fn fit<const SUB: usize, const SUBS: usize>(
     };
     let mut integers = alone.map(|(scale, minimum)| (nearest(scale, d), nearest(minimum, dmin)));
 
-    let mut best: Option<Fit<SUBS>> = None;
+    // Zeros are the first state met: a scale that the smallest half is too coarse for can be worse.
+    let (scales, minimums, codes) = ([0; SUBS], [0; SUBS], [0; QK_K]);
+    let error = total::<QK_K>(|i| weights[i] * x[i] * x[i]);
+    let mut best = Fit { d: Half([0; 2]), dmin: Half([0; 2]), scales, minimums, codes, error };
     for reach in REACH {
         let (unit, unit_min) = (d.to_f32(), dmin.to_f32());
         let mut codes = [0.0; QK_K];
@@ -83,22 +86,22 @@ fn fit<const SUB: usize, const SUBS: usize>(
             }
             error += lowest;
         }
-        if best.as_ref().is_none_or(|best| error < best.error) {
-            best = Some(Fit {
+        if error < best.error {
+            best = Fit {
                 d,
                 dmin,
                 scales: integers.map(|i| i.0 as u8),
                 minimums: integers.map(|i| i.1 as u8),
                 codes: codes.map(|q| q as u8),
                 error,
-            });
+            };
         }
         let a: [f32; QK_K] = std::array::from_fn(|i| integers[i / SUB].0 * codes[i]);
         let b: [f32; QK_K] = std::array::from_fn(|i| integers[i / SUB].1);
         let (scale, minimum) = least_squares(x, weights, &a, &b);
         (d, dmin) = (scale_to_half(scale), scale_to_half(minimum));
     }
-    best.expect("at least one round")
+    best
 }
 
 /// Scale and minimum of one sub-block in real numbers: the best of a row of first guesses at the scale, each
