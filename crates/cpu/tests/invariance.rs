@@ -2,9 +2,12 @@
 //! sets, saving, stepping back and failing in the middle change no bit of any logit.
 
 mod common;
+#[path = "../../quant/tests/common/levels.rs"]
+mod levels;
 
 use common::{References, advance, exact, fast, load, logits, plain, rows};
 use cpu::{CpuBackend, Level, Options, Pass};
+use levels::levels;
 use model::state::{CHECKPOINT_TOKENS, FREE_REWIND_TOKENS, MAX_CHECKPOINTS};
 use model::{Arithmetic, Backend, Cancel, Error, NoObserver, Observer, Stage, forward};
 
@@ -78,10 +81,7 @@ fn threads_change_no_bit() {
 
 #[test]
 fn instruction_sets_change_no_bit() {
-    let levels: Vec<Level> = Level::available().collect();
-    println!("instruction sets of this machine: {levels:?}");
-    #[cfg(target_arch = "x86_64")]
-    assert_eq!(levels.contains(&Level::Avx2), is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"));
+    let levels = levels();
     let check = |name: &str, options: Options| {
         let tokens = &References::open(&format!("{name}.refs")).tokens()[..140];
         let of = |level| logits(&load(name, Options { level, ..options.clone() }), tokens, &[70]);
