@@ -137,7 +137,7 @@ fn check_against_zeros(seed: u64, exponent: i32, sparse: f64, weightless: f64) {
     }
 }
 
-/// The scale of the only values that count is below the smallest half.
+/// Found by the test of any block: what was stored was worse than zeros.
 #[test]
 fn a_block_that_no_scale_fits_is_stored_as_zeros() {
     check_against_zeros(10829201031989478375, -3, 0.9744039738505234, 0.7340957313388651);

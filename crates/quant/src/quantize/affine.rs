@@ -64,7 +64,7 @@ fn fit<const SUB: usize, const SUBS: usize>(
     };
     let mut integers = alone.map(|(scale, minimum)| (nearest(scale, d), nearest(minimum, dmin)));
 
-    // Zeros are the first state met: a scale that the smallest half is too coarse for can be worse.
+    // Zeros are the first state met, so that nothing worse is kept.
     let (scales, minimums, codes) = ([0; SUBS], [0; SUBS], [0; QK_K]);
     let error = total::<QK_K>(|i| weights[i] * x[i] * x[i]);
     let mut best = Fit { d: Half([0; 2]), dmin: Half([0; 2]), scales, minimums, codes, error };
