@@ -1,7 +1,7 @@
 //! The whole proof that streaming changes no bit, every cell of `tests/common/cells.rs`:
 //! `cargo run --release -p infall-cpu --example streaming -- RECORD [--seconds N]`
 //!
-//! Three cells at a time for each of the machine's processors, since a cell mostly waits for the disk. A line for each goes into the file RECORD; cells that are there
+//! Eight cells at a time for each of the machine's processors, since a cell mostly waits for the disk. A line for each goes into the file RECORD; cells that are there
 //! already are not run again, so that the proof can be made in several sittings of at most N seconds. When none is left, a
 //! summary comes to standard output. The exit code is 1 if a cell failed, 0 if all passed, 3 if some are left to be run.
 
@@ -24,7 +24,7 @@ use store::StoreCounts;
 use xxhash_rust::xxh3::xxh3_64;
 
 /// Cells under way at the same time, for each processor.
-const CELLS_A_PROCESSOR: usize = 3;
+const CELLS_A_PROCESSOR: usize = 8;
 
 const USAGE: &str = "usage: streaming RECORD [--seconds N]";
 
