@@ -8,6 +8,7 @@
 
 use std::time::{Duration, Instant};
 
+pub use infall::median;
 use model::{Backend, Error, Observer, Stage, SubLayer};
 use serde::{Deserialize, Serialize};
 
@@ -50,16 +51,6 @@ impl TokenTimes {
             layers: (0..tokens.first().map_or(0, |token| token.layers.len())).map(layer).collect(),
             head_us: median(&|token| token.head_us),
         }
-    }
-}
-
-/// The middle one of some values; of an even number, the mean of the two in the middle.
-pub fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    match values.len() {
-        0 => 0.0,
-        count => (values[(count - 1) / 2] + values[count / 2]) / 2.0,
     }
 }
 

@@ -4,10 +4,10 @@ pub mod bound;
 pub mod calls;
 pub mod disk;
 pub mod heldout;
-pub mod memory;
 pub mod simulated_router;
 
 use clap::Args;
+pub use infall::memory;
 use model::Precision;
 
 /// Which precision to measure.

@@ -58,6 +58,11 @@ pub enum Command {
     /// Do it while the file is known to be right. The checksums are in a small file called like the model's (first) one
     /// with `.seal` at the end, and are used whenever the model's experts are streamed; remove it to stop that.
     Seal(Seal),
+    /// Measure how fast a model reads and writes, by the length of its context
+    ///
+    /// The context is filled with pseudo-random tokens up to one length after the other. At each, reading is timed, tokens
+    /// are generated and timed, and the session goes on as if they had not been.
+    Bench(Bench),
     /// Check that a model does what it should
     #[command(subcommand)]
     Check(Check),
@@ -238,6 +243,34 @@ pub struct Seal {
     pub model: PathBuf,
 }
 
+/// Flags of `bench`.
+#[derive(Args)]
+pub struct Bench {
+    /// GGUF file of a DeepSeek V4 model; of a split model, any part (default: the built-in nano)
+    #[arg(short, long, value_name = "FILE")]
+    pub model: Option<PathBuf>,
+    /// Tokens of context at which is measured first
+    #[arg(long, value_name = "N", default_value = "1024", allow_negative_numbers = true, value_parser = positive)]
+    pub ctx_start: NonZeroUsize,
+    /// Tokens of context at which is measured last (default: 8 times the first, or what the model was made for)
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = positive)]
+    pub ctx_max: Option<NonZeroUsize>,
+    /// Between them, each length is so many times the one before
+    #[arg(long, value_name = "X", default_value = "2", allow_negative_numbers = true, value_parser = growth)]
+    pub step_mul: f64,
+    /// Tokens generated at each length; that many must fit the model's context behind the last
+    #[arg(long, value_name = "N", default_value = "32", allow_negative_numbers = true, value_parser = positive)]
+    pub gen_tokens: NonZeroUsize,
+    /// Write the figures as comma-separated values, with more columns than the table
+    #[arg(long, value_name = "FILE")]
+    pub csv: Option<PathBuf>,
+    /// Write a plot of both speeds, SVG
+    #[arg(long, value_name = "FILE")]
+    pub plot: Option<PathBuf>,
+    #[command(flatten)]
+    pub machine: Machine,
+}
+
 /// Commands of `check`.
 #[derive(Subcommand)]
 pub enum Check {
@@ -373,6 +406,11 @@ fn whole<N: FromStr>(text: &str) -> Result<N, String> {
 
 fn positive(text: &str) -> Result<NonZeroUsize, String> {
     text.parse().map_err(|_| "expected a whole number from 1 to 2^64 - 1".into())
+}
+
+fn growth(text: &str) -> Result<f64, String> {
+    let number: f64 = text.parse().map_err(|_| "expected a number")?;
+    if number.is_finite() && number > 1.0 { Ok(number) } else { Err("expected a finite number above 1".into()) }
 }
 
 fn share(text: &str) -> Result<f32, String> {

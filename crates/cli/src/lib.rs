@@ -3,6 +3,7 @@
 //! A library only so that measuring programs take the same flags, make the same plan and open models exactly as the
 //! program does.
 
+mod bench;
 mod chat;
 mod check;
 mod engine;
@@ -13,10 +14,12 @@ mod interrupt;
 pub mod load;
 mod logits;
 mod markdown;
+pub mod memory;
 mod npy;
 mod output;
 pub mod placement;
 mod plan;
+pub mod plot;
 mod record;
 mod routes;
 mod run;
@@ -32,6 +35,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+pub use bench::median;
 pub use flags::Machine;
 use flags::{Command, Flags};
 use terminal::WriteError;
@@ -51,6 +55,7 @@ pub fn main() -> ExitCode {
         Command::Inspect(flags) => inspect::inspect(&flags),
         Command::Logits(flags) => logits::logits(&flags),
         Command::Check(flags::Check::ToolCallQuality(flags)) => check::tool_call_quality(&flags),
+        Command::Bench(flags) => bench::bench(&flags),
         Command::Plan(flags) => plan::plan(&flags),
         Command::Seal(flags) => seal::seal(&flags),
         Command::Routes(flags::Routes::Replay(flags)) => routes::replay(&flags),

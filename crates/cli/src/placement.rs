@@ -30,6 +30,8 @@ pub struct Work {
     pub request: Request,
     /// Whether weights are kept from being swapped out.
     pub lock: bool,
+    /// Clones of the session that are held beside it.
+    pub clones: usize,
 }
 
 impl Work {
@@ -47,6 +49,7 @@ impl Work {
             },
             request: Request { memory_bytes: machine.memory, cache: machine.cache, stream: machine.stream },
             lock: machine.lock,
+            clones: 0,
         }
     }
 }
@@ -56,12 +59,15 @@ pub fn needs(header: &Gguf, model: &Model, work: &Work) -> Needs {
     let config = &model.config;
     let layout = KvLayout::new(config, 0, work.arithmetic, work.precision);
     let extents: Vec<ExpertExtents> = model.experts.iter().map(|layer| layer.extents).collect();
+    let tokens = work.shape.end_tokens;
+    let state = StateBytes::at_most(&layout, tokens).total();
+    let clones = work.clones * StateBytes::of_clone(&layout, tokens).total();
     let [resident, streamed] = [false, true].map(|streamed| cpu::static_bytes(model, streamed));
     Needs {
         program_bytes: PROGRAM_BYTES + header_bytes(header),
         static_bytes: streamed,
-        context_tokens: work.shape.end_tokens,
-        state_bytes: StateBytes::at_most(&layout, work.shape.end_tokens).total() as u64,
+        context_tokens: tokens,
+        state_bytes: (state + clones) as u64,
         pass_rows: work.shape.rows,
         pass_bytes: cpu::pass_bytes(config, &layout, work.shape),
         resident_bytes: extents.iter().map(ExpertExtents::total_bytes).sum::<u64>() + resident - streamed,
@@ -69,6 +75,12 @@ pub fn needs(header: &Gguf, model: &Model, work: &Work) -> Needs {
         experts_used: config.experts_used,
         classes: size_classes(&extents),
     }
+}
+
+/// Bytes of weights that one token uses: all but the embedding and the experts it does not choose.
+pub fn token_weight_bytes(model: &Model) -> u64 {
+    let expert = model.experts.iter().flat_map(|layer| layer.extents.expert_bytes()).sum::<usize>();
+    cpu::static_bytes(model, true) + (expert * model.config.experts_used) as u64
 }
 
 /// Layers whose experts need slots of the same size.

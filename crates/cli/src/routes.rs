@@ -10,6 +10,7 @@ use store::replay::{Counts, Eviction, Outcome, Replay};
 use store::{TracePass, TraceReader};
 
 use crate::output::Output;
+use crate::plot::{self, Axis, Panel};
 use crate::terminal::{self, Stream};
 use crate::{Outcome as Ended, flags};
 
@@ -113,35 +114,19 @@ fn json_text(replay: &Replay, lines: &[Line]) -> String {
     format!("{object:#}\n")
 }
 
-/// Hit rates over the share of slots, a polyline for each rule: of decoded tokens, or of prompts where there are none.
+/// Hit rates over the share of slots, a line for each rule: of decoded tokens, or of prompts where there are none.
 fn plot(lines: &[Line]) -> String {
-    const COLORS: [&str; RULES.len()] = ["#b35806", "#1b7837", "#555555"];
-    let (left, top, width, height) = (60.0, 20.0, 560.0, 320.0);
     let (kind, counts) = KINDS[usize::from(lines[0].outcomes[0].decode.rows == 0)];
-    let x = |i: usize| left + width * i as f64 / (SHARES.len() - 1) as f64;
-    let y = |rate: f64| top + height * (1.0 - rate);
-    let mut svg = String::from(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 700 400\" font-family=\"sans-serif\" font-size=\"12\">\n\
-         <rect width=\"700\" height=\"400\" fill=\"white\"/>\n",
-    );
-    let mut add = |element: String| svg.push_str(&(element + "\n"));
-    for tenths in (0..=10).step_by(2) {
-        let (y, right) = (y(f64::from(tenths) / 10.0), left + width);
-        add(format!("<path d=\"M{left} {y}H{right}\" stroke=\"#dddddd\"/>"));
-        add(format!("<text x=\"{}\" y=\"{}\" text-anchor=\"end\">{}%</text>", left - 6.0, y + 4.0, tenths * 10));
-    }
-    for (i, share) in SHARES.iter().enumerate() {
-        add(format!("<text x=\"{}\" y=\"{}\" text-anchor=\"middle\">{share}%</text>", x(i), top + height + 18.0));
-    }
-    for (r, ((rule, _), color)) in RULES.iter().zip(COLORS).enumerate() {
-        let point = |(i, line): (usize, &Line)| format!("{:.1},{:.1}", x(i), y(counts(&line.outcomes[r]).hit_rate()));
-        let points: Vec<String> = lines.iter().enumerate().map(point).collect();
-        add(format!("<polyline points=\"{}\" fill=\"none\" stroke=\"{color}\" stroke-width=\"2\"/>", points.join(" ")));
-        let y = top + height - 60.0 + 18.0 * r as f64;
-        add(format!("<text x=\"{}\" y=\"{y}\" text-anchor=\"end\" fill=\"{color}\">{rule}</text>", left + width));
-    }
-    add(format!(
-        "<text x=\"{left}\" y=\"392\">{kind}: experts found in a slot, by the share of experts that have one</text>"
-    ));
-    svg + "</svg>\n"
+    let label = |(i, share): (usize, &f64)| (i as f64, format!("{share}%"));
+    let hits = |(rule, &(name, _)): (usize, &(&str, Eviction))| {
+        let rate = |(i, line): (usize, &Line)| (i as f64, 100.0 * counts(&line.outcomes[rule]).hit_rate());
+        plot::Line { name: name.into(), points: lines.iter().enumerate().map(rate).collect() }
+    };
+    plot::svg(&[Panel {
+        title: format!("{kind}: experts found in a slot, %"),
+        x_title: "share of experts that have a slot".into(),
+        x: Axis::with_labels(SHARES.iter().enumerate().map(label).collect()),
+        y: Axis::from_zero(100.0),
+        lines: RULES.iter().enumerate().map(hits).collect(),
+    }])
 }

@@ -137,4 +137,19 @@ impl KvLayout {
         let layers = config.compress_ratios.iter().map(layer).collect();
         KvLayout { identity, arithmetic, precision, window: config.window, layers }
     }
+
+    /// Bytes of rows that the token at `position` reads, each row once: the window, the compressed rows that attention
+    /// visits, and the indexer rows that are scored where more than `top_k` are visible (docs/spec/model.md §7).
+    pub fn read_bytes(&self, position: usize, top_k: usize) -> usize {
+        let visible = |c: &CompressorLayout| (position + 1) / c.ratio;
+        let layer = |layer: &LayerLayout| {
+            let window = self.window.min(position + 1) * layer.raw.row_bytes();
+            let index = layer.index.as_ref();
+            let most = if index.is_some() { top_k } else { usize::MAX };
+            let main = layer.main.as_ref().map_or(0, |c| visible(c).min(most) * c.row.row_bytes());
+            let scored = index.filter(|c| visible(c) > top_k).map_or(0, |c| visible(c) * c.row.row_bytes());
+            window + main + scored
+        };
+        self.layers.iter().map(layer).sum()
+    }
 }

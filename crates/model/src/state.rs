@@ -41,13 +41,14 @@ impl<T: Copy + Default> Ring<T> {
     }
 }
 
-/// Compressed rows, append only, in pages so that growing never copies and never holds twice what it needs.
+/// Compressed rows, append only, in pages so that growing never copies and never holds twice what it needs. A clone
+/// shares the pages; whoever writes first into a shared one takes a copy of it.
 #[derive(Clone)]
 pub(crate) struct RowLog {
     row_bytes: usize,
     rows_per_page: usize,
     len: usize,
-    pages: Vec<Box<[u8]>>,
+    pages: Vec<Arc<[u8]>>,
 }
 
 impl RowLog {
@@ -72,10 +73,11 @@ impl RowLog {
 
     pub(crate) fn push(&mut self, row: &[u8]) {
         if self.len == self.pages.len() * self.rows_per_page {
-            self.pages.push(vec![0; self.row_bytes * self.rows_per_page].into_boxed_slice());
+            self.pages.push(std::iter::repeat_n(0, self.row_bytes * self.rows_per_page).collect());
         }
         let at = self.len % self.rows_per_page * self.row_bytes;
-        self.pages[self.len / self.rows_per_page][at..at + self.row_bytes].copy_from_slice(row);
+        let page = Arc::make_mut(&mut self.pages[self.len / self.rows_per_page]);
+        page[at..at + self.row_bytes].copy_from_slice(row);
         self.len += 1;
     }
 
@@ -287,13 +289,22 @@ impl StateBytes {
         }
     }
 
+    /// The most that a clone of such a session holds for itself, when both together reach `tokens` tokens: of each
+    /// compressor's pages the one that it was filling, and everything that is no page.
+    pub fn of_clone(layout: &KvLayout, tokens: usize) -> StateBytes {
+        let compressors = layout.layers.iter().flat_map(|layer| layer.main.iter().chain(&layer.index));
+        let page = |c: &CompressorLayout| RowLog::rows_per_page(c) * c.row.row_bytes();
+        StateBytes { rows: compressors.map(page).sum(), ..StateBytes::at_most(layout, tokens) }
+    }
+
     /// All of it.
     pub fn total(&self) -> usize {
         self.rows + self.windows + self.inputs + self.checkpoints
     }
 }
 
-/// One session's past.
+/// One session's past. A clone shares the compressed rows of the original until one of them writes to a page that both have,
+/// so that it costs little however long the session is.
 #[derive(Clone)]
 pub struct State {
     pub(crate) layout: Arc<KvLayout>,

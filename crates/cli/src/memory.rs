@@ -1,4 +1,5 @@
-//! How fast memory can be read: what weights that are used once can be measured against.
+//! How fast memory can be read: what weights that are used once can be measured against; and how much of it this process
+//! holds.
 
 use std::thread;
 use std::time::Instant;
@@ -16,4 +17,11 @@ pub fn read_bytes_per_second(bytes: usize, threads: usize) -> f64 {
         start.elapsed().as_secs_f64()
     };
     bytes as f64 / (0..8).map(|_| sweep()).fold(f64::INFINITY, f64::min)
+}
+
+/// Bytes of memory that this process holds now; `None` where the system does not say (it does on Linux).
+pub fn resident_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.split_whitespace().next());
+    Some(kib?.parse::<u64>().ok()? * 1024)
 }
