@@ -4,6 +4,7 @@ pub mod bound;
 pub mod calls;
 pub mod disk;
 pub mod heldout;
+pub mod random;
 pub mod simulated_router;
 
 use clap::Args;

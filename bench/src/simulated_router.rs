@@ -1,152 +1,108 @@
-//! A backend whose learned routers choose what a file of routes says: a model of random weights routes evenly, which no
-//! real one does, and so tells little about a cache.
+//! Choices of experts as a file of routes says, in place of the learned routers': a model of random weights routes evenly,
+//! which no real one does, and so tells little about a cache.
 //!
-//! Everything else is the CPU's; hash-routed layers keep their table, which is known before a pass and prefetched.
+//! What lookahead guesses is made up, too: each expert of the right answer is guessed as often as was measured, and any other one
+//! of the layer takes the place of one that is not. Hash-routed layers keep their table, which is known before a pass and prefetched.
 
-use std::io::{Read, Write};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::io::Read;
 
-use cpu::{CpuBackend, Pass, Selection};
-use model::{Activation, Backend, Batch, Cancel, Config, Error, State, SubLayer};
-use store::{HostLeases, TracePass};
+use anyhow::{Result, ensure};
+use cpu::SimulatedRoutes;
+use model::Config;
+use store::TraceReader;
 
-/// The CPU with other choices of experts.
-pub struct SimulatedRouter<'b> {
-    backend: &'b CpuBackend,
-    /// Layers from this one on are routed by `passes`.
-    learned_from: usize,
-    /// Each of one row.
-    passes: Vec<TracePass>,
-    begun: AtomicUsize,
+use crate::random::Random;
+
+/// The share of what is chosen that is guessed (docs/performance.md, "Lookahead").
+const RIGHT_GUESSES: f64 = 0.85;
+
+/// Routes of single rows.
+pub struct SimulatedRouter {
+    layers: usize,
+    used: usize,
+    /// `[positions, layers, used]`.
+    chosen: Vec<u16>,
+    guessed: Vec<u16>,
 }
 
-impl<'b> SimulatedRouter<'b> {
-    /// Routes pass after pass by `passes`, of one row each, and from the start again after the last.
-    pub fn new(backend: &'b CpuBackend, learned_from: usize, passes: Vec<TracePass>) -> SimulatedRouter<'b> {
-        SimulatedRouter { backend, learned_from, passes, begun: AtomicUsize::new(0) }
+impl SimulatedRouter {
+    /// Reads recorded routes (docs/formats.md) of passes of one row. Position after position is routed by them, and from
+    /// the start again after the last.
+    ///
+    /// # Errors
+    /// They are damaged, of another model, or of passes of several rows.
+    pub fn read(routes: impl Read, config: &Config) -> Result<SimulatedRouter> {
+        let reader = TraceReader::new(routes)?;
+        let header = reader.header();
+        let found = (header.layers(), header.experts, header.experts_used);
+        let expected = (config.layers, config.experts, config.experts_used);
+        ensure!(
+            found == expected,
+            "the routes are of (layers, experts, experts used) {found:?}, the model has {expected:?}"
+        );
+        let mut chosen = Vec::new();
+        for pass in reader {
+            let pass = pass?;
+            ensure!(
+                pass.rows() == 1,
+                "the routes have a pass of {} rows; only single tokens can be simulated",
+                pass.rows()
+            );
+            chosen.extend(pass.experts);
+        }
+        ensure!(!chosen.is_empty(), "the routes have no pass");
+        let mut random = Random(0);
+        let rows = chosen.chunks_exact(config.experts_used);
+        let guessed = rows.flat_map(|row| guess(row, config.experts, &mut random)).collect();
+        Ok(SimulatedRouter { layers: config.layers, used: config.experts_used, chosen, guessed })
     }
 
-    /// What the present pass chooses in a layer.
-    fn experts(&self, layer: usize) -> Vec<u32> {
-        let pass = &self.passes[(self.begun.load(Ordering::Relaxed) - 1) % self.passes.len()];
-        let used = self.config().experts_used;
-        pass.experts[layer * used..][..used].iter().map(|&expert| u32::from(expert)).collect()
+    fn row<'a>(&self, routes: &'a [u16], layer: usize, position: usize) -> impl Iterator<Item = u32> + 'a {
+        let row = (position * self.layers + layer) * self.used % routes.len();
+        routes[row..][..self.used].iter().map(|&expert| u32::from(expert))
     }
 }
 
-impl Backend for SimulatedRouter<'_> {
-    type State = State;
-    type Pass = Pass;
-    type Logits = Vec<f32>;
-    type Selection = Selection;
-    type Leases<'s>
-        = HostLeases<'s>
-    where
-        Self: 's;
+/// As many guesses as a row has experts, distinct.
+fn guess(row: &[u16], experts: usize, random: &mut Random) -> Vec<u16> {
+    let mut guesses: Vec<u16> = row.iter().copied().filter(|_| random.unit() < RIGHT_GUESSES).collect();
+    while guesses.len() < row.len() {
+        let any = random.below(experts) as u16;
+        if !guesses.contains(&any) {
+            guesses.push(any);
+        }
+    }
+    guesses
+}
 
-    fn config(&self) -> &Config {
-        self.backend.config()
+impl SimulatedRoutes for SimulatedRouter {
+    fn choose(&self, layer: usize, position: usize, experts: &mut [u32]) {
+        experts.iter_mut().zip(self.row(&self.chosen, layer, position)).for_each(|(to, expert)| *to = expert);
     }
 
-    fn new_state(&self) -> Result<State, Error> {
-        self.backend.new_state()
+    fn guess(&self, layer: usize, position: usize, experts: &mut [u32]) {
+        experts.iter_mut().zip(self.row(&self.guessed, layer, position)).for_each(|(to, expert)| *to = expert);
     }
+}
 
-    fn position(&self, state: &State) -> usize {
-        self.backend.position(state)
-    }
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-    fn rewind(&self, state: &mut State, target: usize) -> usize {
-        self.backend.rewind(state, target)
-    }
-
-    fn export(&self, state: &State, to: &mut dyn Write) -> Result<(), Error> {
-        self.backend.export(state, to)
-    }
-
-    fn import(&self, from: &mut dyn Read) -> Result<State, Error> {
-        self.backend.import(from)
-    }
-
-    fn begin(&self, batch: Batch, states: &[&State]) -> Result<Pass, Error> {
-        assert_eq!(batch.rows().len(), 1, "a simulated router routes one row at a time");
-        self.begun.fetch_add(1, Ordering::Relaxed);
-        self.backend.begin(batch, states)
-    }
-
-    fn embed(&self, pass: &mut Pass) -> Result<(), Error> {
-        self.backend.embed(pass)
-    }
-
-    fn hc_pre(&self, layer: usize, sub_layer: SubLayer, pass: &mut Pass) -> Result<(), Error> {
-        self.backend.hc_pre(layer, sub_layer, pass)
-    }
-
-    fn project(&self, layer: usize, pass: &mut Pass) -> Result<(), Error> {
-        self.backend.project(layer, pass)
-    }
-
-    fn compress(&self, layer: usize, states: &[&State], pass: &mut Pass) -> Result<(), Error> {
-        self.backend.compress(layer, states, pass)
-    }
-
-    fn index(&self, layer: usize, states: &[&State], pass: &mut Pass) -> Result<(), Error> {
-        self.backend.index(layer, states, pass)
-    }
-
-    fn attend(&self, layer: usize, states: &[&State], pass: &mut Pass) -> Result<(), Error> {
-        self.backend.attend(layer, states, pass)
-    }
-
-    fn attention_out(&self, layer: usize, pass: &mut Pass) -> Result<(), Error> {
-        self.backend.attention_out(layer, pass)
-    }
-
-    fn hc_post(&self, layer: usize, sub_layer: SubLayer, pass: &mut Pass) -> Result<(), Error> {
-        self.backend.hc_post(layer, sub_layer, pass)
-    }
-
-    fn route(&self, layer: usize, pass: &mut Pass) -> Result<Selection, Error> {
-        let selection = self.backend.route(layer, pass)?;
-        Ok(if layer < self.learned_from { selection } else { self.backend.reroute(pass, &self.experts(layer)) })
-    }
-
-    fn lease<'s>(&'s self, layer: usize, selection: &Selection) -> Result<HostLeases<'s>, Error> {
-        self.backend.lease(layer, selection)
-    }
-
-    fn shared_expert(&self, layer: usize, pass: &mut Pass) -> Result<(), Error> {
-        self.backend.shared_expert(layer, pass)
-    }
-
-    fn routed_experts(
-        &self,
-        layer: usize,
-        selection: Selection,
-        leases: HostLeases<'_>,
-        cancel: &Cancel,
-        pass: &mut Pass,
-    ) -> Result<(), Error> {
-        self.backend.routed_experts(layer, selection, leases, cancel, pass)
-    }
-
-    fn head(&self, pass: &mut Pass) -> Result<Vec<f32>, Error> {
-        self.backend.head(pass)
-    }
-
-    fn read_logits(&self, logits: Vec<f32>) -> Result<Vec<f32>, Error> {
-        self.backend.read_logits(logits)
-    }
-
-    fn commit(&self, pass: Pass, states: &mut [&mut State]) {
-        self.backend.commit(pass, states);
-    }
-
-    fn read(&self, pass: &Pass, activation: Activation) -> Vec<f32> {
-        self.backend.read(pass, activation)
-    }
-
-    fn write(&self, pass: &mut Pass, activation: Activation, values: &[f32]) {
-        self.backend.write(pass, activation, values);
+    #[test]
+    fn guesses_are_distinct_and_right_as_often_as_measured() {
+        let mut random = Random(1);
+        let row: Vec<u16> = (100..106).collect();
+        let (mut right, rows) = (0, 10_000);
+        for _ in 0..rows {
+            let mut guesses = guess(&row, 256, &mut random);
+            assert_eq!(guesses.len(), row.len());
+            right += guesses.iter().filter(|guess| row.contains(guess)).count();
+            guesses.sort_unstable();
+            guesses.dedup();
+            assert_eq!(guesses.len(), row.len(), "an expert was guessed twice");
+        }
+        let share = right as f64 / (rows * row.len()) as f64;
+        assert!((share - RIGHT_GUESSES).abs() < 0.01, "{share}");
     }
 }

@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use bench::heldout::Item;
+use bench::random::Random;
 use clap::Parser;
 use cpu::{Options, Recorder};
 use infall::load::ModelFile;
@@ -63,19 +64,6 @@ struct Arguments {
     seed: u64,
 }
 
-/// SplitMix64 (Steele et al. 2014), as numbers from 0 to 1.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> f64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
-    }
-}
-
 /// The experts of one layer, most popular first, and what their weights sum to up to each.
 struct Layer {
     order: Vec<u16>,
@@ -88,7 +76,7 @@ impl Layer {
     fn new(arguments: &Arguments, random: &mut Random) -> Layer {
         let mut order: Vec<u16> = (0..arguments.experts as u16).collect();
         for i in (1..order.len()).rev() {
-            order.swap(i, (random.next() * (i + 1) as f64) as usize);
+            order.swap(i, random.below(i + 1));
         }
         let weight = |sum: &mut f64, i: usize| {
             *sum += (i as f64).powf(-arguments.zipf);
@@ -98,9 +86,9 @@ impl Layer {
     }
 
     fn row(&mut self, arguments: &Arguments, random: &mut Random) -> Vec<u16> {
-        let mut row: Vec<u16> = self.last.iter().copied().filter(|_| random.next() < arguments.repeat).collect();
+        let mut row: Vec<u16> = self.last.iter().copied().filter(|_| random.unit() < arguments.repeat).collect();
         while row.len() < arguments.used {
-            let at = random.next() * self.sums.last().expect("there are experts");
+            let at = random.unit() * self.sums.last().expect("there are experts");
             let expert = self.order[self.sums.partition_point(|&sum| sum < at).min(self.order.len() - 1)];
             if !row.contains(&expert) {
                 row.push(expert);

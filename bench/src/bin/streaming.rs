@@ -8,8 +8,8 @@
 //! Token ids are log-uniform, which is near Zipf's law. Routes that were generated (`policies --generate --layers L --prompt 0
 //! --out ROUTES`) or recorded replace what the learned routers choose. `tools/stream_bench.py` runs all of it under a limit of memory.
 //!
-//! Guesses of what the next layer will choose come from the model's own routers. Where ROUTES replace what they choose, nearly all
-//! guesses are wrong, and cost disk time and slots: such a run shows less than real routes of the same skew would.
+//! Where ROUTES replace what routers choose, what lookahead guesses is made up as well, right as often as was measured
+//! (bench/src/simulated_router.rs).
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,14 +20,14 @@ use bench::bound::{Bound, LayerReads, LayerTimes, StageClock, TokenTimes, median
 use bench::disk::{Memory, bytes_per_second};
 use bench::simulated_router::SimulatedRouter;
 use clap::{Args, Parser};
-use cpu::CpuBackend;
+use cpu::{CpuBackend, Pass};
 use infall::Machine;
 use infall::load::ModelFile;
 use infall::placement::{Setting, Work};
 use model::tensors::Routing;
-use model::{Backend, Cancel, Config, Error, Model, Observer, Row, Stage, forward};
+use model::{Backend, Cancel, Error, Model, Observer, Row, Stage, forward};
 use serde_json::json;
-use store::{StoreCounts, TraceReader};
+use store::StoreCounts;
 
 /// How near streamed decoding comes to what processor and disk allow.
 #[derive(Parser)]
@@ -80,7 +80,7 @@ fn main() -> Result<()> {
 fn stages(what: &What, out: &Path) -> Result<()> {
     let (file, backend, setting) = load(what)?;
     ensure!(setting.slots.is_none(), "the experts do not fit in memory: run this where they do");
-    let tokens = run(what, &backend, &backend, &file.model.config)?;
+    let tokens = run(what, &backend)?;
     let times: Vec<TokenTimes> = tokens.into_iter().map(|token| token.times).collect();
     let times = TokenTimes::medians(&times);
     std::fs::write(out, serde_json::to_string_pretty(&times)?)?;
@@ -107,18 +107,17 @@ struct Token {
 }
 
 /// The clock of the stages, and a look at the store's counts after each layer.
-struct Watch<'b> {
+struct Watch {
     clock: StageClock,
-    store: &'b CpuBackend,
     before: StoreCounts,
     missed: Vec<f64>,
 }
 
-impl<B: Backend> Observer<B> for Watch<'_> {
-    fn after(&mut self, layer: Option<usize>, stage: Stage, backend: &B, pass: &B::Pass) -> Result<(), Error> {
+impl Observer<CpuBackend> for Watch {
+    fn after(&mut self, layer: Option<usize>, stage: Stage, backend: &CpuBackend, pass: &Pass) -> Result<(), Error> {
         self.clock.after(layer, stage, backend, pass)?;
         if stage == Stage::RoutedExperts {
-            let now = self.store.stats();
+            let now = backend.stats();
             let counts = now.since(&self.before).cache;
             self.missed.push((counts.misses + counts.prefetch_hits) as f64);
             self.before = now;
@@ -128,17 +127,18 @@ impl<B: Backend> Observer<B> for Watch<'_> {
 }
 
 /// Runs all tokens, one by one, and returns the measured ones.
-fn run<B: Backend>(what: &What, backend: &B, store: &CpuBackend, config: &Config) -> Result<Vec<Token>> {
+fn run(what: &What, backend: &CpuBackend) -> Result<Vec<Token>> {
+    let config = backend.config();
     let mut state = backend.new_state()?;
     let mut tokens = Vec::new();
     for position in 0..what.warm + what.tokens {
         let row = Row { session: 0, position, token: token(position, config.vocab_size), logits: true };
-        let before = store.stats();
-        let mut watch = Watch { clock: StageClock::begin(config.layers), store, before, missed: Vec::new() };
+        let before = backend.stats();
+        let mut watch = Watch { clock: StageClock::begin(config.layers), before, missed: Vec::new() };
         let start = Instant::now();
         forward(backend, vec![row], &mut [&mut state], &Cancel::default(), &mut watch)?;
         let total_us = start.elapsed().as_secs_f64() * 1e6;
-        let counts = store.stats().since(&before);
+        let counts = backend.stats().since(&before);
         tokens.push(Token { times: watch.clock.end(), total_us, counts, missed: watch.missed });
     }
     Ok(tokens.split_off(what.warm))
@@ -173,14 +173,11 @@ fn decode(what: &What, stages: &Path, routes: Option<&Path>, json: Option<&Path>
         "everything fits in memory: nothing would be read. Ask for --stream or less memory"
     );
     let disk_bytes_per_us = expert_bytes_per_second(&file, &backend)? / 1e6;
-    let tokens = match routes {
-        None => run(what, &backend, &backend, config)?,
-        Some(path) => {
-            let passes: Vec<_> = TraceReader::new(std::fs::File::open(path)?)?.collect::<Result<_, _>>()?;
-            let hashed = reads(model, &vec![0.0; config.layers]).iter().take_while(|layer| layer.is_hashed).count();
-            run(what, &SimulatedRouter::new(&backend, hashed, passes), &backend, config)?
-        }
+    let backend = match routes {
+        None => backend,
+        Some(path) => backend.with_routes(Box::new(SimulatedRouter::read(std::fs::File::open(path)?, config)?)),
     };
+    let tokens = run(what, &backend)?;
     let in_the_run = TokenTimes::medians(&tokens.iter().map(|token| token.times.clone()).collect::<Vec<_>>());
     let bound = |token: &Token| Bound::new(&times, &reads(model, &token.missed), disk_bytes_per_us);
     let bounds: Vec<Bound> = tokens.iter().map(bound).collect();

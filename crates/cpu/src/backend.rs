@@ -13,7 +13,7 @@ use store::{
     StoreCounts,
 };
 
-use crate::experts::Selection;
+use crate::experts::{Selection, SimulatedRoutes};
 use crate::memory::static_bytes;
 use crate::parallel::Workers;
 use crate::pass::Pass;
@@ -70,6 +70,7 @@ pub struct CpuBackend {
     pub(crate) expert_types: Vec<[TensorType; 3]>,
     pub(crate) experts: HostStore,
     pub(crate) workers: Workers,
+    pub(crate) simulated_routes: Option<Box<dyn SimulatedRoutes>>,
     reader: Arc<dyn Reader>,
     note: Option<String>,
     /// Files from which weights are read after loading, too.
@@ -113,6 +114,7 @@ impl CpuBackend {
                 }
             },
             workers: Workers::new(options.threads, options.level, options.precision)?,
+            simulated_routes: None,
             reader,
             note,
             streamed_from: is_streamed.then(|| source.clone()),
@@ -122,6 +124,11 @@ impl CpuBackend {
             backend.lock()?;
         }
         Ok(backend)
+    }
+
+    /// The same with other choices of experts, for programs that measure: the output means nothing then.
+    pub fn with_routes(self, routes: Box<dyn SimulatedRoutes>) -> CpuBackend {
+        CpuBackend { simulated_routes: Some(routes), ..self }
     }
 
     /// Keeps weights and slots from being swapped out.

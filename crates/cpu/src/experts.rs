@@ -18,6 +18,16 @@ pub struct Selection {
     places: Vec<usize>,
 }
 
+/// Stands in for what learned routers choose, to measure with routes that were recorded or made up. The routers are still
+/// computed, so that their time counts.
+pub trait SimulatedRoutes: Send + Sync {
+    /// What the row at `position` chooses in `layer`, into `experts`: distinct numbers, best first.
+    fn choose(&self, layer: usize, position: usize, experts: &mut [u32]);
+
+    /// What is guessed of that before the attention of `layer`, into `experts`, the surest first.
+    fn guess(&self, layer: usize, position: usize, experts: &mut [u32]);
+}
+
 /// One row's use of an expert.
 #[derive(Clone, Copy)]
 struct Use {
@@ -66,7 +76,12 @@ impl CpuBackend {
                     let listed = table.int_row(row.token as usize);
                     experts.iter_mut().zip(listed).for_each(|(expert, listed)| *expert = listed as u32);
                 }
-                Routing::Bias(bias) => best_experts(scores, bias.values(), experts),
+                Routing::Bias(bias) => {
+                    best_experts(scores, bias.values(), experts);
+                    if let Some(routes) = &self.simulated_routes {
+                        routes.choose(layer, row.position, experts);
+                    }
+                }
             }
             weigh(scores, experts, config.route_scale, weights);
         }
@@ -77,13 +92,6 @@ impl CpuBackend {
     fn selection(&self, pass: &Pass) -> Selection {
         let places = pass.batch.runs().iter().flat_map(|run| 0..run.rows.len()).collect();
         Selection::new(&pass.experts, self.config.experts_used, self.config.experts, places)
-    }
-
-    /// What [`model::Backend::route`] would have returned if the rows had chosen `experts`, `[R, K]`, distinct in a row; the
-    /// routed weights stay, rank by rank. For measuring with routes that were recorded or made up.
-    pub fn reroute(&self, pass: &mut Pass, experts: &[u32]) -> Selection {
-        pass.experts.copy_from_slice(experts);
-        self.selection(pass)
     }
 
     /// `[R, E]`.
@@ -103,8 +111,12 @@ impl CpuBackend {
         scores.iter_mut().for_each(|score| *score = affinity(*score));
         let mut experts = vec![0; pass.experts.len()];
         let used = self.config.experts_used;
-        for (scores, experts) in scores.chunks_exact(self.config.experts).zip(experts.chunks_exact_mut(used)) {
+        let rows = scores.chunks_exact(self.config.experts).zip(pass.batch.rows());
+        for ((scores, row), experts) in rows.zip(experts.chunks_exact_mut(used)) {
             best_experts(scores, bias.values(), experts);
+            if let Some(routes) = &self.simulated_routes {
+                routes.guess(layer, row.position, experts);
+            }
         }
         (0..used).flat_map(|rank| experts.iter().skip(rank).step_by(used)).copied().collect()
     }

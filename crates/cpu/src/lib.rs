@@ -18,7 +18,7 @@ mod vectors;
 mod weights;
 
 pub use backend::{CpuBackend, Options, WeightBytes};
-pub use experts::Selection;
+pub use experts::{Selection, SimulatedRoutes};
 pub use memory::{PassShape, pass_bytes, static_bytes};
 pub use pass::Pass;
 pub use quant::simd::Level;

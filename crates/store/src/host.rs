@@ -18,10 +18,11 @@ enum Experts {
     Streamed(Arc<Streamed>),
 }
 
-/// The experts of a layer, all in memory: each part is in one of the stretches of the file that were read.
+/// The experts of a layer, all in memory.
 struct ResidentLayer {
     extents: ExpertExtents,
-    stretches: Vec<(Extent, Loaded)>,
+    /// One part of all experts each.
+    tensors: [Loaded; 3],
 }
 
 /// How often things happened since the store was made. What a pass did is the difference of two.
@@ -74,13 +75,12 @@ impl HostStore {
         cancel: &Cancel,
         loaded: &mut dyn FnMut(u64),
     ) -> Result<HostStore, StoreError> {
-        let stretches: Vec<Vec<Extent>> = layers.iter().map(stretches).collect();
-        let mut memory = read_all(reader, &stretches.concat(), cancel, loaded)?.into_iter();
-        let layer = |(extents, stretches): (&ExpertExtents, Vec<Extent>)| ResidentLayer {
-            extents: *extents,
-            stretches: stretches.into_iter().zip(memory.by_ref()).collect(),
-        };
-        Ok(HostStore { experts: Experts::Resident(layers.iter().zip(stretches).map(layer).collect()) })
+        let tensors: Vec<Extent> = layers.iter().flat_map(ExpertExtents::tensors).collect();
+        let mut memory = read_all(reader, &tensors, cancel, loaded)?.into_iter();
+        let mut tensor = || memory.next().expect("every tensor was read");
+        let layer =
+            |extents: &ExpertExtents| ResidentLayer { extents: *extents, tensors: [tensor(), tensor(), tensor()] };
+        Ok(HostStore { experts: Experts::Resident(layers.iter().map(layer).collect()) })
     }
 
     /// Keeps `slots_of_class` experts of each [size class](crate::size_classes) and reads the others when they are wanted.
@@ -144,9 +144,7 @@ impl HostStore {
     /// [`StoreError::Lock`] if the system does not allow that.
     pub fn lock(&self) -> Result<(), StoreError> {
         match &self.experts {
-            Experts::Resident(layers) => {
-                layers.iter().flat_map(|layer| &layer.stretches).try_for_each(|(_, memory)| memory.lock())
-            }
+            Experts::Resident(layers) => layers.iter().flat_map(|layer| &layer.tensors).try_for_each(Loaded::lock),
             Experts::Streamed(store) => store.lock_slots(),
         }
     }
@@ -164,9 +162,7 @@ impl HostStore {
     /// Bytes of memory for expert weights: all of them, or the slots.
     pub fn memory_bytes(&self) -> u64 {
         match &self.experts {
-            Experts::Resident(layers) => {
-                layers.iter().flat_map(|layer| &layer.stretches).map(|(extent, _)| extent.bytes).sum()
-            }
+            Experts::Resident(layers) => layers.iter().map(|layer| layer.extents.total_bytes()).sum(),
             Experts::Streamed(store) => store.memory_bytes(),
         }
     }
@@ -192,36 +188,11 @@ impl Drop for Prefetching {
     }
 }
 
-/// Where the experts of a layer lie in the file, as few stretches as they have, none twice.
-fn stretches(layer: &ExpertExtents) -> Vec<Extent> {
-    let whole = |part: usize| {
-        let first = layer.parts[part];
-        let last = layer.part(part, layer.experts as u32 - 1);
-        Extent { bytes: last.offset + last.bytes - first.offset, ..first }
-    };
-    let mut parts = [0, 1, 2].map(whole);
-    parts.sort_by_key(|part| (part.file, part.offset));
-    let mut stretches: Vec<Extent> = Vec::new();
-    for part in parts {
-        match stretches.last_mut() {
-            Some(last) if last.file == part.file && part.offset < last.offset + last.bytes => {
-                last.bytes = last.bytes.max(part.offset + part.bytes - last.offset);
-            }
-            _ => stretches.push(part),
-        }
-    }
-    stretches
-}
-
 impl ResidentLayer {
     fn expert(&self, expert: u32) -> ExpertBytes<'_> {
         let part = |part: usize| {
-            let wanted = self.extents.part(part, expert);
-            let holds = |extent: &Extent| {
-                extent.file == wanted.file && (extent.offset..extent.offset + extent.bytes).contains(&wanted.offset)
-            };
-            let (extent, bytes) = self.stretches.iter().find(|(extent, _)| holds(extent)).expect("every part was read");
-            &bytes[(wanted.offset - extent.offset) as usize..][..wanted.bytes as usize]
+            let part_bytes = self.extents.parts[part].bytes as usize;
+            &self.tensors[part][expert as usize * part_bytes..][..part_bytes]
         };
         ExpertBytes::fixed(expert, [part(0), part(1), part(2)])
     }

@@ -6,24 +6,28 @@ use crate::{ALIGNMENT_BYTES, AlignedBytes, Extent};
 
 /// Where the routed experts of one layer lie in the model's files.
 ///
-/// An expert has three parts (matrices). Part `p` of expert `e` is the `parts[p].bytes` bytes that begin
-/// `e * strides_bytes[p]` after `parts[p].offset`: a GGUF file stacks each part of all experts, a repacked one may keep
-/// the parts of an expert together.
+/// An expert has three parts (matrices), and a GGUF file stacks each part of all experts: part `p` of expert `e` is the
+/// `parts[p].bytes` bytes that begin `e * parts[p].bytes` after `parts[p].offset`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExpertExtents {
     /// Experts in the layer.
     pub experts: usize,
     /// The parts of expert 0.
     pub parts: [Extent; 3],
-    /// How far apart the same part of two experts that follow each other begins.
-    pub strides_bytes: [u64; 3],
 }
 
 impl ExpertExtents {
     /// Three tensors, each of which holds one part of all experts, one after the other.
     pub fn stacked(experts: usize, tensors: [Extent; 3]) -> ExpertExtents {
-        let parts = tensors.map(|tensor| Extent { bytes: tensor.bytes / experts as u64, ..tensor });
-        ExpertExtents { experts, parts, strides_bytes: parts.map(|part| part.bytes) }
+        ExpertExtents {
+            experts,
+            parts: tensors.map(|tensor| Extent { bytes: tensor.bytes / experts as u64, ..tensor }),
+        }
+    }
+
+    /// Each part of all experts.
+    pub(crate) fn tensors(&self) -> [Extent; 3] {
+        self.parts.map(|first| Extent { bytes: first.bytes * self.experts as u64, ..first })
     }
 
     /// Bytes of one expert's three parts.
@@ -33,66 +37,34 @@ impl ExpertExtents {
 
     /// Bytes of all experts.
     pub fn total_bytes(&self) -> u64 {
-        self.experts as u64 * self.parts.iter().map(|part| part.bytes).sum::<u64>()
+        self.tensors().iter().map(|tensor| tensor.bytes).sum()
     }
 
     /// One part of one expert.
     pub fn part(&self, part: usize, expert: u32) -> Extent {
         let first = self.parts[part];
-        Extent { offset: first.offset + u64::from(expert) * self.strides_bytes[part], ..first }
+        Extent { offset: first.offset + u64::from(expert) * first.bytes, ..first }
     }
 
-    /// What is read to have an expert: its parts, neighbours in the file as one.
-    pub fn reads(&self, expert: u32) -> impl Iterator<Item = Extent> {
-        let extent = move |parts: Range<usize>| {
-            let [first, last] = [parts.start, parts.end - 1].map(|part| self.part(part, expert));
-            Extent { bytes: last.offset + last.bytes - first.offset, ..first }
-        };
-        self.runs().map(extent)
+    /// What is read to have an expert: its parts.
+    pub fn reads(&self, expert: u32) -> [Extent; 3] {
+        [0, 1, 2].map(|part| self.part(part, expert))
     }
 
-    /// Bytes of memory that hold any expert of the layer as it is read: whole pages, wherever on a page it begins.
+    /// Bytes of memory that hold any expert of the layer as it is read: whole pages, wherever on a page a part begins.
     pub fn slot_bytes(&self) -> usize {
-        let run_bytes = |parts: Range<usize>| self.parts[parts].iter().map(|part| part.bytes as usize).sum::<usize>();
-        self.runs().map(|parts| run_bytes(parts).next_multiple_of(ALIGNMENT_BYTES) + ALIGNMENT_BYTES).sum()
-    }
-
-    /// Parts that are neighbours in the file, as ranges.
-    fn runs(&self) -> impl Iterator<Item = Range<usize>> {
-        let [a, b, c] = self.parts;
-        let joined = |first: Extent, next: Extent, strides: [u64; 2]| {
-            first.file == next.file && first.offset + first.bytes == next.offset && strides[0] == strides[1]
-        };
-        let [s, t, u] = self.strides_bytes;
-        let borders = [true, !joined(a, b, [s, t]), !joined(b, c, [t, u]), true];
-        (0..3).filter(move |&start| borders[start]).map(move |start| {
-            let end = (start + 1..4).find(|&end| borders[end]).expect("the last border is one");
-            start..end
-        })
-    }
-
-    /// The parts that read number `read` of [`ExpertExtents::reads`] brings, and where in its memory they lie.
-    pub(crate) fn read_places(&self, expert: u32, read: usize) -> impl Iterator<Item = (usize, Range<usize>)> {
-        let run = self.runs().nth(read).expect("a read of the expert");
-        let first = self.part(run.start, expert);
-        run.map(move |part| {
-            let extent = self.part(part, expert);
-            let start = first.lead_bytes() + (extent.offset - first.offset) as usize;
-            (part, start..start + extent.bytes as usize)
-        })
+        self.expert_bytes().iter().map(|bytes| bytes.next_multiple_of(ALIGNMENT_BYTES) + ALIGNMENT_BYTES).sum()
     }
 
     /// Where in a slot that was filled by [`ExpertExtents::reads`] the parts of an expert lie.
     pub(crate) fn places(&self, expert: u32) -> [Range<usize>; 3] {
-        let mut places = [const { 0..0 }; 3];
         let mut read_start = 0;
-        for (i, read) in self.reads(expert).enumerate() {
-            for (part, place) in self.read_places(expert, i) {
-                places[part] = read_start + place.start..read_start + place.end;
-            }
+        self.reads(expert).map(|read| {
+            let place = read.place_in_cover();
+            let place = read_start + place.start..read_start + place.end;
             read_start += read.cover_bytes();
-        }
-        places
+            place
+        })
     }
 }
 
@@ -206,19 +178,9 @@ mod tests {
         let layer =
             ExpertExtents::stacked(4, [extent(0, 100, 40_000), extent(0, 40_100, 40_000), extent(1, 8192, 400)]);
         assert_eq!((layer.expert_bytes(), layer.total_bytes()), ([10_000, 10_000, 100], 80_400));
-        let reads: Vec<Extent> = layer.reads(2).collect();
-        assert_eq!(reads, [extent(0, 20_100, 10_000), extent(0, 60_100, 10_000), extent(1, 8392, 100)]);
+        assert_eq!(layer.reads(2), [extent(0, 20_100, 10_000), extent(0, 60_100, 10_000), extent(1, 8392, 100)]);
         // They begin 3,716, 2,756 and 200 bytes into a page, and the first two end in the fourth page from there.
         assert_eq!(layer.places(2), [3716..13_716, 16_384 + 2756..16_384 + 12_756, 32_768 + 200..32_768 + 300]);
         assert_eq!(layer.slot_bytes(), 16_384 * 2 + 8192);
-    }
-
-    #[test]
-    fn an_expert_in_one_piece_is_one_read() {
-        let parts = [extent(0, 4096, 5000), extent(0, 9096, 5000), extent(0, 14_096, 100)];
-        let layer = ExpertExtents { experts: 8, parts, strides_bytes: [12_288; 3] };
-        assert_eq!(layer.reads(3).collect::<Vec<_>>(), [extent(0, 4096 + 3 * 12_288, 10_100)]);
-        assert_eq!(layer.places(3), [0..5000, 5000..10_000, 10_000..10_100]);
-        assert_eq!(layer.slot_bytes(), 12_288 + 4096);
     }
 }

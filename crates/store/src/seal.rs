@@ -184,14 +184,13 @@ impl Checksums {
         memory: &[u8],
     ) -> Result<(), StoreError> {
         let sums = self.seal.sums[id.layer as usize * self.seal.experts + id.expert as usize];
-        for (part, place) in layer.read_places(id.expert, read) {
-            let (found, expected) = (xxh3_64(&memory[place]), sums[part]);
-            if found != expected {
-                let Extent { file, offset, bytes } = layer.part(part, id.expert);
-                let path = self.source.path(file).to_owned();
-                let ExpertId { layer, expert } = id;
-                return Err(StoreError::Damaged { path, layer, expert, part, offset, bytes, found, expected });
-            }
+        let extent = layer.part(read, id.expert);
+        let (found, expected) = (xxh3_64(&memory[extent.place_in_cover()]), sums[read]);
+        if found != expected {
+            let Extent { file, offset, bytes } = extent;
+            let path = self.source.path(file).to_owned();
+            let ExpertId { layer, expert } = id;
+            return Err(StoreError::Damaged { path, layer, expert, part: read, offset, bytes, found, expected });
         }
         Ok(())
     }

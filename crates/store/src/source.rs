@@ -140,9 +140,14 @@ impl Extent {
         (self.offset % ALIGNMENT_BYTES as u64) as usize
     }
 
+    /// Where the extent lies in the whole pages that hold it.
+    pub(crate) fn place_in_cover(&self) -> std::ops::Range<usize> {
+        self.lead_bytes()..self.lead_bytes() + self.bytes as usize
+    }
+
     /// Bytes of the whole pages that hold the extent.
     pub(crate) fn cover_bytes(&self) -> usize {
-        page_up(self.lead_bytes() + self.bytes as usize)
+        page_up(self.place_in_cover().end)
     }
 }
 

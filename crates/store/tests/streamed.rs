@@ -173,23 +173,6 @@ fn resident_and_streamed_show_the_same_bytes() {
     }
 }
 
-/// Gate, up and down of an expert together, experts a whole number of pages apart: one read for each.
-#[test]
-fn a_repacked_layer_is_read_in_one_piece() {
-    let weights = Weights::new();
-    let parts = [(4096, 5000), (9096, 5000), (14_096, 100)].map(|(offset, bytes)| Extent { file: 0, offset, bytes });
-    let layer = ExpertExtents { experts: EXPERTS, parts, strides_bytes: [12_288; 3] };
-    let weights = Weights { layers: vec![layer], ..weights };
-    for kind in readers() {
-        let (reader, _) = open_reader(&weights.source(), kind).unwrap();
-        let resident = HostStore::resident(&*reader, &weights.layers, &Cancel::default(), &mut |_| {}).unwrap();
-        let streamed = HostStore::streamed(reader, &weights.layers, &[2], 2, None).unwrap();
-        for store in [resident, streamed] {
-            weights.take(&store, 0, &[0, 5, 15, 7], &Cancel::default()).unwrap();
-        }
-    }
-}
-
 #[test]
 fn large_tensors_are_read_in_pieces() {
     let dir = tempfile::tempdir().unwrap();
@@ -426,34 +409,27 @@ fn checksums(weights: &Weights) -> Checksums {
 
 #[test]
 fn a_changed_byte_of_a_sealed_model_is_an_error_that_names_its_expert() {
-    let repacked = [(4096, 5000), (9096, 5000), (14_096, 100)].map(|(offset, bytes)| Extent { file: 0, offset, bytes });
-    let repacked = ExpertExtents { experts: EXPERTS, parts: repacked, strides_bytes: [12_288; 3] };
     for kind in readers() {
-        for (layers, slots) in [(None, &[3, 2][..]), (Some(vec![repacked; 2]), &[3])] {
-            let mut weights = Weights::new();
-            weights.layers = layers.unwrap_or(weights.layers);
-            let (reader, _) = open_reader(&weights.source(), kind).unwrap();
-            let store = HostStore::streamed(reader, &weights.layers, slots, 2, Some(checksums(&weights))).unwrap();
-            assert!(store.checks());
-            let all: Vec<u32> = (0..EXPERTS as u32).collect();
-            let layer = weights.layers.len() - 1;
-            weights.take(&store, layer, &all, &Cancel::default()).unwrap();
+        let weights = Weights::new();
+        let (reader, _) = open_reader(&weights.source(), kind).unwrap();
+        let store = HostStore::streamed(reader, &weights.layers, &[3, 2], 2, Some(checksums(&weights))).unwrap();
+        assert!(store.checks());
+        let all: Vec<u32> = (0..EXPERTS as u32).collect();
+        let layer = weights.layers.len() - 1;
+        weights.take(&store, layer, &all, &Cancel::default()).unwrap();
 
-            let damaged = weights.layers[layer].part(1, 9);
-            let file = std::fs::File::options().write(true).open(&weights.path).unwrap();
-            let at = damaged.offset + damaged.bytes - 1;
-            file.write_all_at(&[byte_at(at) ^ 1], at).unwrap();
-            let error = weights.take(&store, layer, &all, &Cancel::default()).unwrap_err();
-            let StoreError::Damaged { path, layer: in_layer, expert: 9, part: 1, .. } = &error else {
-                panic!("{error}")
-            };
-            assert_eq!((path, *in_layer as usize), (&weights.path, layer), "{error}");
-            // It was not kept, and the others are right.
-            assert!(weights.take(&store, layer, &[9], &Cancel::default()).is_err());
-            weights.take(&store, layer, &[3, 8, 10], &Cancel::default()).unwrap();
-            file.write_all_at(&[byte_at(at)], at).unwrap();
-            weights.take(&store, layer, &all, &Cancel::default()).unwrap();
-        }
+        let damaged = weights.layers[layer].part(1, 9);
+        let file = std::fs::File::options().write(true).open(&weights.path).unwrap();
+        let at = damaged.offset + damaged.bytes - 1;
+        file.write_all_at(&[byte_at(at) ^ 1], at).unwrap();
+        let error = weights.take(&store, layer, &all, &Cancel::default()).unwrap_err();
+        let StoreError::Damaged { path, layer: in_layer, expert: 9, part: 1, .. } = &error else { panic!("{error}") };
+        assert_eq!((path, *in_layer as usize), (&weights.path, layer), "{error}");
+        // It was not kept, and the others are right.
+        assert!(weights.take(&store, layer, &[9], &Cancel::default()).is_err());
+        weights.take(&store, layer, &[3, 8, 10], &Cancel::default()).unwrap();
+        file.write_all_at(&[byte_at(at)], at).unwrap();
+        weights.take(&store, layer, &all, &Cancel::default()).unwrap();
     }
 }
 
