@@ -1,7 +1,7 @@
 //! Any bytes: reading recorded routes returns, and what it accepts is written the same.
 //!
 //!     mkdir -p fuzz/corpus/routes
-//!     cargo +nightly fuzz run routes fuzz/corpus/routes -- -max_total_time=60
+//!     cargo +nightly fuzz run routes fuzz/corpus/routes fuzz/seeds/routes -- -max_total_time=60
 
 #![no_main]
 
