@@ -6,6 +6,7 @@ pub mod disk;
 pub mod heldout;
 pub mod random;
 pub mod simulated_router;
+pub mod synthetic_state;
 
 use clap::Args;
 pub use infall::memory;

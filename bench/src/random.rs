@@ -22,4 +22,9 @@ impl Random {
     pub fn below(&mut self, end: usize) -> usize {
         (self.unit() * end as f64) as usize
     }
+
+    /// Any bytes.
+    pub fn fill(&mut self, bytes: &mut [u8]) {
+        bytes.chunks_mut(8).for_each(|chunk| chunk.copy_from_slice(&self.bits().to_le_bytes()[..chunk.len()]));
+    }
 }
