@@ -161,11 +161,7 @@ pub enum Effort {
 
 impl fmt::Display for Effort {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Effort::Low => "low",
-            Effort::High => "high",
-            Effort::Max => "max",
-        })
+        text::prompt::Effort::from(*self).fmt(f)
     }
 }
 

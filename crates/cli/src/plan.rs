@@ -64,15 +64,21 @@ fn table(plan: &Plan) -> String {
 
 /// What memory is for, for people.
 fn describe(purpose: Purpose) -> String {
-    let count = |count: usize| HumanCount(count as u64).to_string();
+    let count = |count: usize| HumanCount(count as u64);
+    let counted = |number: usize, what: &str| format!("{} {what}{}", count(number), if number == 1 { "" } else { "s" });
     match purpose {
         Purpose::Program => "program, header and vocabulary".into(),
         Purpose::StaticWeights => "weights that every token uses".into(),
-        Purpose::State { tokens } => format!("session of {} tokens", count(tokens)),
-        Purpose::Pass { rows } => format!("pass of {} rows", count(rows)),
+        Purpose::State { tokens } => format!("session of {}", counted(tokens, "token")),
+        Purpose::Pass { rows } => format!("pass of {}", counted(rows, "row")),
         Purpose::ResidentExperts => "routed experts and token embedding".into(),
         Purpose::Slots { slots, experts, slot_bytes } => {
-            format!("{} slots for {} experts, {} each", count(slots), count(experts), terminal::bytes(slot_bytes))
+            format!(
+                "{} for {}, {} each",
+                counted(slots, "slot"),
+                counted(experts, "expert"),
+                terminal::bytes(slot_bytes)
+            )
         }
     }
 }

@@ -32,7 +32,11 @@ fn a_plan_of_flash_keeps_to_its_memory() {
     let large = plan(&flash(), &["--ctx", "32768", "--memory", "1TiB"]);
     assert_eq!(large["residency"], "resident");
     let few = plan(&flash(), &["--cache", "1", "--memory", "16 GiB"]);
-    assert!(few["warnings"][0].as_str().unwrap().starts_with("1 expert slots are fewer than the 258"), "{few}");
+    assert!(few["warnings"][0].as_str().unwrap().starts_with("1 expert slot is fewer than the 258"), "{few}");
+    let model = flash();
+    let table = run(&["plan", "-m", model.to_str().unwrap(), "--cache", "1", "--memory", "16 GiB"]).success();
+    let table = String::from_utf8(table).unwrap();
+    assert!(table.contains("1 slot for 11,008 experts"), "{table}");
 }
 
 #[test]

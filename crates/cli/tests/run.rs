@@ -180,7 +180,11 @@ fn the_encoding_decides_what_an_effort_adds() {
     assert_eq!(prompt_tokens(&july, &["--effort", "low"]).1, plain);
 
     let ran = run(&["run", "-m", as_str(&april), "--effort", "low", "hi"]);
-    assert!(ran.code == Some(1) && ran.err.contains("not known to weights of the encoding v4-2604"), "{}", ran.err);
+    assert!(
+        ran.code == Some(1) && ran.err.contains("effort `low` is not known to weights of the encoding v4-2604"),
+        "{}",
+        ran.err
+    );
     let ran = run(&["run", "--nothink", "--effort", "max", "hi"]);
     assert_eq!(ran.code, Some(2), "{}", ran.err);
 }

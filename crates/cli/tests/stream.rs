@@ -99,7 +99,7 @@ fn refusals_say_what_works() {
     assert!(code == Some(1) && said.contains("(as asked)"), "{said}");
     let smallest = said.split("Allow at least ").nth(1).unwrap().split(' ').next().unwrap().to_owned();
     let (code, said) = refused(&["--memory", &smallest]);
-    assert!(code == Some(0) && said.contains("warning: 1 expert slots are fewer"), "{said}");
+    assert!(code == Some(0) && said.contains("warning: 1 expert slot is fewer"), "{said}");
     let (code, said) = refused(&["--cache", "0"]);
     assert!(code == Some(1) && said.contains("the least is 1 slot"), "{said}");
     let (code, said) = refused(&["--exact", "--fast"]);

@@ -106,8 +106,9 @@ pub enum Purpose {
 pub enum Warning {
     /// Less than one token's experts.
     #[error(
-        "{slots} expert slots are fewer than the {wanted} experts that one token uses, so that no token finds what \
-             the one before it used: it works, and is slow. {more_bytes} bytes more would hold them"
+        "{slots} expert {} fewer than the {wanted} experts that one token uses, so that no token finds what the one \
+             before it used: it works, and is slow. {more_bytes} bytes more would hold them",
+             if *.slots == 1 { "slot is" } else { "slots are" }
     )]
     FewSlots {
         /// Slots of the plan.
@@ -180,6 +181,9 @@ pub struct Plan {
     pub warnings: Vec<Warning>,
 }
 
+/// What the system says it can give is out by this part of it: pages of tables and of the program's own file come and go.
+const AVAILABLE_WITHIN: u64 = 1000;
+
 /// Of the memory that the system can give, an automatic plan takes 7 of 8 parts: the rest is for what other programs
 /// will want, and for the file cache (docs/spec/streaming.md §2).
 const AUTOMATIC_SHARE: (u64, u64) = (7, 8);
@@ -205,7 +209,8 @@ impl Plan {
         // What the process holds already is in the plan's total, as part of the program.
         let (total_bytes, held_at_most) = (plan.total_bytes(), needs.program_bytes);
         let own = |available: &Available| available.bytes + available.held_bytes.min(held_at_most);
-        if let Some(available) = available.filter(|available| total_bytes > own(available)) {
+        let is_short = |available: &&Available| total_bytes - total_bytes / AVAILABLE_WITHIN > own(available);
+        if let Some(available) = available.filter(is_short) {
             let (available_bytes, according_to) = (own(available), available.according_to.display().to_string());
             plan.warnings.push(Warning::MoreThanAvailable { total_bytes, available_bytes, according_to });
         }
@@ -407,6 +412,7 @@ mod tests {
         let [Warning::FewSlots { slots: 257, wanted: 258, more_bytes: 7_090_176 }] = few.warnings[..] else {
             panic!("{few:?}")
         };
+        assert!(few.warnings[0].to_string().starts_with("257 expert slots are fewer than the 258"), "{few:?}");
     }
 
     #[test]
@@ -451,7 +457,18 @@ mod tests {
             let available = Available { bytes: (16 << 30) - 40 * MIB, held_bytes, according_to: "limit".into() };
             !Plan::new(&flash(), memory(16_384), Some(&available)).unwrap().warnings.is_empty()
         };
-        assert_eq!([0, 30 * MIB, 40 * MIB].map(warned), [true, true, false]);
+        assert_eq!([0, 10 * MIB, 40 * MIB].map(warned), [true, true, false]);
+    }
+
+    #[test]
+    fn memory_that_is_short_by_next_to_nothing_is_not_warned_of() {
+        let asked = plan(&flash(), memory(16_384), None).unwrap().total_bytes();
+        let warnings = |short_bytes| {
+            let available = available(asked - short_bytes);
+            Plan::new(&flash(), memory(16_384), available.as_ref()).unwrap().warnings
+        };
+        assert_eq!(warnings(asked / 10_000), []);
+        assert!(matches!(warnings(asked / 500)[..], [Warning::MoreThanAvailable { .. }]));
     }
 
     prop_compose! {

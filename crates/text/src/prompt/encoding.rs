@@ -71,6 +71,16 @@ pub enum Effort {
     Max,
 }
 
+impl fmt::Display for Effort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Low => "low",
+            Self::High => "high",
+            Self::Max => "max",
+        })
+    }
+}
+
 /// Whether the next turn reasons before it answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {

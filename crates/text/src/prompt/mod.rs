@@ -57,7 +57,7 @@ pub enum PromptError {
     },
     /// The weights do not know the effort level.
     #[error(
-        "effort {effort:?} is not known to weights of the encoding {encoding}: use `high` or `max`, or leave it out"
+        "effort `{effort}` is not known to weights of the encoding {encoding}: use `high` or `max`, or leave it out"
     )]
     UnknownEffort {
         /// The level.
