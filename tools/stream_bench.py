@@ -110,7 +110,7 @@ HEADER = ["", "tokens/s", "bound", "share", "experts read/token", "MB/token", "b
 def peer(limit):
     library = pathlib.Path(o.peer)
     package = next(library.glob("src/llama_cpp_python-*/llama_cpp"))
-    out, _, _ = limit.run([ROOT / "target/test-venv/bin/python", ROOT / "tools/peer_llama.py", o.model, "--prefill", 8, "--decode", 12,
+    out, _, _ = limit.run([ROOT / "target/test-venv/bin/python", ROOT / "tools/peer_llama.py", o.model, "--cold", "--prefill", 8, "--decode", 12,
                         "--repeat", 1, "--lib", library / "build/bin", "--pkg", package])
     figures = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     return next(figure["tps"] for figure in figures if figure["what"] == "decode")

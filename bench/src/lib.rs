@@ -4,6 +4,7 @@ pub mod bound;
 pub mod calls;
 pub mod disk;
 pub mod heldout;
+pub mod profile;
 pub mod random;
 pub mod simulated_router;
 pub mod synthetic_state;

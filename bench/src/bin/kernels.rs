@@ -137,7 +137,7 @@ fn measure(ty: TensorType, level: Level, threads: usize, megabytes: usize, x: &[
     let rows = |batch: usize| &x[..batch * COLS];
     let exact = BATCHES.map(|batch| Kernel { level, ty, batch, x: Operand::Exact(rows(batch)) });
     print_row(ty, "exact", &format!("{:.1}", COLS as f64 / decode_seconds / 1e9), &exact, threads, &tile, &weights);
-    if integer::is_supported(ty) {
+    if integer::blocking(ty).is_some() {
         let quantized = |batch| Operand::Fast(integer::quantize_activations_at(level, ty, rows(batch), COLS));
         let fast = BATCHES.map(|batch| Kernel { level, ty, batch, x: quantized(batch) });
         print_row(ty, "fast", "", &fast, threads, &tile, &weights);
@@ -168,7 +168,7 @@ fn main() -> Result<()> {
         bail!("there are kernels for {}", quant::TYPES.map(|ty| ty.to_string()).join(", "));
     }
     println!("{}; level {level:?}, {threads} threads out of memory", bench::machine());
-    println!("reading memory: {:.1} GB/s\n", read_bytes_per_second(megabytes << 20, threads) / 1e9);
+    println!("reading memory: {:.1} GB/s\n", read_bytes_per_second(megabytes << 20, threads)? / 1e9);
     println!(
         "| type | precision | decode | in cache, 1 | 4 | 128 | memory, 1 | 4 | 128 |\n|---|---|---|---|---|---|---|---|---|"
     );

@@ -193,7 +193,7 @@ fn main() -> Result<()> {
         ensure!(fits, "found a context of {context}, expected {} to {}", decode + 2, config.context_length);
     }
     let (threads, precision) = (arguments.threads.unwrap_or(default.threads), arguments.precision.precision());
-    let sweep = read_bytes_per_second(1 << 29, threads);
+    let sweep = read_bytes_per_second(1 << 29, threads)?;
     let backend = &file.load_with(Options { threads, precision, ..default })?;
     let weight_bytes = token_weight_bytes(&file.model) as f64;
     println!("{}; {threads} used, {precision:?}", machine());

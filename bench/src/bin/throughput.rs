@@ -1,28 +1,30 @@
-//! Tokens a second of a model file on the CPU: prefill in one chunk, the same tokens one by one, and decode.
+//! Tokens a second of a model file on the CPU: prefill in one chunk, more tokens one by one, and decode.
 //!
-//! `cargo run --release -p infall-bench --bin throughput -- FILE [--prefill 128] [--decode 8] [--threads N] [--exact]`
+//! `cargo run --release -p infall-bench --bin throughput -- FILE [--prefill 128,512] [--decode 8] [--threads N] [--exact] [--profile]`
 //!
-//! Decode is set against a sweep that only reads memory, in the same run. Token ids are pseudo-random. Fails if any logit is not finite.
+//! Decode is set against sweeps that only read memory, in the same run. Token ids are pseudo-random. Fails if any logit is not finite.
 
 use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
 use bench::PrecisionFlags;
-use bench::memory::read_bytes_per_second;
+use bench::memory::{read_bytes_per_second, sweep_bytes_per_second};
+use bench::profile::Profile;
 use clap::Parser;
 use cpu::{CpuBackend, Options};
 use infall::load::ModelFile;
-use model::{Backend, Cancel, Model, NoObserver, Row, State, forward};
+use infall::placement::token_weight_bytes;
+use model::{Backend, Cancel, Row, State, forward};
 
 /// Tokens a second of a model file on the CPU.
 #[derive(Parser)]
 struct Arguments {
     /// The model, GGUF.
     file: PathBuf,
-    /// Tokens of the prefill chunk.
-    #[arg(long, default_value_t = 128)]
-    prefill: usize,
+    /// Tokens of each prefill chunk.
+    #[arg(long, default_value = "128", value_delimiter = ',')]
+    prefill: Vec<usize>,
     /// Tokens computed one by one.
     #[arg(long, default_value_t = 8)]
     decode: usize,
@@ -32,6 +34,9 @@ struct Arguments {
     /// Fail if a token of the chunk is not this many times as fast as one alone.
     #[arg(long)]
     least_gain: Option<f64>,
+    /// Print how each figure's time is shared by the stages.
+    #[arg(long)]
+    profile: bool,
     /// Threads; all of the machine's by default.
     #[arg(long)]
     threads: Option<usize>,
@@ -39,22 +44,19 @@ struct Arguments {
     precision: PrecisionFlags,
 }
 
+/// Bytes of a sweep of memory.
+const SWEEP_BYTES: usize = 512 << 20;
+
 /// Computes `count` tokens in one pass and returns the seconds it took.
-fn pass(backend: &CpuBackend, state: &mut State, count: usize, vocab: usize) -> Result<f64> {
+fn pass(backend: &CpuBackend, state: &mut State, count: usize, vocab: usize, profile: &mut Profile) -> Result<f64> {
     let token = |position: usize| (position * 7919 + 13) % (vocab - 16) + 3;
     let row = |position| Row { session: 0, position, token: token(position) as u32, logits: false };
     let mut rows: Vec<Row> = (state.position()..state.position() + count).map(row).collect();
     rows.last_mut().expect("a pass has rows").logits = true;
     let start = Instant::now();
-    forward(backend, rows, &mut [state], &Cancel::default(), &mut NoObserver)?;
+    profile.begin_pass();
+    forward(backend, rows, &mut [state], &Cancel::default(), profile)?;
     Ok(start.elapsed().as_secs_f64())
-}
-
-/// Bytes of weights that one token uses: all but the embedding and the experts it does not choose.
-fn token_bytes(model: &Model) -> u64 {
-    let expert = model.experts.iter().flat_map(|layer| layer.extents.expert_bytes()).sum::<usize>() as u64;
-    let experts = expert * model.config.experts_used as u64;
-    cpu::static_bytes(model, true) + experts
 }
 
 fn main() -> Result<()> {
@@ -83,26 +85,39 @@ fn main() -> Result<()> {
         println!("{what:<28} {tokens:>8} {each:>10.4} {:>10.2}", 1.0 / each);
         each
     };
-    let mut warm = backend.new_state()?;
-    pass(backend, &mut warm, 1, vocab)?;
+    let print_stages = |profile: &Profile| {
+        if arguments.profile {
+            print!("{profile}")
+        }
+    };
+    pass(backend, &mut backend.new_state()?, 8, vocab, &mut Profile::default())?;
+    let mut chunk = f64::INFINITY;
     let mut state = backend.new_state()?;
-    let chunk = pass(backend, &mut state, arguments.prefill, vocab)?;
-    let chunk = row("prefill, one chunk", arguments.prefill, chunk);
-    let mut seconds = 0.0;
+    for &tokens in &arguments.prefill {
+        let mut profile = Profile::default();
+        state = backend.new_state()?;
+        let seconds = pass(backend, &mut state, tokens, vocab, &mut profile)?;
+        chunk = row("prefill, one chunk", tokens, seconds);
+        print_stages(&profile);
+    }
+    let (mut seconds, mut profile) = (0.0, Profile::default());
     for _ in 0..arguments.decode {
-        seconds += pass(backend, &mut state, 1, vocab)?;
+        seconds += pass(backend, &mut state, 1, vocab, &mut profile)?;
     }
     let ones = row("decode, one by one", arguments.decode, seconds);
-    let read = token_bytes(&file.model) as f64;
-    let sweep = read_bytes_per_second(1 << 29, threads);
-    println!(
-        "a token alone reads {:.3} GB of weights: {:.1} GB/s, {:.2} of the {:.1} GB/s of a sweep by {threads} threads",
-        read / 1e9,
-        read / ones / 1e9,
-        read / ones / sweep,
-        sweep / 1e9
-    );
-    println!("a token of the chunk is {:.1} times as fast as one alone", ones / chunk);
+    print_stages(&profile);
+    let read = token_weight_bytes(&file.model) as f64;
+    println!("a token alone reads {:.3} GB of weights: {:.1} GB/s", read / 1e9, read / ones / 1e9);
+    let ordinary: Vec<u64> = (0..SWEEP_BYTES as u64 / 8).collect();
+    let sweeps = [
+        ("memory as weights have it", read_bytes_per_second(SWEEP_BYTES, threads)?),
+        ("memory of ordinary pages", sweep_bytes_per_second(&ordinary, threads)),
+    ];
+    for (memory, sweep) in sweeps {
+        let share = read / ones / sweep;
+        println!("  {share:.2} of the {:.1} GB/s at which {threads} threads sweep {memory}", sweep / 1e9);
+    }
+    println!("a token of the last chunk is {:.1} times as fast as one alone", ones / chunk);
     if let Some(most) = arguments.most_seconds.filter(|most| ones > *most) {
         bail!("a token takes {ones:.3} s, at most {most} s were wanted");
     }

@@ -32,7 +32,7 @@ pub fn bench(flags: &flags::Bench) -> anyhow::Result<Outcome> {
     let end_tokens = lengths.last().expect("there is a length") + flags.gen_tokens.get();
     let work = Work { clones: 1, ..Work::new(&flags.machine, end_tokens) };
     // Before weights take what memory there is.
-    let sweep = memory::read_bytes_per_second(SWEEP_BYTES, work.shape.threads);
+    let sweep = memory::read_bytes_per_second(SWEEP_BYTES, work.shape.threads)?;
     let (backend, setting) = file.load(&work, &cancel)?;
     terminal::dim_note(&setting.line());
     Stream::Out.write(&format!(

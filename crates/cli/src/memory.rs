@@ -4,9 +4,21 @@
 use std::thread;
 use std::time::Instant;
 
-/// Bytes a second of the best of several sweeps over `bytes` bytes, shared by `threads` threads.
-pub fn read_bytes_per_second(bytes: usize, threads: usize) -> f64 {
-    let words: Vec<u64> = (0..bytes as u64 / 8).collect();
+use store::{AlignedBytes, StoreError};
+
+/// Bytes a second of the best of several sweeps over `bytes` bytes of memory as weights have it, shared by `threads` threads.
+///
+/// # Errors
+/// There is not as much memory.
+pub fn read_bytes_per_second(bytes: usize, threads: usize) -> Result<f64, StoreError> {
+    let mut memory = AlignedBytes::zeroed(bytes)?;
+    let words: &mut [u64] = bytemuck::cast_slice_mut(memory.as_mut_slice());
+    words.iter_mut().zip(0..).for_each(|(word, value)| *word = value);
+    Ok(sweep_bytes_per_second(words, threads))
+}
+
+/// The same over memory that the caller has.
+pub fn sweep_bytes_per_second(words: &[u64], threads: usize) -> f64 {
     let sweep = || {
         let start = Instant::now();
         thread::scope(|scope| {
@@ -16,7 +28,7 @@ pub fn read_bytes_per_second(bytes: usize, threads: usize) -> f64 {
         });
         start.elapsed().as_secs_f64()
     };
-    bytes as f64 / (0..8).map(|_| sweep()).fold(f64::INFINITY, f64::min)
+    size_of_val(words) as f64 / (0..8).map(|_| sweep()).fold(f64::INFINITY, f64::min)
 }
 
 /// Bytes of memory that this process holds now; `None` where the system does not say (it does on Linux).

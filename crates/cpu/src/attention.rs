@@ -1,23 +1,28 @@
 //! The attention half of a layer (docs/spec/model.md §2.3–2.6).
 
 use std::cmp::Ordering;
+use std::ops::Range;
 
-use model::kv::{CompressorLayout, RowFormat};
-use model::rope::{rotate, rotate_back};
+use model::kv::CompressorLayout;
 use model::state::{CompressorView, LayerDelta, LayerView};
 use model::tensors::Compressor;
 use model::{Arithmetic, Error, Run, State};
+use quant::rows::{exp_of_at, largest_at, rectified_sums_at, rotate_at, rotate_back_at};
 use quant::simd::Level;
 use quant::{exact, math};
 
 use crate::backend::CpuBackend;
 use crate::hyper::rms_norm;
+use crate::parallel::{Input, columns};
 use crate::pass::{Chosen, Pass};
 use crate::rows;
 use crate::weights::Weight;
 
 /// Heads that share one reading of the key rows.
 pub(crate) const HEADS_TOGETHER: usize = 8;
+
+/// Queries that share what is unpacked for them.
+pub(crate) const ROWS_TOGETHER: usize = 8;
 
 impl CpuBackend {
     /// Which of a pass's two rotations a layer uses.
@@ -30,31 +35,37 @@ impl CpuBackend {
         let (head_dim, tail) = (config.head_dim, config.head_dim - config.rope_dim);
         let rotations = &pass.rotations[self.rope_of(layer)];
 
-        self.workers.matmul(w.q_a.matrix(), &pass.input, &mut pass.q_low);
-        let norm = w.q_a_norm.values();
-        pass.q_low.chunks_exact_mut(config.q_rank).for_each(|row| rms_norm(level, row, Some(norm), config.rms_eps));
+        let input = Input::new(&pass.input, config.d_model);
+        self.workers.matmul(w.q_a.matrix(), &input, &mut pass.q_low);
+        self.workers.rows(&mut pass.q_low, config.q_rank, 4 * config.q_rank, |_, row| {
+            rms_norm(level, row, Some(w.q_a_norm.values()), config.rms_eps);
+        });
 
-        self.workers.matmul(w.q_b.matrix(), &pass.q_low, &mut pass.queries);
+        self.workers.matmul(w.q_b.matrix(), &Input::new(&pass.q_low, config.q_rank), &mut pass.queries);
         self.workers.rows(&mut pass.queries, config.heads * head_dim, 2 * config.heads * head_dim, |r, heads| {
             for head in heads.chunks_exact_mut(head_dim) {
                 rms_norm(level, head, None, config.rms_eps);
-                rotate(&mut head[tail..], &rotations[r]);
+                rotate_at(level, &mut head[tail..], &rotations[r]);
             }
         });
 
         let mut kv = Vec::new();
-        self.workers.matmul(w.kv.matrix(), &pass.input, &mut kv);
+        self.workers.matmul(w.kv.matrix(), &input, &mut kv);
         let format = self.layout.layers[layer].raw;
+        let mut packed: Vec<&mut [u8]> = Vec::with_capacity(pass.batch.rows().len());
         for (run, delta) in pass.batch.runs().iter().zip(&mut pass.deltas) {
             let raw = &mut delta.layers[layer].raw;
             raw.resize(run.rows.len() * format.row_bytes(), 0);
-            for (r, packed) in run.rows.clone().zip(raw.chunks_exact_mut(format.row_bytes())) {
-                let row = &mut kv[r * head_dim..][..head_dim];
-                rms_norm(level, row, Some(w.kv_norm.values()), config.rms_eps);
-                rotate(&mut row[tail..], &rotations[r]);
-                rows::pack(level, format, row, packed);
-            }
+            packed.extend(raw.chunks_exact_mut(format.row_bytes()));
         }
+        let rows = kv.chunks_exact_mut(head_dim).zip(packed).enumerate();
+        // Rounding is some ten operations a value.
+        let work = 10 * rows.len() * head_dim;
+        self.workers.each(rows, work, |(r, (row, packed))| {
+            rms_norm(level, row, Some(w.kv_norm.values()), config.rms_eps);
+            rotate_at(level, &mut row[tail..], &rotations[r]);
+            rows::pack(level, format, row, packed);
+        });
         Ok(())
     }
 
@@ -91,8 +102,9 @@ impl CpuBackend {
         inputs_of: impl Fn(&mut LayerDelta) -> &mut Vec<f32>,
     ) {
         let (mut u, mut z) = (Vec::new(), Vec::new());
-        self.workers.matmul(w.kv.matrix(), &pass.input, &mut u);
-        self.workers.matmul(w.gate.matrix(), &pass.input, &mut z);
+        let input = Input::new(&pass.input, self.config.d_model);
+        self.workers.matmul(w.kv.matrix(), &input, &mut u);
+        self.workers.matmul(w.gate.matrix(), &input, &mut z);
         let width = layout.width;
         let mut positional = vec![0.0; width];
         for (run, delta) in pass.batch.runs().iter().zip(&mut pass.deltas) {
@@ -123,7 +135,7 @@ impl CpuBackend {
             let mut row = pool(self.workers.level, &window_slots(layout, first + i, view));
             rms_norm(self.workers.level, &mut row, Some(w.norm.values()), self.config.rms_eps);
             let tail = row.len() - self.config.rope_dim;
-            rotate(&mut row[tail..], &self.ropes[1].at((first + i) * layout.ratio));
+            rotate_at(self.workers.level, &mut row[tail..], &self.ropes[1].at((first + i) * layout.ratio));
             rows::pack(self.workers.level, layout.row, &row, packed);
         });
         rows
@@ -133,34 +145,36 @@ impl CpuBackend {
         let ratio = self.config.compress_ratios[layer];
         let visible = |position: usize| (position + 1).checked_div(ratio).unwrap_or(0);
         let rows = pass.batch.rows();
-        pass.chosen = rows.iter().map(|row| Chosen::First(visible(row.position))).collect();
-        if ratio != 4 {
-            return Ok(());
-        }
+        let mut chosen: Vec<Chosen> = rows.iter().map(|row| Chosen::First(visible(row.position))).collect();
         let top_k = self.config.index_top_k;
-        let choosing: Vec<usize> = (0..rows.len()).filter(|&r| visible(rows[r].position) > top_k).collect();
+        let chooses = |&r: &usize| ratio == 4 && visible(rows[r].position) > top_k;
+        let choosing: Vec<usize> = (0..rows.len()).filter(chooses).collect();
         if choosing.is_empty() {
+            pass.chosen = chosen;
             return Ok(());
         }
         let (queries, weights) = self.index_queries(layer, &choosing, pass);
         let (width, heads) = (self.config.index_heads * self.config.index_head_dim, self.config.index_heads);
-        // `None` where the scores are no numbers and choose nothing.
-        let mut picked: Vec<Option<Chosen>> = vec![None; choosing.len()];
-        let work = rows.iter().map(|row| visible(row.position)).max().unwrap_or(0) * width;
-        self.workers.rows(&mut picked, 1, work, |i, picked| {
-            let r = choosing[i];
-            let run = pass.run_of_row[r];
-            let view = states[pass.batch.runs()[run].session].view(layer, &pass.deltas[run].layers[layer]);
-            let keys = view.index().expect("a ratio-4 layer has an indexer");
-            let visible = visible(rows[r].position);
-            let scores =
-                self.index_scores(layer, &queries[i * width..][..width], &weights[i * heads..][..heads], keys, visible);
-            let are_numbers = scores.iter().all(|score| score.is_finite());
-            picked[0] = are_numbers.then(|| Chosen::Rows(top_rows(&scores, top_k)));
-        });
-        for (r, chosen) in choosing.into_iter().zip(picked) {
-            pass.chosen[r] = chosen.ok_or(Error::NotFinite { position: pass.batch.rows()[r].position })?;
+        let mut asked = choosing.iter().zip(queries.chunks_exact(width).zip(weights.chunks_exact(heads)));
+        for rows_together in together(&choosing, &pass.run_of_row) {
+            let asked = asked.by_ref().take(rows_together.len());
+            let asked =
+                asked.map(|(&r, (query, weights))| Asked { query, weights, visible: visible(rows[r].position) });
+            let asked: Vec<Asked<'_>> = asked.collect();
+            let keys = view(layer, rows_together[0], states, pass).index().expect("a ratio-4 layer has an indexer");
+            let scores = self.index_scores(layer, &asked, keys);
+            // `None` where the scores are no numbers and choose nothing.
+            let mut picked: Vec<Option<Vec<u32>>> = vec![None; asked.len()];
+            self.workers.rows(&mut picked, 1, 20 * asked[0].visible, |i, picked| {
+                let are_numbers = scores[i].iter().all(|score| score.is_finite());
+                picked[0] = are_numbers.then(|| top_rows(&scores[i], top_k));
+            });
+            for (&r, picked) in rows_together.iter().zip(picked) {
+                let picked = picked.ok_or(Error::NotFinite { position: rows[r].position })?;
+                chosen[r] = Chosen::Rows(picked);
+            }
         }
+        pass.chosen = chosen;
         Ok(())
     }
 
@@ -172,8 +186,9 @@ impl CpuBackend {
             rows.iter().flat_map(|&r| &from[r * width..][..width]).copied().collect()
         };
         let (mut queries, mut weights) = (Vec::new(), Vec::new());
-        self.workers.matmul(w.q_b.matrix(), &gather(&pass.q_low, config.q_rank), &mut queries);
-        self.workers.matmul(w.weights.matrix(), &gather(&pass.input, config.d_model), &mut weights);
+        let (low, input) = (gather(&pass.q_low, config.q_rank), gather(&pass.input, config.d_model));
+        self.workers.matmul(w.q_b.matrix(), &Input::new(&low, config.q_rank), &mut queries);
+        self.workers.matmul(w.weights.matrix(), &Input::new(&input, config.d_model), &mut weights);
         let scale = 1.0 / ((config.index_heads * config.index_head_dim) as f32).sqrt();
         weights.iter_mut().for_each(|weight| *weight *= scale);
 
@@ -183,7 +198,7 @@ impl CpuBackend {
             let rotation = &pass.rotations[1][rows[i]];
             let mut packed = vec![0; format.row_bytes()];
             for head in heads.chunks_exact_mut(config.index_head_dim) {
-                rotate(&mut head[config.index_head_dim - config.rope_dim..], rotation);
+                rotate_at(self.workers.level, &mut head[config.index_head_dim - config.rope_dim..], rotation);
                 if self.layout.arithmetic == Arithmetic::Official {
                     rows::pack(self.workers.level, format, head, &mut packed);
                     rows::unpack(self.workers.level, format, &packed, head);
@@ -193,130 +208,189 @@ impl CpuBackend {
         (queries, weights)
     }
 
-    /// `Σ_h weight[h] · max(0, query_h · key)` of the first `visible` keys.
-    fn index_scores(
-        &self,
-        layer: usize,
-        queries: &[f32],
-        weights: &[f32],
-        keys: CompressorView<'_>,
-        visible: usize,
-    ) -> Vec<f32> {
-        const KEYS_TOGETHER: usize = 64;
-        let (dim, heads) = (self.config.index_head_dim, self.config.index_heads);
+    /// `Σ_h weight[h] · max(0, query_h · key)` of every key that a row sees, for rows that see one after the other no fewer.
+    fn index_scores(&self, layer: usize, asked: &[Asked<'_>], keys: CompressorView<'_>) -> Vec<Vec<f32>> {
+        /// Keys of a part, and of a tile of it.
+        const PART: usize = 512;
+        const TILE: usize = 64;
+        let (level, dim, heads) = (self.workers.level, self.config.index_head_dim, self.config.index_heads);
         let format = self.layout.layers[layer].index.expect("a ratio-4 layer has an indexer").row;
-        let mut tile = vec![0.0; KEYS_TOGETHER * dim];
-        let mut dots = vec![0.0; KEYS_TOGETHER * heads];
-        let mut scores = Vec::with_capacity(visible);
-        for first in (0..visible).step_by(KEYS_TOGETHER) {
-            let count = KEYS_TOGETHER.min(visible - first);
-            for (i, key) in tile.chunks_exact_mut(dim).take(count).enumerate() {
-                rows::unpack(self.workers.level, format, keys.row(first + i), key);
+        let mut scores: Vec<Vec<f32>> = asked.iter().map(|row| vec![0.0; row.visible]).collect();
+        let parts = columns(scores.iter_mut().map(Vec::as_mut_slice), PART);
+        let work = asked.iter().map(|row| row.visible).sum::<usize>() * heads * dim;
+        self.workers.each(parts.into_iter().enumerate(), work, |(part, mut scores)| {
+            // Rows that do not see so far have no piece of this part.
+            let asked = &asked[asked.len() - scores.len()..];
+            let (mut tile, mut dots) = (vec![0.0; TILE * dim], vec![0.0; TILE * heads]);
+            let most = scores.last().map_or(0, |scores| scores.len());
+            for first in (0..most).step_by(TILE) {
+                let count = TILE.min(most - first);
+                for (i, key) in tile.chunks_exact_mut(dim).take(count).enumerate() {
+                    rows::unpack(level, format, keys.row(part * PART + first + i), key);
+                }
+                for (row, scores) in asked.iter().zip(&mut scores) {
+                    let seen = count.min(scores.len().saturating_sub(first));
+                    let Some(scores) = scores.get_mut(first..first + seen) else { continue };
+                    let dots = &mut dots[..seen * heads];
+                    exact::matmul_f32_at(level, row.query, dim, &tile[..seen * dim], dots);
+                    rectified_sums_at(level, row.weights, dots, scores);
+                }
             }
-            let dots = &mut dots[..count * heads];
-            exact::matmul_f32_at(self.workers.level, &tile[..count * dim], dim, queries, dots);
-            // Not `f32::max`, which would turn the NaN of a damaged weight into 0.
-            let relu = |dot: f32| if dot < 0.0 { 0.0 } else { dot };
-            let score = |dots: &[f32]| {
-                dots.iter().zip(weights).fold(0.0, |sum, (&dot, w): (&f32, &f32)| w.mul_add(relu(dot), sum))
-            };
-            scores.extend(dots.chunks_exact(heads).map(score));
-        }
+        });
         scores
     }
 
     pub(crate) fn stage_attend(&self, layer: usize, states: &[&State], pass: &mut Pass) -> Result<(), Error> {
-        let config = &self.config;
-        let width = config.heads * config.head_dim;
-        let rows = pass.batch.rows();
-        let keys_of = |r: usize| rows[r].position.min(config.window - 1) + 1 + pass.chosen[r].len();
-        let work = (0..rows.len()).map(keys_of).max().unwrap_or(0) * width;
-        let (queries, rotations) = (&pass.queries, &pass.rotations[self.rope_of(layer)]);
-        self.workers.rows(&mut pass.heads, width, work, |r, heads| {
-            let run = pass.run_of_row[r];
-            let view = states[pass.batch.runs()[run].session].view(layer, &pass.deltas[run].layers[layer]);
-            let keys = self.gather_keys(layer, rows[r].position, &pass.chosen[r], view);
-            let query = &queries[r * width..][..width];
-            let sinks = self.weights.layers[layer].attention.sinks.values();
-            let group = HEADS_TOGETHER * config.head_dim;
-            let attend = |(i, out): (usize, &mut [f32])| {
-                let first = i * HEADS_TOGETHER;
-                let query = &query[first * config.head_dim..][..out.len()];
-                self.attend_heads(&keys, query, &sinks[first..], out);
-                for head in out.chunks_exact_mut(config.head_dim) {
-                    rotate_back(&mut head[config.head_dim - config.rope_dim..], &rotations[r]);
-                }
-            };
-            if rows.len() == 1 {
-                self.workers.chunks(heads, group, work / width * group, attend);
-            } else {
-                heads.chunks_mut(group).enumerate().for_each(attend);
-            }
-        });
+        let mut heads = std::mem::take(&mut pass.heads);
+        match pass.rows() {
+            1 => self.attend_one(layer, states, pass, &mut heads),
+            _ => self.attend_many(layer, states, pass, &mut heads),
+        }
+        pass.heads = heads;
         Ok(())
     }
 
-    /// The rows that a query attends to, unpacked: the window ascending, then the chosen compressed rows ascending.
-    fn gather_keys(&self, layer: usize, position: usize, chosen: &Chosen, view: LayerView<'_>) -> Vec<f32> {
-        let (dim, format): (usize, RowFormat) = (self.config.head_dim, self.layout.layers[layer].raw);
-        let first = (position + 1).saturating_sub(self.config.window);
-        let window = (first..=position).map(|p| view.raw(p));
-        let compressed = view.main();
-        let chosen =
-            (0..chosen.len()).map(|i| compressed.expect("rows are chosen from a compressor").row(chosen.row(i)));
-        let mut keys = vec![0.0; (position + 1 - first + chosen.len()) * dim];
-        window
-            .chain(chosen)
-            .zip(keys.chunks_exact_mut(dim))
-            .for_each(|(packed, key)| rows::unpack(self.workers.level, format, packed, key));
-        keys
+    /// Threads share the heads.
+    fn attend_one(&self, layer: usize, states: &[&State], pass: &Pass, heads: &mut [f32]) {
+        let (level, dim, format) = (self.workers.level, self.config.head_dim, self.layout.layers[layer].raw);
+        let view = view(layer, 0, states, pass);
+        let window = self.window(pass.batch.rows()[0].position);
+        let window_values = window.len() * dim;
+        let packed: Vec<&[u8]> = window.map(|p| view.raw(p)).chain(compressed_rows(view, &pass.chosen[0])).collect();
+        let mut keys = vec![0.0; packed.len() * dim];
+        self.workers.rows(&mut keys, dim, 4 * dim, |i, key| rows::unpack(level, format, packed[i], key));
+        let keys = keys.split_at(window_values);
+        let group = HEADS_TOGETHER * dim;
+        self.workers.chunks(heads, group, 2 * packed.len() * group, |(i, out)| {
+            self.attend_heads(layer, 0, i * HEADS_TOGETHER, keys, pass, out);
+        });
     }
 
-    /// Attention of a few heads over `keys`, which are values as well. The sink takes part in the denominator only.
-    fn attend_heads(&self, keys: &[f32], queries: &[f32], sinks: &[f32], out: &mut [f32]) {
-        let (level, dim) = (self.workers.level, self.config.head_dim);
-        let (heads, count) = (queries.len() / dim, keys.len() / dim);
+    /// Threads share the rows, a few of one session at a time.
+    fn attend_many(&self, layer: usize, states: &[&State], pass: &Pass, heads: &mut [f32]) {
+        let (config, width) = (&self.config, self.config.heads * self.config.head_dim);
+        let all: Vec<usize> = (0..pass.rows()).collect();
+        let keys: usize =
+            all.iter().map(|&r| self.window(pass.batch.rows()[r].position).len() + pass.chosen[r].len()).sum();
+        let mut rest = heads;
+        let tiles = together(&all, &pass.run_of_row).map(|rows| {
+            let heads;
+            (heads, rest) = std::mem::take(&mut rest).split_at_mut(rows.len() * width);
+            (rows, heads)
+        });
+        let tiles: Vec<(&[usize], &mut [f32])> = tiles.collect();
+        self.workers.each(tiles.into_iter(), 2 * keys * width, |(rows, heads)| {
+            let (view, dim) = (view(layer, rows[0], states, pass), config.head_dim);
+            let windows: Vec<Range<usize>> = rows.iter().map(|&r| self.window(pass.batch.rows()[r].position)).collect();
+            let start = windows[0].start;
+            let window = self.unpack(layer, (start..windows[rows.len() - 1].end).map(|p| view.raw(p)));
+            // First rows are shared by all that see them; rows that were chosen are each query's own.
+            let first = |&r: &usize| if let Chosen::First(count) = pass.chosen[r] { count } else { 0 };
+            let first = Chosen::First(rows.iter().map(first).max().unwrap_or(0));
+            let first = self.unpack(layer, compressed_rows(view, &first));
+            for ((&r, range), out) in rows.iter().zip(windows).zip(heads.chunks_exact_mut(width)) {
+                let window = &window[(range.start - start) * dim..(range.end - start) * dim];
+                let own;
+                let compressed = match &pass.chosen[r] {
+                    Chosen::First(count) => &first[..count * dim],
+                    chosen => {
+                        own = self.unpack(layer, compressed_rows(view, chosen));
+                        &own
+                    }
+                };
+                for (g, out) in out.chunks_mut(HEADS_TOGETHER * dim).enumerate() {
+                    self.attend_heads(layer, r, g * HEADS_TOGETHER, (window, compressed), pass, out);
+                }
+            }
+        });
+    }
+
+    /// Rows as f32, one after the other.
+    fn unpack<'a>(&self, layer: usize, packed: impl ExactSizeIterator<Item = &'a [u8]>) -> Vec<f32> {
+        let (level, dim, format) = (self.workers.level, self.config.head_dim, self.layout.layers[layer].raw);
+        let mut values = vec![0.0; packed.len() * dim];
+        packed.zip(values.chunks_exact_mut(dim)).for_each(|(packed, row)| rows::unpack(level, format, packed, row));
+        values
+    }
+
+    /// Positions of the rows that a query at `position` attends to whatever it chose.
+    fn window(&self, position: usize) -> Range<usize> {
+        (position + 1).saturating_sub(self.config.window)..position + 1
+    }
+
+    /// Attention of a few heads of a query, from `first` on, over its window and its compressed rows, which are values as
+    /// well. The sink takes part in the denominator only.
+    fn attend_heads(&self, layer: usize, r: usize, first: usize, keys: (&[f32], &[f32]), pass: &Pass, out: &mut [f32]) {
+        let (config, level, dim) = (&self.config, self.workers.level, self.config.head_dim);
+        let queries = &pass.queries[(r * config.heads + first) * dim..][..out.len()];
+        let sinks = &self.weights.layers[layer].attention.sinks.values()[first..];
+        let (in_window, count) = (keys.0.len() / dim, (keys.0.len() + keys.1.len()) / dim);
         let scale = 1.0 / (dim as f32).sqrt();
-        let mut dots = vec![0.0; count * heads];
-        exact::matmul_f32_at(level, keys, dim, queries, &mut dots);
-        let mut weights = vec![0.0; count * heads];
-        let mut denominators = vec![0.0; heads];
+        let mut dots = (vec![0.0; out.len() / dim * in_window], vec![0.0; out.len() / dim * (count - in_window)]);
+        exact::matmul_f32_at(level, queries, dim, keys.0, &mut dots.0);
+        exact::matmul_f32_at(level, queries, dim, keys.1, &mut dots.1);
+        let mut weights = vec![0.0; out.len() / dim * count];
+        let mut denominators = vec![0.0; out.len() / dim];
         for (h, weights) in weights.chunks_exact_mut(count).enumerate() {
-            weights.iter_mut().zip(dots.iter().skip(h).step_by(heads)).for_each(|(weight, dot)| *weight = dot * scale);
-            let max = weights.iter().copied().fold(sinks[h], f32::max);
-            weights.iter_mut().for_each(|weight| *weight -= max);
-            math::exp_slice_at(level, weights);
+            weights[..in_window].copy_from_slice(&dots.0[h * in_window..][..in_window]);
+            weights[in_window..].copy_from_slice(&dots.1[h * (count - in_window)..][..count - in_window]);
+            let max = sinks[h].max(largest_at(level, weights) * scale);
+            exp_of_at(level, weights, scale, max);
             denominators[h] = exact::sum_at(level, weights) + math::exp(sinks[h] - max);
         }
         out.fill(0.0);
-        for (i, key) in keys.chunks_exact(dim).enumerate() {
-            for (h, out) in out.chunks_exact_mut(dim).enumerate() {
-                exact::axpy_at(level, weights[h * count + i], key, out);
-            }
-        }
+        exact::add_weighted_at(level, &weights, count, keys.0, dim, out);
+        exact::add_weighted_at(level, &weights[in_window..], count, keys.1, dim, out);
+        let rotation = &pass.rotations[self.rope_of(layer)][r];
         for (out, denominator) in out.chunks_exact_mut(dim).zip(&denominators) {
             out.iter_mut().for_each(|value| *value /= denominator);
+            rotate_back_at(level, &mut out[dim - config.rope_dim..], rotation);
         }
     }
 
     pub(crate) fn stage_attention_out(&self, layer: usize, pass: &mut Pass) -> Result<(), Error> {
         let (config, w) = (&self.config, &self.weights.layers[layer].attention);
         let (rows, group) = (pass.rows(), config.heads * config.head_dim / config.o_groups);
-        let low_width = config.o_groups * config.o_rank;
-        let mut low = vec![0.0; rows * low_width];
-        let (mut input, mut output) = (vec![0.0; rows * group], Vec::new());
+        let (low_width, all) = (config.o_groups * config.o_rank, config.heads * config.head_dim);
+        let (mut low, mut input) = (vec![0.0; rows * low_width], vec![0.0; rows * group]);
         for g in 0..config.o_groups {
-            for (input, heads) in input.chunks_exact_mut(group).zip(pass.heads.chunks_exact(group * config.o_groups)) {
-                input.copy_from_slice(&heads[g * group..][..group]);
-            }
-            self.workers.matmul(w.output_a.rows(g * config.o_rank, config.o_rank), &input, &mut output);
-            for (low, output) in low.chunks_exact_mut(low_width).zip(output.chunks_exact(config.o_rank)) {
-                low[g * config.o_rank..][..config.o_rank].copy_from_slice(output);
-            }
+            self.workers.rows(&mut input, group, group, |r, input| {
+                input.copy_from_slice(&pass.heads[r * all + g * group..][..group]);
+            });
+            let out = low.chunks_exact_mut(low_width).map(|low| &mut low[g * config.o_rank..][..config.o_rank]);
+            let w = w.output_a.rows(g * config.o_rank, config.o_rank);
+            self.workers.matmul_into(w, &Input::new(&input, group), out);
         }
-        self.workers.matmul(w.output_b.matrix(), &low, &mut pass.output);
+        self.workers.matmul(w.output_b.matrix(), &Input::new(&low, low_width), &mut pass.output);
         Ok(())
     }
+}
+
+/// A layer of the session that a row of a pass belongs to, with what the pass has added.
+fn view<'a>(layer: usize, row: usize, states: &[&'a State], pass: &'a Pass) -> LayerView<'a> {
+    let run = pass.run_of_row[row];
+    states[pass.batch.runs()[run].session].view(layer, &pass.deltas[run].layers[layer])
+}
+
+/// `rows` in their order, at most [`ROWS_TOGETHER`] of one session at a time.
+fn together<'a>(rows: &'a [usize], run_of_row: &'a [usize]) -> impl Iterator<Item = &'a [usize]> {
+    rows.chunk_by(|&a, &b| run_of_row[a] == run_of_row[b]).flat_map(|rows| rows.chunks(ROWS_TOGETHER))
+}
+
+/// Compressed rows that were chosen, packed.
+fn compressed_rows<'a>(view: LayerView<'a>, chosen: &Chosen) -> impl ExactSizeIterator<Item = &'a [u8]> {
+    let compressed = view.main();
+    (0..chosen.len()).map(move |i| compressed.expect("rows are chosen from a compressor").row(chosen.row(i)))
+}
+
+/// A row that chooses among an indexer's keys.
+struct Asked<'a> {
+    /// `[heads, dim]`.
+    query: &'a [f32],
+    /// Of its heads.
+    weights: &'a [f32],
+    /// How many keys it sees.
+    visible: usize,
 }
 
 /// `(u, z)` of the tokens that a window's row is made from: its own, and where windows overlap also those of the window

@@ -1,12 +1,12 @@
 //! The mixture-of-experts half of a layer (docs/spec/model.md §2.7).
 
-use gguf::TensorType;
 use model::tensors::Routing;
 use model::{Cancel, Error, SubLayer};
-use quant::math;
+use quant::{math, rows};
 use store::HostLeases;
 
 use crate::backend::CpuBackend;
+use crate::parallel::Input;
 use crate::pass::Pass;
 use crate::weights::Matrix;
 
@@ -66,7 +66,7 @@ impl CpuBackend {
         if let Some(i) = scores.iter().position(|score| !score.is_finite()) {
             return Err(Error::NotFinite { position: pass.batch.rows()[i / config.experts].position });
         }
-        scores.iter_mut().for_each(|score| *score = affinity(*score));
+        self.affinities(&mut scores);
         let rows = scores.chunks_exact(config.experts).zip(pass.batch.rows());
         for ((scores, row), (experts, weights)) in
             rows.zip(pass.experts.chunks_exact_mut(used).zip(pass.expert_weights.chunks_exact_mut(used)))
@@ -97,8 +97,18 @@ impl CpuBackend {
     /// `[R, E]`.
     fn router_logits(&self, layer: usize, input: &[f32]) -> Vec<f32> {
         let mut logits = Vec::new();
-        self.workers.matmul(self.weights.layers[layer].moe.router.matrix(), input, &mut logits);
+        let router = self.weights.layers[layer].moe.router.matrix();
+        self.workers.matmul(router, &Input::new(input, self.config.d_model), &mut logits);
         logits
+    }
+
+    /// Logits `[R, E]` to scores.
+    fn affinities(&self, logits: &mut [f32]) {
+        let experts = self.config.experts;
+        // An exponential and a logarithm.
+        self.workers.rows(logits, experts, 50 * experts, |_, row| {
+            row.iter_mut().for_each(|score| *score = math::softplus(*score).sqrt());
+        });
     }
 
     /// Which experts of `layer` the rows will probably choose, the surest first: what they would if no attention came
@@ -108,7 +118,7 @@ impl CpuBackend {
         let mut input = vec![0.0; pass.input.len()];
         self.sub_layer_input(layer, SubLayer::Experts, pass, &mut input);
         let mut scores = self.router_logits(layer, &input);
-        scores.iter_mut().for_each(|score| *score = affinity(*score));
+        self.affinities(&mut scores);
         let mut experts = vec![0; pass.experts.len()];
         let used = self.config.experts_used;
         let rows = scores.chunks_exact(self.config.experts).zip(pass.batch.rows());
@@ -123,11 +133,13 @@ impl CpuBackend {
 
     pub(crate) fn stage_shared_expert(&self, layer: usize, pass: &mut Pass) -> Result<(), Error> {
         let w = &self.weights.layers[layer].moe;
+        let width = self.config.shared_width;
         let (mut gate, mut up) = (Vec::new(), Vec::new());
-        self.workers.matmul(w.shared_gate.matrix(), &pass.input, &mut gate);
-        self.workers.matmul(w.shared_up.matrix(), &pass.input, &mut up);
-        self.swiglu(&mut gate, &up, self.config.shared_swiglu_limits[layer], self.config.shared_width, |_| 1.0);
-        self.workers.matmul(w.shared_down.matrix(), &gate, &mut pass.output);
+        let input = Input::new(&pass.input, self.config.d_model);
+        self.workers.matmul(w.shared_gate.matrix(), &input, &mut gate);
+        self.workers.matmul(w.shared_up.matrix(), &input, &mut up);
+        self.swiglu(&mut gate, &up, self.config.shared_swiglu_limits[layer], width, |_| 1.0);
+        self.workers.matmul(w.shared_down.matrix(), &Input::new(&gate, width), &mut pass.output);
         Ok(())
     }
 
@@ -141,63 +153,78 @@ impl CpuBackend {
         cancel: &Cancel,
         pass: &mut Pass,
     ) -> Result<(), Error> {
-        let (config, types) = (&self.config, self.expert_types[layer]);
+        let (config, level) = (&self.config, self.workers.level);
         let (d, used) = (config.d_model, config.experts_used);
         let mut outputs = vec![0.0; pass.rows() * used * d];
+        let input = Input::new(&pass.input, d);
         while let Some(lease) = leases.next_ready(cancel) {
             cancel.check()?;
             let lease = lease?;
             let uses = &selection.uses[lease.expert() as usize];
-            let output = self.expert(layer, types, [0, 1, 2].map(|part| lease.part(part)), uses, pass);
-            for (one, output) in uses.iter().zip(output.chunks_exact(d)) {
-                outputs[(one.row * used + one.rank) * d..][..d].copy_from_slice(output);
-            }
+            self.expert(
+                layer,
+                [0, 1, 2].map(|part| lease.part(part)),
+                &input,
+                uses,
+                &pass.expert_weights,
+                &mut outputs,
+            );
         }
         self.workers.rows(&mut pass.output, d, used * d, |r, output| {
-            for expert in outputs[r * used * d..][..used * d].chunks_exact(d) {
-                output.iter_mut().zip(expert).for_each(|(sum, value)| *sum += value);
-            }
+            outputs[r * used * d..][..used * d].chunks_exact(d).for_each(|expert| rows::add_at(level, output, expert));
         });
         Ok(())
     }
 
-    /// One expert on the rows that use it, `[uses, D]`; a row's weight goes onto the activation before `down`.
-    fn expert(&self, layer: usize, types: [TensorType; 3], parts: [&[u8]; 3], uses: &[Use], pass: &Pass) -> Vec<f32> {
-        let (d, f) = (self.config.d_model, self.config.expert_width);
+    /// One expert on the rows that use it, into its places in `outputs`, `[R, K, D]`; a row's weight goes onto the
+    /// activation before `down`.
+    fn expert(
+        &self,
+        layer: usize,
+        parts: [&[u8]; 3],
+        input: &Input<'_>,
+        uses: &[Use],
+        weights: &[f32],
+        outputs: &mut [f32],
+    ) {
+        let (d, f, used) = (self.config.d_model, self.config.expert_width, self.config.experts_used);
+        let types = self.expert_types[layer];
         let matrix = |part: usize, rows: usize, cols: usize| Matrix { ty: types[part], rows, cols, bytes: parts[part] };
-        let input: Vec<f32> = uses.iter().flat_map(|one| &pass.input[one.row * d..][..d]).copied().collect();
-        let (mut gate, mut up, mut output) = (Vec::new(), Vec::new(), Vec::new());
+        let rows: Vec<usize> = uses.iter().map(|one| one.row).collect();
+        let input = input.select(&self.workers, &rows, &types[..2]);
+        let (mut gate, mut up) = (Vec::new(), Vec::new());
         self.workers.matmul(matrix(0, f, d), &input, &mut gate);
         self.workers.matmul(matrix(1, f, d), &input, &mut up);
-        let weight = |i: usize| pass.expert_weights[uses[i].row * self.config.experts_used + uses[i].rank];
+        let weight = |i: usize| weights[uses[i].row * used + uses[i].rank];
         self.swiglu(&mut gate, &up, self.config.swiglu_limits[layer], f, weight);
-        self.workers.matmul(matrix(2, d, f), &gate, &mut output);
-        output
+
+        // Uses are in the order of their places.
+        let (mut places, mut next) = (outputs.chunks_exact_mut(d), 0);
+        let out = uses.iter().map(|one| {
+            let place = one.row * used + one.rank;
+            let skipped = place - std::mem::replace(&mut next, place + 1);
+            places.nth(skipped).expect("every use has a place")
+        });
+        self.workers.matmul_into(matrix(2, d, f), &Input::new(&gate, f), out);
     }
 
     /// `silu(min(gate, limit)) · clamp(up, ±limit) · weight`, into `gate`; rows are `width` long.
     fn swiglu(&self, gate: &mut [f32], up: &[f32], limit: f32, width: usize, weight: impl Fn(usize) -> f32 + Sync) {
-        for (row, (gate, up)) in gate.chunks_exact_mut(width).zip(up.chunks_exact(width)).enumerate() {
-            // Not `f32::min`, which would turn the NaN of a damaged weight into a good-looking number.
-            gate.iter_mut().for_each(|gate| *gate = if *gate > limit { limit } else { *gate });
-            math::silu_slice_at(self.workers.level, gate);
-            let weight = weight(row);
-            gate.iter_mut().zip(up).for_each(|(gate, up)| *gate = *gate * up.clamp(-limit, limit) * weight);
-        }
+        // An exponential is some twenty operations.
+        self.workers.rows(gate, width, 30 * width, |row, gate| {
+            rows::swiglu_at(self.workers.level, gate, &up[row * width..][..width], limit, weight(row));
+        });
     }
-}
-
-/// An expert's score, from the router's logit.
-fn affinity(logit: f32) -> f32 {
-    math::softplus(logit).sqrt()
 }
 
 /// The experts of the highest biased scores, best first. Of equal scores the lower number wins.
 pub(crate) fn best_experts(scores: &[f32], bias: &[f32], experts: &mut [u32]) {
     let biased: Vec<f32> = scores.iter().zip(bias).map(|(score, bias)| score + bias).collect();
+    let better = |&a: &u32, &b: &u32| biased[b as usize].total_cmp(&biased[a as usize]).then(a.cmp(&b));
     let mut order: Vec<u32> = (0..scores.len() as u32).collect();
-    order.sort_unstable_by(|&a, &b| biased[b as usize].total_cmp(&biased[a as usize]).then(a.cmp(&b)));
+    order.select_nth_unstable_by(experts.len() - 1, better);
     experts.copy_from_slice(&order[..experts.len()]);
+    experts.sort_unstable_by(better);
 }
 
 /// Weights from the unbiased scores, normalised to `scale`.

@@ -2,11 +2,12 @@
 
 use model::tensors::HyperConnection;
 use model::{Error, SubLayer};
-use quant::exact;
 use quant::math::sigmoid;
 use quant::simd::Level;
+use quant::{exact, rows};
 
 use crate::backend::CpuBackend;
+use crate::parallel::Input;
 use crate::pass::Pass;
 use crate::weights::Weight;
 
@@ -19,8 +20,8 @@ pub(crate) fn inverse_rms(level: Level, x: &[f32], eps: f32) -> f32 {
 pub(crate) fn rms_norm(level: Level, x: &mut [f32], w: Option<&[f32]>, eps: f32) {
     let inverse = inverse_rms(level, x, eps);
     match w {
-        Some(w) => x.iter_mut().zip(w).for_each(|(x, w)| *x = *x * inverse * w),
-        None => x.iter_mut().for_each(|x| *x *= inverse),
+        Some(w) => rows::scale_by_at(level, x, inverse, w),
+        None => rows::scale_at(level, x, inverse),
     }
 }
 
@@ -77,18 +78,18 @@ impl Weights {
 /// `Σ_s pre[s] · streams[s]`, in the order of the streams.
 fn collapse(level: Level, pre: &[f32], streams: &[f32], out: &mut [f32]) {
     out.fill(0.0);
-    let width = out.len();
-    pre.iter().zip(streams.chunks_exact(width)).for_each(|(&pre, stream)| exact::axpy_at(level, pre, stream, out));
+    exact::add_weighted_at(level, pre, pre.len(), streams, out.len(), out);
 }
 
 /// `streams[k] = post[k] · output + Σ_j mix[j][k] · streams[j]`.
 pub(crate) fn spread(level: Level, post: &[f32], mix: &[f32], output: &[f32], streams: &mut [f32]) {
-    let (old, width) = (streams.to_vec(), output.len());
+    let (old, width, count) = (streams.to_vec(), output.len(), post.len());
+    let mut weights = vec![0.0; count];
     for (k, stream) in streams.chunks_exact_mut(width).enumerate() {
-        stream.iter_mut().zip(output).for_each(|(new, output)| *new = post[k] * output);
-        for (j, source) in old.chunks_exact(width).enumerate() {
-            exact::axpy_at(level, mix[j * post.len() + k], source, stream);
-        }
+        stream.copy_from_slice(output);
+        rows::scale_at(level, stream, post[k]);
+        weights.iter_mut().zip(mix.iter().skip(k).step_by(count)).for_each(|(weight, mix)| *weight = *mix);
+        exact::add_weighted_at(level, &weights, count, &old, width, stream);
     }
 }
 
@@ -105,13 +106,13 @@ impl CpuBackend {
     fn project_streams(&self, hc: &HyperConnection<Weight>, pass: &Pass) -> Vec<f32> {
         let (level, config) = (self.workers.level, &self.config);
         let mut projected = Vec::new();
-        self.workers.matmul(hc.function.matrix(), &pass.streams, &mut projected);
+        let streams = Input::new(&pass.streams, config.stream_width());
+        self.workers.matmul(hc.function.matrix(), &streams, &mut projected);
         let outputs = hc.function.matrix().rows;
-        let rows = projected.chunks_exact_mut(outputs).zip(pass.streams.chunks_exact(config.stream_width()));
-        for (row, streams) in rows {
-            let inverse = inverse_rms(level, streams, config.rms_eps);
-            row.iter_mut().for_each(|value| *value *= inverse);
-        }
+        self.workers.rows(&mut projected, outputs, config.stream_width(), |r, row| {
+            let streams = &pass.streams[r * config.stream_width()..][..config.stream_width()];
+            rows::scale_at(level, row, inverse_rms(level, streams, config.rms_eps));
+        });
         projected
     }
 
@@ -197,7 +198,7 @@ impl CpuBackend {
             rms_norm(level, row, Some(self.weights.output_norm.values()), config.rms_eps);
         }
         let mut logits = Vec::new();
-        self.workers.matmul(self.weights.output.matrix(), &hidden, &mut logits);
+        self.workers.matmul(self.weights.output.matrix(), &Input::new(&hidden, config.d_model), &mut logits);
         let rows = logits.chunks_exact(config.vocab_size).zip(&wanted);
         rows.into_iter().try_for_each(|(row, &r)| check_finite(row, r, pass))?;
         Ok(logits)

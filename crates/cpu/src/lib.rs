@@ -11,6 +11,7 @@ mod hyper;
 mod memory;
 mod parallel;
 mod pass;
+mod pool;
 mod record;
 pub mod rows;
 #[cfg(test)]

@@ -6,6 +6,9 @@ use model::{Config, KvLayout, Model, Precision, TensorRef};
 use quant::blocks::{ActivationQ8K, QK_K};
 use quant::exact::TILE_ROWS;
 
+use crate::attention::{HEADS_TOGETHER, ROWS_TOGETHER};
+use crate::parallel::rows_each;
+
 /// The largest pass that will run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PassShape {
@@ -34,19 +37,20 @@ pub fn static_bytes(model: &Model, streamed: bool) -> u64 {
 /// The most bytes that a pass of one session holds at any moment: what lives as long as the pass, what each thread
 /// keeps, and the largest that a stage needs for itself.
 pub fn pass_bytes(config: &Config, layout: &KvLayout, shape: PassShape) -> u64 {
-    let precision = layout.precision;
+    let how = Products { precision: layout.precision, threads: shape.threads };
     let stages = [
-        project(config, precision, shape.rows),
-        compress(config, layout, shape.rows),
-        index(config, precision, shape),
+        project(config, how, shape.rows),
+        compress(config, layout, how, shape.rows),
+        index(config, how, shape),
         attend(config, shape),
-        attention_out(config, precision, shape.rows),
-        hyper_connections(config, precision, shape),
-        experts(config, precision, shape.rows),
-        head(config, precision, shape),
+        attention_out(config, how, shape.rows),
+        hyper_connections(config, how, shape),
+        experts(config, how, shape.rows),
+        head(config, how, shape),
     ];
     let largest = stages.into_iter().max().expect("there are stages");
-    (activations(config, shape.rows) + delta(layout, shape.rows) + shape.threads * scratch(config) + largest) as u64
+    (activations(config, shape.rows) + delta(layout, shape.rows) + shape.threads * scratch(config, shape) + largest)
+        as u64
 }
 
 /// Bytes of `count` values.
@@ -54,17 +58,33 @@ const fn floats(count: usize) -> usize {
     count * size_of::<f32>()
 }
 
-/// A product of `[rows, cols]` with a matrix of `outputs` rows: the result, the same as the kernel lays it out, and the
-/// activations as the kernel takes them.
-fn product(precision: Precision, rows: usize, cols: usize, outputs: usize) -> usize {
-    floats(rows * outputs) * if rows == 1 { 1 } else { 2 } + quantized(precision, rows * cols)
+/// How products are made.
+#[derive(Clone, Copy)]
+struct Products {
+    precision: Precision,
+    threads: usize,
 }
 
-/// Activations in 8 bits, if that is how they are multiplied. What Exact multiplies instead is counted by `scratch`.
-fn quantized(precision: Precision, values: usize) -> usize {
-    match precision {
-        Precision::Exact => 0,
-        Precision::Fast => values.div_ceil(QK_K) * size_of::<ActivationQ8K>(),
+impl Products {
+    /// A product of `[rows, cols]` with a matrix of `outputs` rows: the result, and the activations as the kernel takes
+    /// them.
+    fn product(self, rows: usize, cols: usize, outputs: usize) -> usize {
+        floats(rows * outputs) + self.pieces(rows, outputs) + self.quantized(rows * cols)
+    }
+
+    /// Who writes which piece of a result.
+    fn pieces(self, rows: usize, outputs: usize) -> usize {
+        // Lists have room for at least four, and for a power of two.
+        let lists = outputs.div_ceil(rows_each(outputs, rows, self.threads));
+        lists * (size_of::<Vec<&mut [f32]>>() + rows.next_power_of_two().max(4) * size_of::<&mut [f32]>())
+    }
+
+    /// Activations in 8 bits, if that is how they are multiplied. What Exact multiplies instead is counted by `scratch`.
+    fn quantized(self, values: usize) -> usize {
+        match self.precision {
+            Precision::Exact => 0,
+            Precision::Fast => values.div_ceil(QK_K) * size_of::<ActivationQ8K>(),
+        }
     }
 }
 
@@ -95,79 +115,96 @@ fn delta(layout: &KvLayout, rows: usize) -> usize {
     layout.layers.iter().map(layer).sum()
 }
 
-/// Dequantised weight rows, which a thread keeps from product to product.
-fn scratch(c: &Config) -> usize {
+/// What a thread keeps from product to product: dequantised weight rows, and a part of a result.
+fn scratch(c: &Config, shape: PassShape) -> usize {
     let inputs =
         [c.stream_width(), c.d_model, c.heads * c.head_dim / c.o_groups, c.o_groups * c.o_rank, c.shared_width];
-    floats(TILE_ROWS * inputs.into_iter().max().expect("there are matrices"))
+    let outputs = [c.heads * c.head_dim, c.d_model, c.shared_width, c.index_heads * c.index_head_dim, c.q_rank];
+    let part = |rows: usize, outputs: usize| rows * rows_each(outputs, rows, shape.threads).min(outputs);
+    let parts =
+        outputs.into_iter().map(|outputs| part(shape.rows, outputs)).chain([part(shape.wanted_rows, c.vocab_size)]);
+    let part = if shape.rows == 1 { 0 } else { parts.max().expect("there are matrices") };
+    floats(TILE_ROWS * inputs.into_iter().max().expect("there are matrices") + part)
 }
 
-fn project(c: &Config, precision: Precision, rows: usize) -> usize {
+fn project(c: &Config, how: Products, rows: usize) -> usize {
     // The queries themselves live in the pass.
-    let queries = floats(rows * c.heads * c.head_dim) + quantized(precision, rows * c.q_rank);
-    queries.max(product(precision, rows, c.d_model, c.head_dim))
+    let queries = how.quantized(rows * c.q_rank) + how.pieces(rows, c.heads * c.head_dim);
+    let packed = rows * size_of::<&mut [u8]>();
+    how.quantized(rows * c.d_model) + queries.max(floats(rows * c.head_dim) + how.pieces(rows, c.head_dim) + packed)
 }
 
-fn compress(c: &Config, layout: &KvLayout, rows: usize) -> usize {
+fn compress(c: &Config, layout: &KvLayout, how: Products, rows: usize) -> usize {
     let widths = layout.layers.iter().flat_map(|layer| layer.main.iter().chain(&layer.index)).map(|c| c.width);
-    let inputs = |width| floats(rows * width) + product(layout.precision, rows, c.d_model, width);
+    let inputs = |width| floats(rows * width) + how.product(rows, c.d_model, width);
     widths.max().map_or(0, inputs)
 }
 
-fn index(c: &Config, precision: Precision, shape: PassShape) -> usize {
+fn index(c: &Config, how: Products, shape: PassShape) -> usize {
     let width = c.index_heads * c.index_head_dim;
     let gathered = floats(shape.rows * (c.q_rank + c.d_model));
-    // A score and a place in the order for every row that a ratio-4 layer can see.
-    let order = shape.threads * shape.end_tokens / 4 * (size_of::<f32>() + size_of::<u32>());
-    let queries = product(precision, shape.rows, c.q_rank, width);
-    gathered + queries + product(precision, shape.rows, c.d_model, c.index_heads) + order
+    // A score and a place in the order for every key that a ratio-4 layer's rows see.
+    let together = shape.rows.min(ROWS_TOGETHER);
+    let keys = shape.end_tokens / 4;
+    let order = together * keys * (size_of::<f32>() + size_of::<u32>());
+    let queries = how.product(shape.rows, c.q_rank, width);
+    gathered + queries + how.product(shape.rows, c.d_model, c.index_heads) + order
 }
 
 fn attend(c: &Config, shape: PassShape) -> usize {
-    const HEADS_TOGETHER: usize = crate::attention::HEADS_TOGETHER;
     let most = |&ratio: &usize| match ratio {
         0 => 0,
         4 => (shape.end_tokens / 4).min(c.index_top_k),
         _ => shape.end_tokens / ratio,
     };
-    let keys = c.window.min(shape.end_tokens) + c.compress_ratios.iter().map(most).max().unwrap_or(0);
-    let at_work = if shape.rows == 1 { 1 } else { shape.threads.min(shape.rows) };
-    at_work * floats(keys * c.head_dim) + shape.threads * floats(2 * keys * HEADS_TOGETHER)
+    let compressed = c.compress_ratios.iter().map(most).max().unwrap_or(0);
+    let window = (c.window + shape.rows.min(ROWS_TOGETHER) - 1).min(shape.end_tokens);
+    let tiles = shape.rows.div_ceil(ROWS_TOGETHER);
+    let at_work = if shape.rows == 1 { 1 } else { shape.threads.min(tiles) };
+    let packed = size_of::<&[u8]>();
+    let keys = (window + compressed) * (floats(c.head_dim) + packed);
+    at_work * keys + shape.threads * floats(2 * (c.window.min(shape.end_tokens) + compressed) * HEADS_TOGETHER)
 }
 
-fn attention_out(c: &Config, precision: Precision, rows: usize) -> usize {
+fn attention_out(c: &Config, how: Products, rows: usize) -> usize {
     let (group, low) = (c.heads * c.head_dim / c.o_groups, c.o_groups * c.o_rank);
-    // The largest is while a group is multiplied, or at the end while the output is laid out.
-    let output = floats(rows * (c.o_rank + c.d_model)) + quantized(precision, rows * low);
-    floats(rows * (low + group)) + product(precision, rows, group, c.o_rank).max(output)
+    // Results go into rows that are there already.
+    let of_group = how.quantized(rows * group) + how.pieces(rows, c.o_rank);
+    let of_all = how.quantized(rows * low) + how.pieces(rows, c.d_model);
+    floats(rows * (low + group)) + of_group.max(of_all)
 }
 
-fn hyper_connections(c: &Config, precision: Precision, shape: PassShape) -> usize {
+fn hyper_connections(c: &Config, how: Products, shape: PassShape) -> usize {
     let weights = shape.rows * (floats(c.hc_outputs()) + 3 * size_of::<Vec<f32>>());
     let before = floats(shape.rows * c.d_model)
-        + product(precision, shape.rows, c.stream_width(), c.hc_outputs())
-            .max(floats(shape.rows * c.hc_outputs()) + weights);
+        + how.product(shape.rows, c.stream_width(), c.hc_outputs()).max(floats(shape.rows * c.hc_outputs()) + weights);
     before.max(shape.threads * floats(c.stream_width()))
 }
 
-fn experts(c: &Config, precision: Precision, rows: usize) -> usize {
+fn experts(c: &Config, how: Products, rows: usize) -> usize {
     // A look ahead at the next layer's choice has an input of its own.
     let route = floats(rows * c.d_model)
-        + product(precision, rows, c.d_model, c.experts)
+        + how.product(rows, c.d_model, c.experts)
         + c.experts * size_of::<Vec<usize>>()
         + rows * c.experts_used * 32;
+    // Gate and up; what they become is multiplied into rows that are there already.
     let ffn = |width: usize| {
-        let gate_and_up = floats(rows * width) + product(precision, rows, c.d_model, width);
-        gate_and_up.max(floats(2 * rows * width) + product(precision, rows, width, c.d_model))
+        let down = how.quantized(rows * width) + how.pieces(rows, c.d_model);
+        floats(2 * rows * width) + how.pieces(rows, width).max(down)
     };
-    // An expert that every row chose: its input is gathered, and its output kept apart from the others'.
-    let routed = floats(rows * (c.experts_used + 1) * c.d_model) + ffn(c.expert_width);
+    let shared = how.quantized(rows * c.d_model) + ffn(c.shared_width);
+    // An expert that every row chose: its input is selected, and all outputs are kept apart.
+    let selected = match how.precision {
+        Precision::Exact => floats(rows * c.d_model),
+        Precision::Fast => 2 * how.quantized(rows * c.d_model),
+    };
+    let routed = floats(rows * c.experts_used * c.d_model) + selected + ffn(c.expert_width);
     let choices = c.experts * size_of::<Vec<usize>>() + rows * c.experts_used * 32;
-    route.max(ffn(c.shared_width)).max(routed + choices)
+    route.max(shared).max(routed + choices)
 }
 
-fn head(c: &Config, precision: Precision, shape: PassShape) -> usize {
-    let projected = product(precision, shape.rows, c.stream_width(), c.streams);
-    let logits = product(precision, shape.wanted_rows, c.d_model, c.vocab_size);
+fn head(c: &Config, how: Products, shape: PassShape) -> usize {
+    let projected = how.product(shape.rows, c.stream_width(), c.streams);
+    let logits = how.product(shape.wanted_rows, c.d_model, c.vocab_size);
     projected + floats(shape.wanted_rows * c.d_model) + logits
 }

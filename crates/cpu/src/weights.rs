@@ -17,6 +17,14 @@ pub(crate) struct Matrix<'a> {
     pub(crate) bytes: &'a [u8],
 }
 
+impl<'a> Matrix<'a> {
+    /// `count` consecutive rows from `first` on.
+    pub(crate) fn part(self, first: usize, count: usize) -> Matrix<'a> {
+        let row_bytes = self.bytes.len() / self.rows;
+        Matrix { rows: count, bytes: &self.bytes[first * row_bytes..][..count * row_bytes], ..self }
+    }
+}
+
 /// A weight that stays in memory. Vectors are f32 whatever the file has; matrices keep the file's type.
 pub(crate) struct Weight {
     ty: TensorType,
@@ -87,9 +95,7 @@ impl Weight {
 
     /// `count` consecutive rows from `first` as a matrix of their own.
     pub(crate) fn rows(&self, first: usize, count: usize) -> Matrix<'_> {
-        let memory = self.memory();
-        let row_bytes = memory.len() / self.rows;
-        Matrix { rows: count, bytes: &memory[first * row_bytes..][..count * row_bytes], ..self.matrix() }
+        self.matrix().part(first, count)
     }
 
     /// The values of a vector.

@@ -34,7 +34,8 @@ fn pass(name: &str, options: Options, chunk: usize, wanted_rows: usize) -> (f64,
 }
 
 /// The plan is a bound, and of the passes that it is made for a near one. Small passes use less: nothing is dequantised
-/// ahead for one row, and no expert is chosen by every row, which the plan has to allow for.
+/// ahead for one row, no expert is chosen by every row, and not every row has to choose what it attends to, all of which the
+/// plan has to allow for.
 #[test]
 fn a_pass_takes_what_was_planned() {
     for name in ["tiny-q8", "pro-iq2", "mixed3-mixed"] {
@@ -43,7 +44,7 @@ fn a_pass_takes_what_was_planned() {
                 let (peak, planned) = pass(name, options.clone(), chunk, wanted);
                 println!("{name} {chunk} rows, {options:?}: {peak} B of {planned} B, {:.3}", peak / planned);
                 assert!(peak <= planned, "more than planned");
-                assert!(chunk < 128 || peak > planned * 0.94, "far less than planned");
+                assert!(chunk < 128 || peak > planned * 0.9, "far less than planned");
             }
         }
     }

@@ -53,17 +53,3 @@ impl Rope {
 fn geometric(base: f64, dim: usize) -> impl Iterator<Item = f64> {
     (0..dim / 2).map(move |i| libm::pow(base, -((2 * i) as f64) / dim as f64))
 }
-
-/// Rotates neighbouring pairs of `tail` forward.
-pub fn rotate(tail: &mut [f32], rotation: &[(f32, f32)]) {
-    for (pair, &(cos, sin)) in tail.chunks_exact_mut(2).zip(rotation) {
-        (pair[0], pair[1]) = (pair[0] * cos - pair[1] * sin, pair[0] * sin + pair[1] * cos);
-    }
-}
-
-/// Undoes [`rotate`].
-pub fn rotate_back(tail: &mut [f32], rotation: &[(f32, f32)]) {
-    for (pair, &(cos, sin)) in tail.chunks_exact_mut(2).zip(rotation) {
-        (pair[0], pair[1]) = (pair[0] * cos + pair[1] * sin, pair[1] * cos - pair[0] * sin);
-    }
-}

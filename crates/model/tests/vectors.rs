@@ -4,7 +4,8 @@ mod common;
 
 use common::flash;
 use model::kv::RowFormat;
-use model::rope::{Rope, rotate, rotate_back};
+use model::rope::Rope;
+use quant::rows::{rotate, rotate_back};
 use serde_json::Value;
 
 fn vectors(name: &str) -> Value {

@@ -8,6 +8,7 @@
 use crate::decode::{Format, dequantize_at, for_format, row_bytes};
 use crate::simd::{Level, Simd, kernel, level, prefetch};
 use gguf::TensorType;
+use std::ops::Range;
 
 kernel! {
     /// The canonical dot product of two vectors of one length.
@@ -18,8 +19,12 @@ kernel! {
     pub fn sum, sum_at(x: &[f32]) -> f32 = sum_body
 }
 kernel! {
-    /// `acc[i] = fma(a, v[i], acc[i])`.
-    pub fn axpy, axpy_at(a: f32, v: &[f32], acc: &mut [f32]) = axpy_body
+    /// `sums[h] += Σ_i weights[h · stride + i] · rows[i]` for H sums of n rows of `width` values each, in ascending i, by one
+    /// fused multiply-add for each term.
+    ///
+    /// Panics if the lengths do not agree.
+    pub fn add_weighted, add_weighted_at(weights: &[f32], stride: usize, rows: &[f32], width: usize, sums: &mut [f32])
+        = add_weighted_body
 }
 kernel! {
     /// [`dot`] of a dequantised row and `x`, without writing the row to memory.
@@ -130,14 +135,6 @@ fn sum_body<S: Simd>(simd: S, x: &[f32]) -> f32 {
 }
 
 #[inline(always)]
-fn axpy_body<S: Simd>(_simd: S, a: f32, v: &[f32], acc: &mut [f32]) {
-    assert!(v.len() == acc.len(), "axpy of {} onto {} values", v.len(), acc.len());
-    for (acc, v) in acc.iter_mut().zip(v) {
-        *acc = a.mul_add(*v, *acc);
-    }
-}
-
-#[inline(always)]
 fn dot_row_body<S: Simd>(simd: S, ty: TensorType, row: &[u8], x: &[f32]) -> f32 {
     let mut out = [0.0];
     matvec_body(simd, ty, row, x, &mut out);
@@ -205,20 +202,36 @@ fn matmul_f32_body<S: Simd>(simd: S, w: &[f32], cols: usize, x: &[f32], out: &mu
     let (rows, batch) = (w.len() / cols, x.len() / cols);
     assert!(w.len() == rows * cols && x.len() == batch * cols, "{} and {} values in rows of {cols}", w.len(), x.len());
     assert!(out.len() == rows * batch, "{rows} × {batch} dots, found room for {}", out.len());
-    // Tiles of 2 × 3 dots: 12 registers of lanes, 3 of operands, which is all that AVX2 has.
-    for r in (0..batch).step_by(3) {
-        let x = &x[r * cols..];
-        for n in (0..rows).step_by(2) {
-            let w = &w[n * cols..];
-            let out = &mut out[n * batch + r..];
-            match (rows - n, batch - r) {
-                (1, 1) => tile::<S, 1, 1>(simd, w, x, cols, out, batch),
-                (1, 2) => tile::<S, 1, 2>(simd, w, x, cols, out, batch),
-                (1, _) => tile::<S, 1, 3>(simd, w, x, cols, out, batch),
-                (_, 1) => tile::<S, 2, 1>(simd, w, x, cols, out, batch),
-                (_, 2) => tile::<S, 2, 2>(simd, w, x, cols, out, batch),
-                (_, _) => tile::<S, 2, 3>(simd, w, x, cols, out, batch),
-            }
+    // As many dots at a time as registers hold: each lane of a weight and of an activation is then loaded least often.
+    if S::HELD >= 32 {
+        tiles::<S, 4, 6>(simd, w, cols, x, out, 0..rows / 4 * 4);
+        tiles::<S, 1, 6>(simd, w, cols, x, out, rows / 4 * 4..rows);
+    } else {
+        tiles::<S, 2, 3>(simd, w, cols, x, out, 0..rows / 2 * 2);
+        tiles::<S, 1, 3>(simd, w, cols, x, out, rows / 2 * 2..rows);
+    }
+}
+
+/// Rows `range` of `w`, a multiple of N, with all of `x`, in tiles of N × R dots.
+#[inline(always)]
+fn tiles<S: Simd, const N: usize, const R: usize>(
+    simd: S,
+    w: &[f32],
+    cols: usize,
+    x: &[f32],
+    out: &mut [f32],
+    range: Range<usize>,
+) {
+    let batch = x.len() / cols;
+    let whole = batch / R * R;
+    for r in (0..whole).step_by(R) {
+        for n in range.clone().step_by(N) {
+            tile::<S, N, R>(simd, &w[n * cols..], &x[r * cols..], cols, &mut out[n * batch + r..], batch);
+        }
+    }
+    for r in whole..batch {
+        for n in range.clone().step_by(N) {
+            tile::<S, N, 1>(simd, &w[n * cols..], &x[r * cols..], cols, &mut out[n * batch + r..], batch);
         }
     }
 }
@@ -250,5 +263,98 @@ fn tile<S: Simd, const N: usize, const R: usize>(
         for r in 0..R {
             out[n * stride + r] = simd.reduce(accumulate_tail(simd, acc[n][r], w[n].1, x[r].1));
         }
+    }
+}
+
+#[inline(always)]
+fn add_weighted_body<S: Simd>(simd: S, weights: &[f32], stride: usize, rows: &[f32], width: usize, sums: &mut [f32]) {
+    let (count, heads) = (rows.len() / width, sums.len() / width);
+    assert!(rows.len() == count * width && sums.len() == heads * width, "rows of {width} values");
+    assert!(
+        stride >= count && (heads == 0 || weights.len() >= (heads - 1) * stride + count),
+        "{heads} sums of {count} rows take other than {} weights, {stride} each",
+        weights.len()
+    );
+    if rows.is_empty() {
+        return;
+    }
+    let whole = if S::HELD >= 32 {
+        sum_tiles::<S, 4, 4>(simd, weights, stride, rows, width, sums)
+    } else {
+        sum_tiles::<S, 2, 2>(simd, weights, stride, rows, width, sums)
+    };
+    for (h, sums) in sums.chunks_exact_mut(width).enumerate() {
+        for (sum, element) in sums[whole..].iter_mut().zip(whole..) {
+            let terms = weights[h * stride..].iter().zip(rows.iter().skip(element).step_by(width));
+            *sum = terms.fold(*sum, |sum, (weight, row)| weight.mul_add(*row, sum));
+        }
+    }
+}
+
+/// All sums, in tiles of H sums and L sixteens of elements, which stay in registers while the rows go by; returns the
+/// elements for which that is done.
+#[inline(always)]
+fn sum_tiles<S: Simd, const H: usize, const L: usize>(
+    simd: S,
+    weights: &[f32],
+    stride: usize,
+    rows: &[f32],
+    width: usize,
+    sums: &mut [f32],
+) -> usize {
+    let heads = sums.len() / width;
+    let whole = width - width % (16 * L);
+    for first in (0..whole).step_by(16 * L) {
+        for h in (0..heads / H * H).step_by(H) {
+            sum_tile::<S, H, L>(
+                simd,
+                &weights[h * stride..],
+                stride,
+                &rows[first..],
+                width,
+                &mut sums[h * width + first..],
+            );
+        }
+        for h in heads / H * H..heads {
+            sum_tile::<S, 1, L>(
+                simd,
+                &weights[h * stride..],
+                stride,
+                &rows[first..],
+                width,
+                &mut sums[h * width + first..],
+            );
+        }
+    }
+    whole
+}
+
+/// `16 · L` elements of H sums. `rows` and `sums` begin with these elements.
+#[inline(always)]
+fn sum_tile<S: Simd, const H: usize, const L: usize>(
+    simd: S,
+    weights: &[f32],
+    stride: usize,
+    rows: &[f32],
+    width: usize,
+    sums: &mut [f32],
+) {
+    let load = |from: &[f32]| -> [S::V; L] {
+        let from = from[..16 * L].as_chunks().0;
+        std::array::from_fn(|l| simd.load(&from[l]))
+    };
+    let mut acc: [[S::V; L]; H] = std::array::from_fn(|h| load(&sums[h * width..]));
+    for (i, row) in rows.chunks(width).enumerate() {
+        let row = load(row);
+        for h in 0..H {
+            let weight = simd.splat(weights[h * stride + i]);
+            for l in 0..L {
+                acc[h][l] = simd.fma(weight, row[l], acc[h][l]);
+            }
+        }
+    }
+    for h in 0..H {
+        let sums = sums[h * width..][..16 * L].as_chunks_mut().0;
+        (0..L).for_each(|l| simd.store(acc[h][l], &mut sums[l]));
     }
 }

@@ -6,6 +6,7 @@
 //! - [`exact`]: the canonical f32 dot and everything built on it.
 //! - [`integer`]: dots of blocks with activations quantised to 8 bits.
 //! - [`math`]: deterministic `exp`, `sigmoid`, `silu`, `softplus`.
+//! - [`rows`]: element by element work between the products.
 //! - [`small_float`]: FP8, FP4 and bfloat16 of stored state, and the rotation in front of FP4.
 //! - [`simd`]: instruction sets. Every kernel has the same bits on each of them.
 
@@ -16,6 +17,7 @@ pub mod integer;
 mod iq2_grid;
 pub mod math;
 mod quantize;
+pub mod rows;
 pub mod simd;
 pub mod small_float;
 

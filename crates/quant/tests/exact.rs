@@ -86,7 +86,7 @@ fn batches_equal_rows_one_by_one() {
 
 proptest! {
     #[test]
-    fn f32_batches_of_any_shape_equal_dots(rows in 0usize..6, cols in 1usize..70, batch in 0usize..8, seed: u64) {
+    fn f32_batches_of_any_shape_equal_dots(rows in 0usize..11, cols in 1usize..70, batch in 0usize..15, seed: u64) {
         let mut random = Random(seed);
         let (w, x) = (random.normals(rows * cols), random.normals(batch * cols));
         let expected: Vec<f32> = w
@@ -101,13 +101,25 @@ proptest! {
     }
 
     #[test]
-    fn axpy_is_one_fused_operation(len in 0usize..70, a: f32, seed: u64) {
-        let mut random = Random(seed);
-        let (v, acc) = (random.normals(len), random.normals(len));
-        let expected: Vec<f32> = v.iter().zip(&acc).map(|(&v, &acc)| libm::fmaf(a, v, acc)).collect();
+    fn weighted_rows_are_added_in_order(
+        heads in 0usize..10,
+        count in 0usize..9,
+        width in 1usize..200,
+        apart in 0usize..3,
+        seed: u64,
+    ) {
+        let (mut random, stride) = (Random(seed), count + apart);
+        let (weights, rows) = (random.normals(heads * stride), random.normals(count * width));
+        let before = random.normals(heads * width);
+        let mut expected = before.clone();
+        for (h, sums) in expected.chunks_exact_mut(width).enumerate() {
+            for (i, row) in rows.chunks_exact(width).enumerate() {
+                sums.iter_mut().zip(row).for_each(|(sum, &row)| *sum = libm::fmaf(weights[h * stride + i], row, *sum));
+            }
+        }
         for level in Level::available() {
-            let mut found = acc.clone();
-            axpy_at(level, a, &v, &mut found);
+            let mut found = before.clone();
+            add_weighted_at(level, &weights, stride, &rows, width, &mut found);
             assert_same_bits(&found, &expected, &format!("{level:?}"));
         }
     }

@@ -6,6 +6,7 @@
 //!
 //! [`dot`] is that definition in plain code; [`matmul`] is what computes, in the same bits.
 
+mod activations;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -17,26 +18,15 @@ mod neon;
 use crate::blocks::*;
 use crate::decode::row_bytes;
 use crate::simd::{Scalar, Simd, kernel, prefetch};
-use bytemuck::Zeroable;
 use gguf::TensorType;
 
+use activations::Blocks;
+pub use activations::{
+    Activations, Blocking, Piece, blocking, quantize_activations, quantize_activations_at, quantize_q8_0,
+    quantize_q8_0_at, quantize_q8_k, quantize_q8_k_at,
+};
 pub use blocks::IntegerDot;
 use blocks::{LongBlock, ShortBlock};
-
-/// Whether weights of this type are multiplied in whole numbers.
-pub fn is_supported(ty: TensorType) -> bool {
-    activation_elements(ty).is_some()
-}
-
-/// Values in an activation block for weights of this type.
-fn activation_elements(ty: TensorType) -> Option<usize> {
-    use TensorType::*;
-    match ty {
-        Q8_0 | Mxfp4 => Some(32),
-        Q2K | Q3K | Q4K | Q5K | Q6K | Iq2Xxs => Some(QK_K),
-        _ => None,
-    }
-}
 
 /// The dot of a row of weight blocks and as many activation blocks: the definition.
 pub fn dot<W: IntegerDot>(row: &[W], x: &[W::Activation]) -> f32 {
@@ -44,129 +34,11 @@ pub fn dot<W: IntegerDot>(row: &[W], x: &[W::Activation]) -> f32 {
     row.iter().zip(x).fold(0.0, |sum, (w, x)| w.add_dot(x, sum))
 }
 
-/// Rows of activations, quantised for weights of one type.
-pub struct Activations {
-    rows: usize,
-    cols: usize,
-    /// Block b of row r at `b * rows + r`, for a kernel takes a block of many rows at a time.
-    blocks: Blocks,
-}
-
-enum Blocks {
-    Short(Vec<ActivationQ8_0>),
-    Long(Vec<ActivationQ8K>),
-}
-
-kernel! {
-    /// Rows of `cols` values, quantised for weights of type `ty`.
-    ///
-    /// Panics if `x` is not whole rows, or `ty` is not [supported](is_supported) or does not divide a row into blocks.
-    pub fn quantize_activations, quantize_activations_at(ty: TensorType, x: &[f32], cols: usize) -> Activations
-        = quantize_activations_body
-}
-kernel! {
-    /// Quantises activations per 32: d = amax/127, q = round(x · (1/d)) to nearest, ties to even. A block with an
-    /// infinity or a NaN gets the scale NaN, and so does every dot with it; where 1/d overflows, all is 0.
-    ///
-    /// Panics if `x` does not fill `out`.
-    pub fn quantize_q8_0, quantize_q8_0_at(x: &[f32], out: &mut [ActivationQ8_0]) = quantize_q8_0_body
-}
-kernel! {
-    /// Quantises activations per 256: with M the value of largest magnitude (the first of equals), the factor is
-    /// −127/M, q = round(x · factor) to nearest, ties to even, and d = 1/factor. Infinities, NaN and values too
-    /// small for a factor as in [`quantize_q8_0`].
-    ///
-    /// Panics if `x` does not fill `out`.
-    pub fn quantize_q8_k, quantize_q8_k_at(x: &[f32], out: &mut [ActivationQ8K]) = quantize_q8_k_body
-}
 kernel! {
     /// The dots of n weight rows with the R rows of `x`: `out[i * R + r]` is [`dot`] of weight row i and row r.
     ///
     /// Panics if `x` was quantised for another kind of weights, or `weights` or `out` do not have as many rows.
     pub fn matmul, matmul_at(ty: TensorType, weights: &[u8], x: &Activations, out: &mut [f32]) = matmul_body
-}
-
-#[inline(always)]
-fn quantize_activations_body<S: Simd>(_simd: S, ty: TensorType, x: &[f32], cols: usize) -> Activations {
-    let elements = activation_elements(ty).unwrap_or_else(|| panic!("{ty} has no integer dot"));
-    assert!(cols.is_multiple_of(elements), "a {ty} row has blocks of {elements} values, found {cols} values");
-    let rows = x.len() / cols;
-    assert!(x.len() == rows * cols, "{} values are not whole rows of {cols}", x.len());
-    let blocks = match elements {
-        32 => Blocks::Short(by_block(x, cols, quantize_block_q8_0)),
-        _ => Blocks::Long(by_block(x, cols, quantize_block_q8_k)),
-    };
-    Activations { rows, cols, blocks }
-}
-
-/// `quantize` of every N values of every row, all rows' first blocks first.
-#[inline(always)]
-fn by_block<const N: usize, B: Zeroable + Clone>(
-    x: &[f32],
-    cols: usize,
-    quantize: impl Fn(&[f32; N], &mut B),
-) -> Vec<B> {
-    let rows = x.len() / cols;
-    let mut blocks = vec![B::zeroed(); x.len() / N];
-    for (r, row) in x.chunks_exact(cols).enumerate() {
-        for (b, x) in row.as_chunks::<N>().0.iter().enumerate() {
-            quantize(x, &mut blocks[b * rows + r]);
-        }
-    }
-    blocks
-}
-
-#[inline(always)]
-fn quantize_q8_0_body<S: Simd>(_simd: S, x: &[f32], out: &mut [ActivationQ8_0]) {
-    let (blocks, rest) = x.as_chunks();
-    assert!(rest.is_empty() && blocks.len() == out.len(), "{} values for {} blocks of 32", x.len(), out.len());
-    blocks.iter().zip(out).for_each(|(x, out)| quantize_block_q8_0(x, out));
-}
-
-#[inline(always)]
-fn quantize_q8_k_body<S: Simd>(_simd: S, x: &[f32], out: &mut [ActivationQ8K]) {
-    let (blocks, rest) = x.as_chunks();
-    assert!(rest.is_empty() && blocks.len() == out.len(), "{} values for {} blocks of 256", x.len(), out.len());
-    blocks.iter().zip(out).for_each(|(x, out)| quantize_block_q8_k(x, out));
-}
-
-#[inline(always)]
-fn quantize_block_q8_0(x: &[f32; 32], out: &mut ActivationQ8_0) {
-    let d = largest(x).abs() / 127.0;
-    (out.d, out.q) = scaled_codes(x, d, 1.0 / d);
-    out.sum = out.q.iter().map(|&q| i32::from(q)).sum();
-}
-
-#[inline(always)]
-fn quantize_block_q8_k(x: &[f32; QK_K], out: &mut ActivationQ8K) {
-    let factor = -127.0 / largest(x);
-    (out.d, out.q) = scaled_codes(x, 1.0 / factor, factor);
-    for (sum, q) in out.sums.iter_mut().zip(out.q.as_chunks::<16>().0) {
-        *sum = q.iter().map(|&q| i16::from(q)).sum();
-    }
-}
-
-/// The value of largest magnitude, the first of equals; NaN if any value is not finite.
-#[inline(always)]
-fn largest(x: &[f32]) -> f32 {
-    // Without their sign, floats order as their bits do, and what is not finite comes last.
-    let magnitude = |x: f32| x.to_bits() & 0x7fff_ffff;
-    let largest = x.iter().fold(0, |largest, &x| largest.max(magnitude(x)));
-    if largest >= f32::INFINITY.to_bits() {
-        return f32::NAN;
-    }
-    x.iter().copied().find(|&x| magnitude(x) == largest).unwrap_or(0.0)
-}
-
-/// Scale `d` and round(x · factor), at most 127 in magnitude; without a finite factor, all is zero but a NaN.
-#[inline(always)]
-fn scaled_codes<const N: usize>(x: &[f32; N], d: f32, factor: f32) -> (f32, [i8; N]) {
-    /// Adding 1.5·2²³ leaves the rounded integer in the low bits.
-    const ROUND: f32 = 12_582_912.0;
-    if !factor.is_finite() {
-        return (if factor.is_nan() { f32::NAN } else { 0.0 }, [0; N]);
-    }
-    (d, x.map(|x| (x * factor + ROUND).to_bits() as i8))
 }
 
 /// What a level brings: the dots of n weight rows with R activation rows, `[n, R]`, with the bits of [`dot`].

@@ -86,6 +86,8 @@ pub fn level() -> Level {
 pub(crate) trait Simd: Copy {
     /// Sixteen lanes.
     type V: Copy;
+    /// How many `V` the machine's registers hold.
+    const HELD: usize = 8;
     /// All lanes `value`.
     fn splat(self, value: f32) -> Self::V;
     /// Lane i is `a[i]`.
@@ -199,7 +201,8 @@ pub(crate) fn prefetch<T>(items: &[T], first: usize, count: usize) {
 }
 
 /// Makes the two entry points of a kernel from its body, an `#[inline(always)]` function whose first
-/// argument is a [`Simd`]: `name(args)` runs at [`level()`], `name_at(level, args)` at a level of choice.
+/// argument is a [`Simd`]: `name(args)` runs at [`level()`], `name_at(level, args)` at a level of choice. With one name it
+/// makes the latter alone.
 macro_rules! kernel {
     ($(#[$attr:meta])* $vis:vis fn $name:ident, $name_at:ident ($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $body:ident) => {
         $(#[$attr])*
@@ -207,7 +210,13 @@ macro_rules! kernel {
             $name_at($crate::simd::level(), $($arg),*)
         }
 
-        #[doc = concat!("[`", stringify!($name), "`] at a chosen level. Panics where the machine does not have it.")]
+        $crate::simd::kernel! {
+            #[doc = concat!("[`", stringify!($name), "`] at a chosen level. Panics where the machine does not have it.")]
+            $vis fn $name_at($($arg: $ty),*) $(-> $ret)? = $body
+        }
+    };
+    ($(#[$attr:meta])* $vis:vis fn $name_at:ident ($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $body:ident) => {
+        $(#[$attr])*
         $vis fn $name_at(level: $crate::simd::Level, $($arg: $ty),*) $(-> $ret)? {
             match level {
                 $crate::simd::Level::Scalar => $body($crate::simd::Scalar, $($arg),*),

@@ -119,6 +119,7 @@ impl Avx512 {
 
 impl Simd for Avx512 {
     type V = __m512;
+    const HELD: usize = 32;
 
     #[inline(always)]
     fn splat(self, value: f32) -> __m512 {
