@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::cell::RefCell;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use gguf::TensorType;
@@ -14,8 +14,8 @@ use quant::{exact, integer};
 use crate::pool::Pool;
 use crate::weights::Matrix;
 
-/// Below this many multiplications a thread costs more than it saves.
-const WORTH_SHARING: usize = 60_000;
+/// For fewer multiplications another thread costs more than it saves.
+const WORTH_A_THREAD: usize = 200_000;
 
 /// Parts of a product for each thread: enough that a thread which something else holds up leaves its parts to others.
 const PARTS_A_THREAD: usize = 8;
@@ -63,18 +63,21 @@ impl Workers {
     /// Calls `f` for every item; `work` is the cost of all of them, in multiplications.
     pub(crate) fn each<I>(&self, items: I, work: usize, f: impl Fn(I::Item) + Sync)
     where
-        I: ExactSizeIterator + Send,
+        I: ExactSizeIterator,
+        I::Item: Send,
     {
-        let threads = self.threads().min(items.len());
-        if threads < 2 || work < WORTH_SHARING {
+        let threads = self.threads().min(items.len()).min(work / WORTH_A_THREAD);
+        if threads < 2 {
             return items.for_each(f);
         }
         self.shared.fetch_add(1, Ordering::Relaxed);
-        let items = Mutex::new(items);
-        let next = || items.lock().unwrap_or_else(PoisonError::into_inner).next();
+        // A lock for each item, which nobody else wants: of one for all of them, many threads would wait asleep.
+        let items: Vec<Mutex<Option<I::Item>>> = items.map(|item| Mutex::new(Some(item))).collect();
+        let next = AtomicUsize::new(0);
         self.pool.run(threads, &|| {
-            while let Some(item) = next() {
-                f(item);
+            while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
+                let item = item.lock().unwrap_or_else(PoisonError::into_inner).take();
+                f(item.expect("each is taken once"));
             }
         });
     }
