@@ -154,21 +154,24 @@ fn matvec_format<S: Simd, F: Format>(simd: S, rows: &[u8], x: &[f32], out: &mut 
     let rows = bytemuck::cast_slice::<u8, F>(rows);
     let blocks_per_row = x.len() / F::ELEMENTS;
     let mut buffers = [[0.0; CHUNK]; INTERLEAVED];
-    for (i, out) in out.chunks_mut(INTERLEAVED).enumerate() {
+    // A quarter of all rows apart, so that each of the four streams is read on and on.
+    let apart = out.len().div_ceil(INTERLEAVED);
+    for n in 0..apart {
         // At the end the last row stands in for rows that are not there.
-        let row = |n: usize| &rows[(INTERLEAVED * i + n.min(out.len() - 1)) * blocks_per_row..][..blocks_per_row];
-        let rows: [&[F]; INTERLEAVED] = std::array::from_fn(row);
+        let start: [usize; INTERLEAVED] = std::array::from_fn(|i| (n + i * apart).min(out.len() - 1) * blocks_per_row);
         let mut acc = [simd.splat(0.0); INTERLEAVED];
         for (c, x) in x.chunks(CHUNK).enumerate() {
-            let blocks = c * (CHUNK / F::ELEMENTS)..c * (CHUNK / F::ELEMENTS) + x.len() / F::ELEMENTS;
-            for (row, buffer) in rows.iter().zip(&mut buffers) {
-                F::decode_all(simd, &row[blocks.clone()], buffer);
-                prefetch(row, blocks.start + INTERLEAVED * blocks_per_row, blocks.len());
+            let (first, count) = (c * (CHUNK / F::ELEMENTS), x.len() / F::ELEMENTS);
+            for (start, buffer) in start.iter().zip(&mut buffers) {
+                F::decode_all(simd, &rows[start + first..][..count], buffer);
+                prefetch(rows, start + first + blocks_per_row, count);
             }
             acc = accumulate_rows(simd, acc, &buffers, x);
         }
-        for (out, acc) in out.iter_mut().zip(acc) {
-            *out = simd.reduce(acc);
+        for (i, acc) in acc.into_iter().enumerate() {
+            if let Some(out) = out.get_mut(n + i * apart) {
+                *out = simd.reduce(acc);
+            }
         }
     }
 }

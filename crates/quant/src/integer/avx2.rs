@@ -7,7 +7,7 @@
 //! activation. Its pairwise sums stay within i16, for magnitudes of weights are at most 128 and of activations 127.
 
 use super::blocks::{LongBlock, ShortBlock};
-use super::{IntegerSimd, tiles};
+use super::{IntegerSimd, Rows, tiles};
 use crate::blocks::*;
 use crate::iq2_grid::GRID;
 use crate::simd::Avx2;
@@ -35,7 +35,7 @@ impl IntegerSimd for Avx2 {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn short<W: ShortBlock>(simd: Avx2, weights: &[W], x: &[ActivationQ8_0], batch: usize, out: &mut [f32]) {
-    tiles::<_, _, _, ROWS, BATCH>(weights, x, batch, out, _mm_setzero_ps(), lanes, |w, x, sums| {
+    tiles::<_, _, _, ROWS, BATCH>(Rows::Apart, weights, x, batch, out, _mm_setzero_ps(), lanes, |w, x, sums| {
         let codes = w.map(|w| w.register(simd));
         let magnitudes = codes.map(|codes| _mm256_abs_epi8(codes));
         let scales = W::scales_4(simd, w);
@@ -52,7 +52,7 @@ fn short<W: ShortBlock>(simd: Avx2, weights: &[W], x: &[ActivationQ8_0], batch: 
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn long<W: LongBlock>(simd: Avx2, weights: &[W], x: &[ActivationQ8K], batch: usize, out: &mut [f32]) {
-    tiles::<_, _, _, ROWS, BATCH>(weights, x, batch, out, _mm_setzero_ps(), lanes, |w, x, sums| {
+    tiles::<_, _, _, ROWS, BATCH>(W::ROWS, weights, x, batch, out, _mm_setzero_ps(), lanes, |w, x, sums| {
         let d = _mm_mul_ps(halves(w.map(|w| w.d())), _mm_set1_ps(W::FACTOR));
         let dmin = halves(w.map(|w| w.dmin()));
         let add = |dots, minimums: [__m256i; ROWS], x: &ActivationQ8K, sum: &mut __m128| {

@@ -6,7 +6,7 @@
 //! sixteen, transposed so that each lane belongs to a weight row: nothing is ever summed across lanes.
 
 use super::blocks::{LongBlock, ShortBlock};
-use super::{IntegerSimd, avx2, tiles};
+use super::{IntegerSimd, Rows, avx2, tiles};
 use crate::blocks::*;
 use crate::iq2_grid::{self, PACKED};
 use crate::simd::Avx512;
@@ -45,7 +45,7 @@ impl IntegerSimd for Avx512 {
 
 #[target_feature(enable = "avx512vl,avx512vnni,avx512vbmi,avx512bitalg,gfni")]
 fn short<W: ShortBlock>(simd: Avx512, weights: &[W], x: &[ActivationQ8_0], batch: usize, out: &mut [f32]) {
-    tiles::<_, _, _, ROWS, MANY>(weights, x, batch, out, _mm_setzero_ps(), avx2::lanes, |w, x, sums| {
+    tiles::<_, _, _, ROWS, MANY>(Rows::Apart, weights, x, batch, out, _mm_setzero_ps(), avx2::lanes, |w, x, sums| {
         let codes = w.map(|w| w.unsigned_512(simd));
         let scales = W::scales_4(simd.avx2(), w);
         for (x, sum) in x.iter().zip(sums) {
@@ -60,6 +60,7 @@ fn short<W: ShortBlock>(simd: Avx512, weights: &[W], x: &[ActivationQ8_0], batch
 #[target_feature(enable = "avx512vl,avx512vnni,avx512vbmi,avx512bitalg,gfni")]
 fn short_many<W: ShortBlock>(simd: Avx512, weights: &[W], x: &[ActivationQ8_0], batch: usize, out: &mut [f32]) {
     tiles::<_, _, _, LANES, BATCH>(
+        Rows::Neighbours,
         weights,
         x,
         batch,
@@ -93,7 +94,7 @@ pub(super) fn few<W: LongBlock>(simd: Avx512, weights: &[W], x: &[ActivationQ8K]
 
 #[target_feature(enable = "avx512vl,avx512vnni,avx512vbmi,avx512bitalg,gfni")]
 fn long<W: LongBlock>(simd: Avx512, weights: &[W], x: &[ActivationQ8K], batch: usize, out: &mut [f32]) {
-    tiles::<_, _, _, ROWS, MANY>(weights, x, batch, out, _mm_setzero_ps(), avx2::lanes, |w, x, sums| {
+    tiles::<_, _, _, ROWS, MANY>(W::ROWS, weights, x, batch, out, _mm_setzero_ps(), avx2::lanes, |w, x, sums| {
         let (d, dmin) = (avx2::halves(w.map(|w| w.d())), avx2::halves(w.map(|w| w.dmin())));
         for (x, sum) in x.iter().zip(sums) {
             let values = W::ORDER.map(|[low, high]| pair(load_32(&x.q, low), load_32(&x.q, high)));
@@ -146,6 +147,7 @@ impl<W: LongBlock> Spread<W> {
 #[target_feature(enable = "avx512vl,avx512vnni,avx512vbmi,avx512bitalg,gfni")]
 fn long_many<W: LongBlock>(simd: Avx512, weights: &[W], x: &[ActivationQ8K], batch: usize, out: &mut [f32]) {
     tiles::<_, _, _, LANES, BATCH>(
+        Rows::Neighbours,
         weights,
         x,
         batch,
@@ -535,7 +537,7 @@ impl Doubled {
 fn iq2(weights: &[Iq2Xxs], x: &[ActivationQ8K], batch: usize, out: &mut [f32]) {
     let x: Vec<Doubled> = x.iter().map(|x| Doubled::new(x)).collect();
     let book = CodeBook::new();
-    tiles::<_, _, _, ROWS, MANY>(weights, &x, batch, out, _mm_setzero_ps(), avx2::lanes, |w, x, sums| {
+    tiles::<_, _, _, ROWS, MANY>(Iq2Xxs::ROWS, weights, &x, batch, out, _mm_setzero_ps(), avx2::lanes, |w, x, sums| {
         let d = _mm_mul_ps(avx2::halves(w.map(|w| w.d())), _mm_set1_ps(Iq2Xxs::FACTOR));
         for (x, sum) in x.iter().zip(sums) {
             // In each 128 bits two numbers of A, two of B.

@@ -1,5 +1,6 @@
 //! Weight blocks as whole numbers and a scale, and the dot of one block with an activation block: the definition.
 
+use super::Rows;
 use crate::blocks::*;
 use crate::decode::mxfp4_scale;
 use bytemuck::Pod;
@@ -57,6 +58,8 @@ pub(super) trait LongBlock: IntegerDot<Activation = ActivationQ8K> {
     const SIGNED: bool;
     /// Whether there are minimums.
     const MINIMUMS: bool = false;
+    /// Which rows meet, where few rows of activations do.
+    const ROWS: Rows = Rows::Apart;
     fn d(&self) -> Half;
     fn scales(&self) -> [i8; 16];
     fn dmin(&self) -> Half {
@@ -283,6 +286,7 @@ long_signed!(Q6K, |block: &Q6K| block.scales, [[0, 32], [64, 96], [128, 160], [1
 /// x = d/8 · (2s + 1) · ±grid.
 impl LongBlock for Iq2Xxs {
     const FACTOR: f32 = 0.125;
+    const ROWS: Rows = Rows::Neighbours;
     #[cfg(target_arch = "x86_64")]
     const SIGNED: bool = true;
     #[inline(always)]

@@ -93,11 +93,22 @@ fn dots<W: IntegerDot>(weights: &[W], x: &[W::Activation], batch: usize, out: &m
     }
 }
 
+/// Which N weight rows meet: N neighbours, or N that lie a Nth of all rows apart. Then each of them is read on and on, row
+/// after row, and a processor that reads ahead sees N long streams; of neighbours it sees N that end with every row. For
+/// Q8_0 that is 33 against 25 GB/s of memory (docs/performance.md). A kernel that computes for longer than it waits gains nothing.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Rows {
+    Neighbours,
+    Apart,
+}
+
 /// The loops of every vector kernel. Calls `add(blocks, activations, sums)` for every block of every N weight rows and up
-/// to `BATCH` rows of activations, blocks ascending; lane i of a sum belongs to weight row i. Then writes the lanes of
-/// the sums, which begin as `zero`, to `out`, `[n, R]`.
+/// to `BATCH` rows of activations, blocks ascending; lane i of a sum belongs to the ith of the weight rows. Then writes the
+/// lanes of the sums, which begin as `zero`, to `out`, `[n, R]`.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 fn tiles<W, X, S: Copy, const N: usize, const BATCH: usize>(
+    which: Rows,
     weights: &[W],
     x: &[X],
     batch: usize,
@@ -108,21 +119,32 @@ fn tiles<W, X, S: Copy, const N: usize, const BATCH: usize>(
 ) {
     let per_row = x.len() / batch;
     let rows = weights.len() / per_row;
-    for n in (0..rows).step_by(N) {
+    let (firsts, step, apart) = match which {
+        Rows::Neighbours => (rows, N, 1),
+        Rows::Apart => (rows.div_ceil(N), 1, rows.div_ceil(N)),
+    };
+    for n in (0..firsts).step_by(step) {
         // At the end the last row stands in for rows that are not there.
-        let w: [&[W]; N] = std::array::from_fn(|i| &weights[(n + i).min(rows - 1) * per_row..][..per_row]);
+        let start: [usize; N] = std::array::from_fn(|i| (n + i * apart).min(rows - 1) * per_row);
+        let w: [&[W]; N] = start.map(|start| &weights[start..][..per_row]);
         for r in (0..batch).step_by(BATCH) {
             let mut sums = [zero; BATCH];
             let sums = &mut sums[..BATCH.min(batch - r)];
             for b in 0..per_row {
-                // Rows lie one after the other, and the N after these are read next: to the processor, N streams at
-                // once within few pages look like no stream at all.
-                prefetch(&weights[n * per_row..], N * (per_row + b), N);
+                // What is read a tile later, in the order in which it lies in memory.
+                match which {
+                    Rows::Neighbours => prefetch(weights, start[0] + N * (per_row + b), N),
+                    Rows::Apart => start.iter().for_each(|start| prefetch(weights, start + per_row + b, 1)),
+                }
                 add(w.map(|row| &row[b]), &x[b * batch + r..][..sums.len()], sums);
             }
             for (r, sum) in (r..).zip(sums) {
-                let out = out[n * batch + r..].iter_mut().step_by(batch);
-                lanes(*sum).iter().zip(out).for_each(|(lane, out)| *out = *lane);
+                let places = (0..N).map(|i| (n + i * apart) * batch + r);
+                for (place, lane) in places.zip(lanes(*sum)) {
+                    if let Some(out) = out.get_mut(place) {
+                        *out = lane;
+                    }
+                }
             }
         }
     }

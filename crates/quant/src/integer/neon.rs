@@ -2,7 +2,7 @@
 //! the bytes is the machine's: widening products, `sdot`, or, for rows of activations in pairs, `smmla`.
 
 use super::blocks::{LongBlock, ShortBlock};
-use super::{IntegerSimd, tiles};
+use super::{IntegerSimd, Rows, tiles};
 use crate::blocks::*;
 use crate::simd::{Dotprod, I8mm, Multiply, Neon};
 use std::arch::{aarch64::*, asm};
@@ -94,7 +94,7 @@ impl<M: Bytes> IntegerSimd for Neon<M> {
     #[inline(always)]
     fn short<W: ShortBlock>(self, weights: &[W], x: &[ActivationQ8_0], batch: usize, out: &mut [f32]) {
         let zero = load_f32([0.0; ROWS]);
-        tiles::<_, _, _, ROWS, BATCH>(weights, x, batch, out, zero, lanes, |w, x, sums| {
+        tiles::<_, _, _, ROWS, BATCH>(Rows::Apart, weights, x, batch, out, zero, lanes, |w, x, sums| {
             let codes = w.map(|w| w.codes());
             let scales = load_f32(w.map(|w| w.scale()));
             let add = |dots, x: &ActivationQ8_0, sum: &mut float32x4_t| *sum = add_scaled(*sum, scales, x.d, dots);
@@ -124,7 +124,7 @@ impl<M: Bytes> IntegerSimd for Neon<M> {
     #[inline(always)]
     fn long<W: LongBlock>(self, weights: &[W], x: &[ActivationQ8K], batch: usize, out: &mut [f32]) {
         let zero = load_f32([0.0; ROWS]);
-        tiles::<_, _, _, ROWS, BATCH>(weights, x, batch, out, zero, lanes, |w, x, sums| {
+        tiles::<_, _, _, ROWS, BATCH>(W::ROWS, weights, x, batch, out, zero, lanes, |w, x, sums| {
             let (codes, scales) = (w.map(|w| w.codes()), w.map(|w| w.scales().map(i32::from)));
             let minimums = w.map(|w| w.minimums().map(i16::from));
             let d = load_f32(w.map(|w| w.d().to_f32() * W::FACTOR));
