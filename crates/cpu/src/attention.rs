@@ -21,6 +21,9 @@ use crate::weights::Weight;
 /// Heads that share one reading of the key rows.
 pub(crate) const HEADS_TOGETHER: usize = 8;
 
+/// Key rows that a thread unpacks at a time.
+const KEYS_TOGETHER: usize = 32;
+
 /// Queries that share what is unpacked for them.
 pub(crate) const ROWS_TOGETHER: usize = 8;
 
@@ -132,7 +135,7 @@ impl CpuBackend {
         let mut rows = vec![0; (end - first) * row_bytes];
         let work = 2 * layout.ratio * layout.width * 8;
         self.workers.rows(&mut rows, row_bytes, work, |i, packed| {
-            let mut row = pool(self.workers.level, &window_slots(layout, first + i, view));
+            let mut row = pool_window(self.workers.level, &window_slots(layout, first + i, view));
             rms_norm(self.workers.level, &mut row, Some(w.norm.values()), self.config.rms_eps);
             let tail = row.len() - self.config.rope_dim;
             rotate_at(self.workers.level, &mut row[tail..], &self.ropes[1].at((first + i) * layout.ratio));
@@ -242,38 +245,46 @@ impl CpuBackend {
 
     pub(crate) fn stage_attend(&self, layer: usize, states: &[&State], pass: &mut Pass) -> Result<(), Error> {
         let mut heads = std::mem::take(&mut pass.heads);
-        match pass.rows() {
-            1 => self.attend_one(layer, states, pass, &mut heads),
-            _ => self.attend_many(layer, states, pass, &mut heads),
+        let all: Vec<usize> = (0..pass.rows()).collect();
+        if together(&all, &pass.run_of_row).count() < self.workers.threads() {
+            let width = self.config.heads * self.config.head_dim;
+            heads
+                .chunks_exact_mut(width)
+                .zip(all)
+                .for_each(|(heads, r)| self.attend_one(layer, r, states, pass, heads));
+        } else {
+            self.attend_many(layer, &all, states, pass, &mut heads);
         }
         pass.heads = heads;
         Ok(())
     }
 
-    /// Threads share the heads.
-    fn attend_one(&self, layer: usize, states: &[&State], pass: &Pass, heads: &mut [f32]) {
+    /// One row, whose heads are shared by the threads.
+    fn attend_one(&self, layer: usize, r: usize, states: &[&State], pass: &Pass, heads: &mut [f32]) {
         let (level, dim, format) = (self.workers.level, self.config.head_dim, self.layout.layers[layer].raw);
-        let view = view(layer, 0, states, pass);
-        let window = self.window(pass.batch.rows()[0].position);
+        let view = view(layer, r, states, pass);
+        let window = self.window(pass.batch.rows()[r].position);
         let window_values = window.len() * dim;
-        let packed: Vec<&[u8]> = window.map(|p| view.raw(p)).chain(compressed_rows(view, &pass.chosen[0])).collect();
+        let packed: Vec<&[u8]> = window.map(|p| view.raw(p)).chain(compressed_rows(view, &pass.chosen[r])).collect();
         let mut keys = vec![0.0; packed.len() * dim];
-        self.workers.rows(&mut keys, dim, 4 * dim, |i, key| rows::unpack(level, format, packed[i], key));
+        self.workers.chunks(&mut keys, KEYS_TOGETHER * dim, 4 * KEYS_TOGETHER * dim, |(i, keys)| {
+            let packed = packed[i * KEYS_TOGETHER..].iter();
+            packed.zip(keys.chunks_exact_mut(dim)).for_each(|(packed, key)| rows::unpack(level, format, packed, key));
+        });
         let keys = keys.split_at(window_values);
         let group = HEADS_TOGETHER * dim;
         self.workers.chunks(heads, group, 2 * packed.len() * group, |(i, out)| {
-            self.attend_heads(layer, 0, i * HEADS_TOGETHER, keys, pass, out);
+            self.attend_heads(layer, r, i * HEADS_TOGETHER, keys, pass, out);
         });
     }
 
-    /// Threads share the rows, a few of one session at a time.
-    fn attend_many(&self, layer: usize, states: &[&State], pass: &Pass, heads: &mut [f32]) {
+    /// All rows, which are shared by the threads, a few of one session at a time.
+    fn attend_many(&self, layer: usize, all: &[usize], states: &[&State], pass: &Pass, heads: &mut [f32]) {
         let (config, width) = (&self.config, self.config.heads * self.config.head_dim);
-        let all: Vec<usize> = (0..pass.rows()).collect();
         let keys: usize =
             all.iter().map(|&r| self.window(pass.batch.rows()[r].position).len() + pass.chosen[r].len()).sum();
         let mut rest = heads;
-        let tiles = together(&all, &pass.run_of_row).map(|rows| {
+        let tiles = together(all, &pass.run_of_row).map(|rows| {
             let heads;
             (heads, rest) = std::mem::take(&mut rest).split_at_mut(rows.len() * width);
             (rows, heads)
@@ -408,7 +419,7 @@ fn window_slots<'a>(layout: &CompressorLayout, window: usize, view: CompressorVi
 }
 
 /// `Σ u · softmax(z)` over the slots, one softmax a channel.
-pub(crate) fn pool(level: Level, slots: &[(&[f32], &[f32])]) -> Vec<f32> {
+pub(crate) fn pool_window(level: Level, slots: &[(&[f32], &[f32])]) -> Vec<f32> {
     let width = slots[0].0.len();
     let mut max = vec![f32::NEG_INFINITY; width];
     for (_, z) in slots {
@@ -432,9 +443,10 @@ fn top_rows(scores: &[f32], k: usize) -> Vec<u32> {
     let better = |&a: &u32, &b: &u32| -> Ordering { scores[b as usize].total_cmp(&scores[a as usize]).then(a.cmp(&b)) };
     let mut rows: Vec<u32> = (0..scores.len() as u32).collect();
     rows.select_nth_unstable_by(k - 1, better);
-    rows.truncate(k);
-    rows.sort_unstable();
-    rows
+    // A list of their own: the choice stays with the pass, and this one is as long as the context.
+    let mut best = rows[..k].to_vec();
+    best.sort_unstable();
+    best
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 //! Beside the code that allocates: who adds a buffer there adds it here, and `tests/memory.rs` notices if not.
 
 use model::{Config, KvLayout, Model, Precision, TensorRef};
-use quant::blocks::{ActivationQ8K, QK_K};
+use quant::blocks::ActivationQ8_0;
 use quant::exact::TILE_ROWS;
 
 use crate::attention::{HEADS_TOGETHER, ROWS_TOGETHER};
@@ -76,6 +76,9 @@ impl Products {
     fn pieces(self, rows: usize, outputs: usize) -> usize {
         // Lists have room for at least four, and for a power of two.
         let lists = outputs.div_ceil(rows_each(outputs, rows, self.threads));
+        if rows == 1 {
+            return lists.next_power_of_two().max(4) * size_of::<&mut [f32]>();
+        }
         lists * (size_of::<Vec<&mut [f32]>>() + rows.next_power_of_two().max(4) * size_of::<&mut [f32]>())
     }
 
@@ -83,7 +86,8 @@ impl Products {
     fn quantized(self, values: usize) -> usize {
         match self.precision {
             Precision::Exact => 0,
-            Precision::Fast => values.div_ceil(QK_K) * size_of::<ActivationQ8K>(),
+            // Blocks of 32 take more than blocks of 256 do.
+            Precision::Fast => values.div_ceil(32) * size_of::<ActivationQ8_0>(),
         }
     }
 }
@@ -154,7 +158,8 @@ fn index(c: &Config, how: Products, shape: PassShape) -> usize {
 fn attend(c: &Config, shape: PassShape) -> usize {
     let most = |&ratio: &usize| match ratio {
         0 => 0,
-        4 => (shape.end_tokens / 4).min(c.index_top_k),
+        // Where a tile's first rows still see too few to choose, what they share, and what another chose.
+        4 => (shape.end_tokens / 4).min(c.index_top_k * shape.rows.min(2)),
         _ => shape.end_tokens / ratio,
     };
     let compressed = c.compress_ratios.iter().map(most).max().unwrap_or(0);

@@ -60,7 +60,7 @@ impl Workers {
         self.shared.load(Ordering::Relaxed)
     }
 
-    /// Calls `f` for every item; `work` is the cost of all of them, in multiplications.
+    /// Calls `f` for every item; `work` is the cost of all of them, in multiplications. `f` may not share work itself.
     pub(crate) fn each<I>(&self, items: I, work: usize, f: impl Fn(I::Item) + Sync)
     where
         I: ExactSizeIterator,
@@ -118,17 +118,22 @@ impl Workers {
                 None => exact::matmul_at(self.level, w.ty, w.bytes, w.cols, &x.values, out, scratch),
             }
         };
-        self.each(columns(out, rows_each).into_iter().enumerate(), w.rows * w.cols * batch, |(part, mut out)| {
-            SCRATCH.with_borrow_mut(|scratch| match &mut out[..] {
-                [row] => dots(part, row, &mut scratch.weights),
-                rows => {
-                    scratch.columns.resize(rows[0].len() * batch, 0.0);
-                    dots(part, &mut scratch.columns, &mut scratch.weights);
-                    for (r, row) in rows.iter_mut().enumerate() {
-                        row.iter_mut()
-                            .zip(scratch.columns[r..].iter().step_by(batch))
-                            .for_each(|(out, dot)| *out = *dot);
-                    }
+        let work = w.rows * w.cols * batch;
+        if batch == 1 {
+            let parts = out.flat_map(|row| row.chunks_mut(rows_each)).collect::<Vec<_>>().into_iter().enumerate();
+            return self.each(parts, work, |(part, row)| {
+                SCRATCH.with_borrow_mut(|scratch| dots(part, row, &mut scratch.weights));
+            });
+        }
+        self.each(columns(out, rows_each).into_iter().enumerate(), work, |(part, mut rows)| {
+            assert_eq!(rows.len(), batch, "as many rows of results as of activations");
+            SCRATCH.with_borrow_mut(|scratch| {
+                let count = rows[0].len() * batch;
+                scratch.columns.reserve_exact(count.saturating_sub(scratch.columns.len()));
+                scratch.columns.resize(count, 0.0);
+                dots(part, &mut scratch.columns, &mut scratch.weights);
+                for (r, row) in rows.iter_mut().enumerate() {
+                    row.iter_mut().zip(scratch.columns[r..].iter().step_by(batch)).for_each(|(out, dot)| *out = *dot);
                 }
             });
         });
@@ -137,9 +142,11 @@ impl Workers {
 
 /// Weight rows in a part of a product: whole tiles, and no more than [`PART_VALUES`] results unless a tile has more.
 pub(crate) fn rows_each(rows: usize, batch: usize, threads: usize) -> usize {
-    let fair = rows.div_ceil(threads * PARTS_A_THREAD).next_multiple_of(exact::TILE_ROWS);
-    let fitting = PART_VALUES / batch.max(1) / exact::TILE_ROWS * exact::TILE_ROWS;
-    fair.min(fitting.max(exact::TILE_ROWS))
+    // One row of activations meets four of weights at a time.
+    let tile = if batch == 1 { 4 } else { exact::TILE_ROWS };
+    let fair = rows.div_ceil(threads * PARTS_A_THREAD).next_multiple_of(tile);
+    let fitting = PART_VALUES / batch.max(1) / tile * tile;
+    fair.min(fitting.max(tile))
 }
 
 /// Each `width` columns of `rows`, apart from each other: a list of pieces of rows for each. A row that ends earlier
@@ -196,8 +203,9 @@ impl<'a> Input<'a> {
         for &ty in types {
             match workers.blocking(ty) {
                 None if selected.values.is_empty() => {
-                    let values = rows.iter().flat_map(|&row| &self.values[row * self.cols..][..self.cols]);
-                    selected.values = values.copied().collect();
+                    let mut values = Vec::with_capacity(rows.len() * self.cols);
+                    rows.iter().for_each(|row| values.extend_from_slice(&self.values[row * self.cols..][..self.cols]));
+                    selected.values = values.into();
                 }
                 None => {}
                 Some(blocking @ Blocking::Short) => {

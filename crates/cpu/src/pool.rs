@@ -5,8 +5,9 @@
 //! longer, for another program may want the processor.
 
 use std::any::Any;
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 use std::time::{Duration, Instant};
@@ -14,6 +15,10 @@ use std::time::{Duration, Instant};
 /// How long a thread looks for the next job, or for the end of one, before it sleeps: longer than what lies between two
 /// jobs of a token, shorter than anybody notices.
 const SPIN: Duration = Duration::from_micros(50);
+
+thread_local! {
+    static IN_A_JOB: Cell<bool> = const { Cell::new(false) };
+}
 
 /// The threads beside the one that calls [`Pool::run`].
 pub(crate) struct Pool {
@@ -26,8 +31,8 @@ pub(crate) struct Pool {
 /// What threads have in common.
 struct Shared {
     /// [`State`] as a number.
-    state: AtomicU64,
-    /// The job to which the state's tickets belong. Read before a ticket is taken, followed only after.
+    state: AtomicU32,
+    /// The job to which the state's tickets belong: only who has taken one may look.
     job: AtomicPtr<Job>,
     /// For each helper: whether it sleeps, or is about to.
     sleeps: Vec<AtomicBool>,
@@ -44,8 +49,6 @@ struct Job {
 /// How a job stands.
 #[derive(Clone, Copy)]
 struct State {
-    /// Counts jobs.
-    job: u32,
     /// Helpers that may still join.
     tickets: u16,
     /// Helpers that have joined and not yet finished.
@@ -53,15 +56,15 @@ struct State {
 }
 
 impl State {
-    const ONE_INSIDE: u64 = 1;
-    const TICKETS: u64 = 0xffff << 16;
+    const ONE_INSIDE: u32 = 1;
+    const TICKETS: u32 = 0xffff << 16;
 
-    fn of(word: u64) -> State {
-        State { job: (word >> 32) as u32, tickets: (word >> 16) as u16, inside: word as u16 }
+    fn of(word: u32) -> State {
+        State { tickets: (word >> 16) as u16, inside: word as u16 }
     }
 
-    fn word(self) -> u64 {
-        u64::from(self.job) << 32 | u64::from(self.tickets) << 16 | u64::from(self.inside)
+    fn word(self) -> u32 {
+        u32::from(self.tickets) << 16 | u32::from(self.inside)
     }
 }
 
@@ -73,7 +76,7 @@ impl Pool {
     pub(crate) fn new(threads: usize) -> std::io::Result<Pool> {
         let helpers = threads.clamp(1, usize::from(u16::MAX)) - 1;
         let shared = Arc::new(Shared {
-            state: AtomicU64::new(State { job: 0, tickets: 0, inside: 0 }.word()),
+            state: AtomicU32::new(State { tickets: 0, inside: 0 }.word()),
             job: AtomicPtr::default(),
             sleeps: (0..helpers).map(|_| AtomicBool::new(false)).collect(),
             is_over: AtomicBool::new(false),
@@ -94,20 +97,23 @@ impl Pool {
 
     /// Calls `work` here and on up to `threads - 1` helpers at once, and returns when all of them have returned. `work` takes
     /// its share from wherever it likes until nothing is left. If it panics anywhere, so does this.
+    ///
+    /// Panics inside of another job: that would wait for itself.
     pub(crate) fn run(&self, threads: usize, work: &(dyn Fn() + Sync)) {
+        assert!(!IN_A_JOB.get(), "work that is shared cannot share its own");
         let _alone = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: only the lifetime changes. Helpers follow the pointer between taking a ticket of this job and leaving it;
         // below, this function returns or unwinds only after tickets were withdrawn and every helper inside has left.
         let work_of_job = unsafe { std::mem::transmute::<&(dyn Fn() + Sync), &'static (dyn Fn() + Sync)>(work) };
         let mut job = Job { work: work_of_job, caller: thread::current(), panic: Mutex::new(None) };
-        let tickets = threads.min(self.threads()) - 1;
+        let tickets = threads.clamp(1, self.threads()) - 1;
         self.shared.publish(&mut job, tickets as u16);
         for (sleeps, helper) in self.shared.sleeps.iter().zip(&self.helpers).take(tickets) {
             if sleeps.swap(false, Ordering::SeqCst) {
                 helper.thread().unpark();
             }
         }
-        let result = catch_unwind(AssertUnwindSafe(work));
+        let result = in_a_job(work);
         self.shared.withdraw();
         if let Some(panic) = result.err().or(job.panic.into_inner().unwrap_or_else(PoisonError::into_inner)) {
             resume_unwind(panic);
@@ -132,8 +138,7 @@ impl Shared {
         let before = State::of(self.state.load(Ordering::Relaxed));
         debug_assert_eq!((before.tickets, before.inside), (0, 0), "one job at a time");
         self.job.store(job, Ordering::Relaxed);
-        let state = State { job: before.job.wrapping_add(1), tickets, inside: 0 };
-        self.state.store(state.word(), Ordering::SeqCst);
+        self.state.store(State { tickets, inside: 0 }.word(), Ordering::SeqCst);
     }
 
     /// Lets nobody join any more, and waits for those that have.
@@ -167,23 +172,23 @@ impl Shared {
 }
 
 impl Shared {
-    /// Computes with the others if a job has a ticket left.
+    /// Computes with the others if a job has a ticket left, unless others were faster; whether there was one.
     fn join(&self) -> bool {
         let word = self.state.load(Ordering::Acquire);
         let state = State::of(word);
         if state.tickets == 0 {
             return false;
         }
-        let job = self.job.load(Ordering::Relaxed);
-        let joined = State { tickets: state.tickets - 1, inside: state.inside + 1, ..state }.word();
+        let joined = State { tickets: state.tickets - 1, inside: state.inside + 1 }.word();
         if self.state.compare_exchange(word, joined, Ordering::AcqRel, Ordering::Relaxed).is_err() {
             return true;
         }
-        // SAFETY: the exchange found the state as it was before `job` was read, so the ticket was of the job that `job`
-        // points to: a pointer to a later one is stored only after tickets were withdrawn, and then the state, which counts
-        // jobs, would have differed. `run` keeps the job and its work alive while a helper is inside, which ends with `leave`.
+        let job = self.job.load(Ordering::Relaxed);
+        // SAFETY: the exchange took a ticket, so a job with tickets is published, and its pointer was stored before its tickets
+        // were (the exchange acquires what `publish` released). No other pointer is stored, and `run` keeps this job and its
+        // work alive, while a helper is inside: since the exchange, and until `leave`.
         let (work, panic, caller) = unsafe { (&*(*job).work, &(*job).panic, (*job).caller.clone()) };
-        if let Err(found) = catch_unwind(AssertUnwindSafe(work)) {
+        if let Err(found) = in_a_job(work) {
             panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(found);
         }
         self.leave(&caller);
@@ -211,9 +216,17 @@ impl Shared {
     }
 }
 
+/// Does this thread's part of a job.
+fn in_a_job(work: &(dyn Fn() + Sync)) -> Result<(), Box<dyn Any + Send>> {
+    IN_A_JOB.set(true);
+    let result = catch_unwind(AssertUnwindSafe(work));
+    IN_A_JOB.set(false);
+    result
+}
+
 /// A moment in which a neighbour on the same core can compute.
 fn pause() {
-    for _ in 0..16 {
+    for _ in 0..4 {
         std::hint::spin_loop();
     }
 }
@@ -221,6 +234,7 @@ fn pause() {
 #[cfg(test)]
 mod tests {
     use std::collections::HashSet;
+    use std::sync::Barrier;
     use std::sync::atomic::AtomicUsize;
 
     use super::*;
@@ -256,16 +270,23 @@ mod tests {
     }
 
     #[test]
-    fn no_more_threads_than_asked_for_compute() {
+    fn as_many_threads_as_asked_for_compute() {
         let pool = Pool::new(4).unwrap();
         for threads in [1, 2, 4] {
-            let seen = Mutex::new(HashSet::new());
+            let (seen, all_here) = (Mutex::new(HashSet::new()), Barrier::new(threads));
             pool.run(threads, &|| {
+                all_here.wait();
                 seen.lock().unwrap().insert(thread::current().id());
-                thread::sleep(Duration::from_millis(20));
             });
             assert_eq!(seen.lock().unwrap().len(), threads);
         }
+    }
+
+    #[test]
+    #[should_panic(expected = "work that is shared cannot share its own")]
+    fn a_job_in_a_job_is_refused() {
+        let pool = Pool::new(1).unwrap();
+        pool.run(1, &|| pool.run(1, &|| ()));
     }
 
     #[test]
@@ -283,9 +304,10 @@ mod tests {
         let pool = Pool::new(2).unwrap();
         let caller = thread::current().id();
         for is_the_callers in [true, false] {
+            let both_here = Barrier::new(2);
             let panicked = catch_unwind(AssertUnwindSafe(|| {
                 pool.run(2, &|| {
-                    thread::sleep(Duration::from_millis(20));
+                    both_here.wait();
                     assert_ne!((thread::current().id() == caller), is_the_callers, "as planned");
                 });
             }));

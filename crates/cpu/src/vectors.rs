@@ -3,7 +3,7 @@
 use quant::simd::Level;
 use serde_json::Value;
 
-use crate::attention::pool;
+use crate::attention::pool_window;
 use crate::experts::{best_experts, weigh};
 use crate::hyper::{Weights, spread};
 
@@ -65,6 +65,6 @@ fn overlapping_windows_pool_first_halves_of_the_window_before() {
     let half = |token: usize, from: usize| (&u[token * 4 + from..][..2], &z[token * 4 + from..][..2]);
     let first: Vec<_> = (0..4).map(|token| half(token, 2)).collect();
     let second: Vec<_> = (0..4).map(|token| half(token, 0)).chain((4..8).map(|token| half(token, 2))).collect();
-    let pooled = [pool(Level::Scalar, &first), pool(Level::Scalar, &second)].concat();
+    let pooled = [pool_window(Level::Scalar, &first), pool_window(Level::Scalar, &second)].concat();
     assert_close(&pooled, &example["pooled_2x2"], 1e-6);
 }

@@ -60,6 +60,21 @@ fn chunking_changes_no_bit() {
     }
 }
 
+/// An indexer's keys are looked through in parts of 512, which are 2,048 tokens: what a row chooses behind the first part does
+/// not depend on the rows that look with it.
+#[test]
+fn chunking_changes_no_bit_where_indexers_see_several_parts() {
+    for options in [exact(), fast()] {
+        let backend = load(MODEL, Options { threads: 2, ..options });
+        assert!(backend.config().compress_ratios.contains(&4) && backend.config().index_top_k < 512);
+        let tokens: Vec<u32> = (0..2120u32).map(|i| i * 37 % backend.config().vocab_size as u32).collect();
+        let whole = logits(&backend, &tokens, &[tokens.len()]);
+        let mut sizes = vec![1; 120];
+        sizes[0] = 2001;
+        assert_same(&logits(&backend, &tokens, &sizes), &whole, backend.config().vocab_size, "one by one from 2,001 on");
+    }
+}
+
 #[test]
 fn threads_change_no_bit() {
     // 16 heads and 512-wide experts, so that a single row is shared between threads too.

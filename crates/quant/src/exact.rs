@@ -207,17 +207,20 @@ fn matmul_f32_body<S: Simd>(simd: S, w: &[f32], cols: usize, x: &[f32], out: &mu
     assert!(out.len() == rows * batch, "{rows} × {batch} dots, found room for {}", out.len());
     // As many dots at a time as registers hold: each lane of a weight and of an activation is then loaded least often.
     if S::HELD >= 32 {
-        tiles::<S, 4, 6>(simd, w, cols, x, out, 0..rows / 4 * 4);
-        tiles::<S, 1, 6>(simd, w, cols, x, out, rows / 4 * 4..rows);
+        // 24 registers of lanes, 5 of operands.
+        tiles::<S, 4, 6, 2>(simd, w, cols, x, out, 0..rows / 4 * 4);
+        tiles::<S, 1, 6, 2>(simd, w, cols, x, out, rows / 4 * 4..rows);
     } else {
-        tiles::<S, 2, 3>(simd, w, cols, x, out, 0..rows / 2 * 2);
-        tiles::<S, 1, 3>(simd, w, cols, x, out, rows / 2 * 2..rows);
+        // On AVX2 12 registers of lanes, 3 of operands.
+        tiles::<S, 2, 3, 2>(simd, w, cols, x, out, 0..rows / 2 * 2);
+        tiles::<S, 1, 3, 2>(simd, w, cols, x, out, rows / 2 * 2..rows);
     }
 }
 
-/// Rows `range` of `w`, a multiple of N, with all of `x`, in tiles of N × R dots.
+/// Rows `range` of `w`, a multiple of N, with all of `x`, in tiles of N × R dots; what is left of `x` in tiles of N × LEFT,
+/// and then row by row.
 #[inline(always)]
-fn tiles<S: Simd, const N: usize, const R: usize>(
+fn tiles<S: Simd, const N: usize, const R: usize, const LEFT: usize>(
     simd: S,
     w: &[f32],
     cols: usize,
@@ -226,16 +229,29 @@ fn tiles<S: Simd, const N: usize, const R: usize>(
     range: Range<usize>,
 ) {
     let batch = x.len() / cols;
-    let whole = batch / R * R;
-    for r in (0..whole).step_by(R) {
+    let mut r = 0;
+    while r < batch {
+        let (x, together) = (
+            &x[r * cols..],
+            if batch - r >= R {
+                R
+            } else if batch - r >= LEFT {
+                LEFT
+            } else {
+                1
+            },
+        );
         for n in range.clone().step_by(N) {
-            tile::<S, N, R>(simd, &w[n * cols..], &x[r * cols..], cols, &mut out[n * batch + r..], batch);
+            let (w, out) = (&w[n * cols..], &mut out[n * batch + r..]);
+            if together == R {
+                tile::<S, N, R>(simd, w, x, cols, out, batch);
+            } else if together == LEFT {
+                tile::<S, N, LEFT>(simd, w, x, cols, out, batch);
+            } else {
+                tile::<S, N, 1>(simd, w, x, cols, out, batch);
+            }
         }
-    }
-    for r in whole..batch {
-        for n in range.clone().step_by(N) {
-            tile::<S, N, 1>(simd, &w[n * cols..], &x[r * cols..], cols, &mut out[n * batch + r..], batch);
-        }
+        r += together;
     }
 }
 

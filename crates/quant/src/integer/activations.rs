@@ -100,7 +100,9 @@ impl Activations {
     /// Some of the rows, in the order of `rows`.
     pub fn select(&self, rows: &[usize]) -> Activations {
         fn select<B: Copy>(blocks: &[B], stride: usize, rows: &[usize]) -> Vec<B> {
-            blocks.chunks_exact(stride).flat_map(|all| rows.iter().map(|&row| all[row])).collect()
+            let mut selected = Vec::with_capacity(blocks.len() / stride * rows.len());
+            blocks.chunks_exact(stride).for_each(|all| selected.extend(rows.iter().map(|&row| all[row])));
+            selected
         }
         let blocks = match &self.blocks {
             Blocks::Short(blocks) => Blocks::Short(select(blocks, self.rows, rows)),
@@ -133,6 +135,7 @@ pub fn quantize_activations(ty: TensorType, x: &[f32], cols: usize) -> Activatio
 /// [`quantize_activations`] at a chosen level. Panics where the machine does not have it.
 pub fn quantize_activations_at(level: Level, ty: TensorType, x: &[f32], cols: usize) -> Activations {
     let blocking = blocking(ty).unwrap_or_else(|| panic!("{ty} has no integer dot"));
+    assert!(x.len().is_multiple_of(cols), "{} values are not whole rows of {cols}", x.len());
     let mut activations = Activations::zeroed(blocking, x.len() / cols, cols);
     activations.pieces(1).iter_mut().for_each(|piece| piece.quantize_at(level, x));
     activations
