@@ -7,7 +7,7 @@ use model::kv::CompressorLayout;
 use model::state::{CompressorView, LayerDelta, LayerView};
 use model::tensors::Compressor;
 use model::{Arithmetic, Error, Run, State};
-use quant::rows::{exp_of_at, largest_at, rectified_sums_at, rotate_at, rotate_back_at};
+use quant::elementwise::{exp_of_at, largest_at, rectified_sums_at, rotate_at, rotate_back_at};
 use quant::simd::Level;
 use quant::{exact, math};
 
@@ -331,27 +331,36 @@ impl CpuBackend {
 
     /// Attention of a few heads of a query, from `first` on, over its window and its compressed rows, which are values as
     /// well. The sink takes part in the denominator only.
-    fn attend_heads(&self, layer: usize, r: usize, first: usize, keys: (&[f32], &[f32]), pass: &Pass, out: &mut [f32]) {
+    fn attend_heads(
+        &self,
+        layer: usize,
+        r: usize,
+        first: usize,
+        (window, compressed): (&[f32], &[f32]),
+        pass: &Pass,
+        out: &mut [f32],
+    ) {
         let (config, level, dim) = (&self.config, self.workers.level, self.config.head_dim);
         let queries = &pass.queries[(r * config.heads + first) * dim..][..out.len()];
         let sinks = &self.weights.layers[layer].attention.sinks.values()[first..];
-        let (in_window, count) = (keys.0.len() / dim, (keys.0.len() + keys.1.len()) / dim);
+        let (heads, in_window, behind) = (out.len() / dim, window.len() / dim, compressed.len() / dim);
+        let count = in_window + behind;
         let scale = 1.0 / (dim as f32).sqrt();
-        let mut dots = (vec![0.0; out.len() / dim * in_window], vec![0.0; out.len() / dim * (count - in_window)]);
-        exact::matmul_f32_at(level, queries, dim, keys.0, &mut dots.0);
-        exact::matmul_f32_at(level, queries, dim, keys.1, &mut dots.1);
-        let mut weights = vec![0.0; out.len() / dim * count];
-        let mut denominators = vec![0.0; out.len() / dim];
+        let (mut near, mut far) = (vec![0.0; heads * in_window], vec![0.0; heads * behind]);
+        exact::matmul_f32_at(level, queries, dim, window, &mut near);
+        exact::matmul_f32_at(level, queries, dim, compressed, &mut far);
+        let mut weights = vec![0.0; heads * count];
+        let mut denominators = vec![0.0; heads];
         for (h, weights) in weights.chunks_exact_mut(count).enumerate() {
-            weights[..in_window].copy_from_slice(&dots.0[h * in_window..][..in_window]);
-            weights[in_window..].copy_from_slice(&dots.1[h * (count - in_window)..][..count - in_window]);
+            weights[..in_window].copy_from_slice(&near[h * in_window..][..in_window]);
+            weights[in_window..].copy_from_slice(&far[h * behind..][..behind]);
             let max = sinks[h].max(largest_at(level, weights) * scale);
             exp_of_at(level, weights, scale, max);
             denominators[h] = exact::sum_at(level, weights) + math::exp(sinks[h] - max);
         }
         out.fill(0.0);
-        exact::add_weighted_at(level, &weights, count, keys.0, dim, out);
-        exact::add_weighted_at(level, &weights[in_window..], count, keys.1, dim, out);
+        exact::add_weighted_at(level, &weights, count, window, dim, out);
+        exact::add_weighted_at(level, &weights[in_window..], count, compressed, dim, out);
         let rotation = &pass.rotations[self.rope_of(layer)][r];
         for (out, denominator) in out.chunks_exact_mut(dim).zip(&denominators) {
             out.iter_mut().for_each(|value| *value /= denominator);

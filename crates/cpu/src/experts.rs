@@ -2,7 +2,7 @@
 
 use model::tensors::Routing;
 use model::{Cancel, Error, SubLayer};
-use quant::{math, rows};
+use quant::{elementwise, math};
 use store::HostLeases;
 
 use crate::backend::CpuBackend;
@@ -171,7 +171,9 @@ impl CpuBackend {
             );
         }
         self.workers.rows(&mut pass.output, d, used * d, |r, output| {
-            outputs[r * used * d..][..used * d].chunks_exact(d).for_each(|expert| rows::add_at(level, output, expert));
+            outputs[r * used * d..][..used * d]
+                .chunks_exact(d)
+                .for_each(|expert| elementwise::add_at(level, output, expert));
         });
         Ok(())
     }
@@ -212,7 +214,7 @@ impl CpuBackend {
     fn swiglu(&self, gate: &mut [f32], up: &[f32], limit: f32, width: usize, weight: impl Fn(usize) -> f32 + Sync) {
         // An exponential is some twenty operations.
         self.workers.rows(gate, width, 30 * width, |row, gate| {
-            rows::swiglu_at(self.workers.level, gate, &up[row * width..][..width], limit, weight(row));
+            elementwise::swiglu_at(self.workers.level, gate, &up[row * width..][..width], limit, weight(row));
         });
     }
 }

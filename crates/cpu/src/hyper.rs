@@ -4,7 +4,7 @@ use model::tensors::HyperConnection;
 use model::{Error, SubLayer};
 use quant::math::sigmoid;
 use quant::simd::Level;
-use quant::{exact, rows};
+use quant::{elementwise, exact};
 
 use crate::backend::CpuBackend;
 use crate::parallel::Input;
@@ -20,8 +20,8 @@ pub(crate) fn inverse_rms(level: Level, x: &[f32], eps: f32) -> f32 {
 pub(crate) fn rms_norm(level: Level, x: &mut [f32], w: Option<&[f32]>, eps: f32) {
     let inverse = inverse_rms(level, x, eps);
     match w {
-        Some(w) => rows::scale_by_at(level, x, inverse, w),
-        None => rows::scale_at(level, x, inverse),
+        Some(w) => elementwise::scale_by_at(level, x, inverse, w),
+        None => elementwise::scale_at(level, x, inverse),
     }
 }
 
@@ -87,7 +87,7 @@ pub(crate) fn spread(level: Level, post: &[f32], mix: &[f32], output: &[f32], st
     let mut weights = vec![0.0; count];
     for (k, stream) in streams.chunks_exact_mut(width).enumerate() {
         stream.copy_from_slice(output);
-        rows::scale_at(level, stream, post[k]);
+        elementwise::scale_at(level, stream, post[k]);
         weights.iter_mut().zip(mix.iter().skip(k).step_by(count)).for_each(|(weight, mix)| *weight = *mix);
         exact::add_weighted_at(level, &weights, count, &old, width, stream);
     }
@@ -111,7 +111,7 @@ impl CpuBackend {
         let outputs = hc.function.matrix().rows;
         self.workers.rows(&mut projected, outputs, config.stream_width(), |r, row| {
             let streams = &pass.streams[r * config.stream_width()..][..config.stream_width()];
-            rows::scale_at(level, row, inverse_rms(level, streams, config.rms_eps));
+            elementwise::scale_at(level, row, inverse_rms(level, streams, config.rms_eps));
         });
         projected
     }

@@ -1,7 +1,8 @@
-//! The CPU backend: every stage of the model in `Exact` arithmetic.
+//! The CPU backend: every stage of the model, in `Exact` or in `Fast` arithmetic.
 //!
-//! Exact means f32 activations times dequantised weights, summed by `quant::exact`'s one canonical order. No result
-//! depends on the number of threads, on how rows are cut into passes, on other rows in the pass, or on the instruction
+//! Exact is f32 activations times dequantised weights, summed by `quant::exact`'s one canonical order; Fast multiplies quantised
+//! weights with activations of 8 bits (`quant::integer`) and is Exact in all else. In neither does a result
+//! depend on the number of threads, on how rows are cut into passes, on other rows in the pass, or on the instruction
 //! set; so this backend is also what every other implementation of a stage is compared with.
 
 mod attention;

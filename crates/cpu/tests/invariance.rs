@@ -71,7 +71,12 @@ fn chunking_changes_no_bit_where_indexers_see_several_parts() {
         let whole = logits(&backend, &tokens, &[tokens.len()]);
         let mut sizes = vec![1; 120];
         sizes[0] = 2001;
-        assert_same(&logits(&backend, &tokens, &sizes), &whole, backend.config().vocab_size, "one by one from 2,001 on");
+        assert_same(
+            &logits(&backend, &tokens, &sizes),
+            &whole,
+            backend.config().vocab_size,
+            "one by one from 2,001 on",
+        );
     }
 }
 

@@ -5,7 +5,7 @@ mod common;
 use common::flash;
 use model::kv::RowFormat;
 use model::rope::Rope;
-use quant::rows::{rotate, rotate_back};
+use quant::elementwise::{rotate, rotate_back};
 use serde_json::Value;
 
 fn vectors(name: &str) -> Value {

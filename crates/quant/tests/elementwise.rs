@@ -4,8 +4,8 @@ mod common;
 
 use common::{Random, assert_same_bits};
 use proptest::prelude::*;
+use quant::elementwise::*;
 use quant::math;
-use quant::rows::*;
 use quant::simd::Level;
 
 /// `kernel` on copies of `x` at all levels gives `expected`.

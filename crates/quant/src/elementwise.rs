@@ -1,41 +1,41 @@
-//! Element by element work on rows of activations, between the products: plain loops, which every instruction set's compiler
-//! turns into its own vectors, with the same bits on all of them.
+//! Element by element work between the products: plain loops, which the compiler turns into each instruction set's
+//! vectors, with the same bits on all of them. Panics where the machine does not have the level asked for.
 
 use crate::math;
 use crate::simd::{Simd, kernel};
 
 kernel! {
     /// `x · factor` in place.
-    pub fn scale, scale_at(x: &mut [f32], factor: f32) = scale_body
+    pub fn scale_at(x: &mut [f32], factor: f32) = scale_body
 }
 kernel! {
     /// `x · factor · w` in place, multiplied in this order.
     ///
     /// Panics if `w` is not as long as `x`.
-    pub fn scale_by, scale_by_at(x: &mut [f32], factor: f32, w: &[f32]) = scale_by_body
+    pub fn scale_by_at(x: &mut [f32], factor: f32, w: &[f32]) = scale_by_body
 }
 kernel! {
     /// Adds `v` to `sum`.
     ///
     /// Panics if they are not of one length.
-    pub fn add, add_at(sum: &mut [f32], v: &[f32]) = add_body
+    pub fn add_at(sum: &mut [f32], v: &[f32]) = add_body
 }
 kernel! {
     /// The largest of the values that are numbers; −∞ if there is none.
-    pub fn largest, largest_at(x: &[f32]) -> f32 = largest_body
+    pub fn largest_at(x: &[f32]) -> f32 = largest_body
 }
 kernel! {
     /// `exp(x · factor − shift)` in place.
-    pub fn exp_of, exp_of_at(x: &mut [f32], factor: f32, shift: f32) = exp_of_body
+    pub fn exp_of_at(x: &mut [f32], factor: f32, shift: f32) = exp_of_body
 }
 kernel! {
-    /// `silu(min(gate, limit)) · clamp(up, ±limit) · weight`, into `gate` (docs/spec/model.md §2.7). NaN stays NaN.
+    /// `silu(min(gate, limit)) · clamp(up, ±limit) · weight`, into `gate`. NaN stays NaN.
     ///
     /// Panics if `up` is not as long as `gate`.
-    pub fn swiglu, swiglu_at(gate: &mut [f32], up: &[f32], limit: f32, weight: f32) = swiglu_body
+    pub fn swiglu_at(gate: &mut [f32], up: &[f32], limit: f32, weight: f32) = swiglu_body
 }
 kernel! {
-    /// Rotates neighbouring pairs of `tail` forward by the angles whose `(cos, sin)` is given (docs/spec/model.md §2.4).
+    /// Rotates neighbouring pairs of `tail` forward by the angles whose `(cos, sin)` is given.
     pub fn rotate, rotate_at(tail: &mut [f32], rotation: &[(f32, f32)]) = rotate_body
 }
 kernel! {
@@ -46,7 +46,7 @@ kernel! {
     /// `scores[i] = Σ_h weights[h] · max(0, dots[h][i])`, h ascending from 0, one fused multiply-add each; a NaN stays one.
     ///
     /// Panics if `dots` is not as many rows of `scores.len()` as there are weights.
-    pub fn rectified_sums, rectified_sums_at(weights: &[f32], dots: &[f32], scores: &mut [f32]) = rectified_sums_body
+    pub fn rectified_sums_at(weights: &[f32], dots: &[f32], scores: &mut [f32]) = rectified_sums_body
 }
 
 #[inline(always)]
