@@ -1,4 +1,4 @@
-//! Tokens a second of a model file on the CPU: prefill in one chunk, more tokens one by one, and decode.
+//! Tokens a second of a model file on the CPU: prefill, more tokens one by one, and decode.
 //!
 //! `cargo run --release -p infall-bench --bin throughput -- FILE [--prefill 128,512] [--decode 8] [--threads N] [--exact] [--profile]`
 //!
@@ -14,7 +14,7 @@ use bench::profile::Profile;
 use clap::Parser;
 use cpu::{CpuBackend, Options};
 use infall::load::ModelFile;
-use infall::placement::token_weight_bytes;
+use infall::placement::{PASS_ROWS, token_weight_bytes};
 use model::{Backend, Cancel, Row, State, forward};
 
 /// Tokens a second of a model file on the CPU.
@@ -22,7 +22,7 @@ use model::{Backend, Cancel, Row, State, forward};
 struct Arguments {
     /// The model, GGUF.
     file: PathBuf,
-    /// Tokens of each prefill chunk.
+    /// Tokens of each prefill; in passes of as many rows as the program makes.
     #[arg(long, default_value = "128", value_delimiter = ',')]
     prefill: Vec<usize>,
     /// Tokens computed one by one.
@@ -96,8 +96,12 @@ fn main() -> Result<()> {
     for &tokens in &arguments.prefill {
         let mut profile = Profile::default();
         state = backend.new_state()?;
-        let seconds = pass(backend, &mut state, tokens, vocab, &mut profile)?;
-        chunk = row("prefill, one chunk", tokens, seconds);
+        let mut seconds = 0.0;
+        while state.position() < tokens {
+            let rows = PASS_ROWS.min(tokens - state.position());
+            seconds += pass(backend, &mut state, rows, vocab, &mut profile)?;
+        }
+        chunk = row("prefill", tokens, seconds);
         print_stages(&profile);
     }
     let (mut seconds, mut profile) = (0.0, Profile::default());

@@ -159,7 +159,7 @@ impl CpuBackend {
         let (queries, weights) = self.index_queries(layer, &choosing, pass);
         let (width, heads) = (self.config.index_heads * self.config.index_head_dim, self.config.index_heads);
         let mut asked = choosing.iter().zip(queries.chunks_exact(width).zip(weights.chunks_exact(heads)));
-        for rows_together in together(&choosing, &pass.run_of_row) {
+        for rows_together in together(&choosing, &pass.run_of_row, ROWS_TOGETHER) {
             let asked = asked.by_ref().take(rows_together.len());
             let asked =
                 asked.map(|(&r, (query, weights))| Asked { query, weights, visible: visible(rows[r].position) });
@@ -246,7 +246,7 @@ impl CpuBackend {
     pub(crate) fn stage_attend(&self, layer: usize, states: &[&State], pass: &mut Pass) -> Result<(), Error> {
         let mut heads = std::mem::take(&mut pass.heads);
         let all: Vec<usize> = (0..pass.rows()).collect();
-        if together(&all, &pass.run_of_row).count() < self.workers.threads() {
+        if all.len() < self.workers.threads() {
             let width = self.config.heads * self.config.head_dim;
             heads
                 .chunks_exact_mut(width)
@@ -284,7 +284,9 @@ impl CpuBackend {
         let keys: usize =
             all.iter().map(|&r| self.window(pass.batch.rows()[r].position).len() + pass.chosen[r].len()).sum();
         let mut rest = heads;
-        let tiles = together(all, &pass.run_of_row).map(|rows| {
+        // No larger than leaves every thread one.
+        let most = (all.len() / self.workers.threads()).clamp(1, ROWS_TOGETHER);
+        let tiles = together(all, &pass.run_of_row, most).map(|rows| {
             let heads;
             (heads, rest) = std::mem::take(&mut rest).split_at_mut(rows.len() * width);
             (rows, heads)
@@ -392,9 +394,9 @@ fn view<'a>(layer: usize, row: usize, states: &[&'a State], pass: &'a Pass) -> L
     states[pass.batch.runs()[run].session].view(layer, &pass.deltas[run].layers[layer])
 }
 
-/// `rows` in their order, at most [`ROWS_TOGETHER`] of one session at a time.
-fn together<'a>(rows: &'a [usize], run_of_row: &'a [usize]) -> impl Iterator<Item = &'a [usize]> {
-    rows.chunk_by(|&a, &b| run_of_row[a] == run_of_row[b]).flat_map(|rows| rows.chunks(ROWS_TOGETHER))
+/// `rows` in their order, at most `most` of one session at a time.
+fn together<'a>(rows: &'a [usize], run_of_row: &'a [usize], most: usize) -> impl Iterator<Item = &'a [usize]> {
+    rows.chunk_by(|&a, &b| run_of_row[a] == run_of_row[b]).flat_map(move |rows| rows.chunks(most))
 }
 
 /// Compressed rows that were chosen, packed.

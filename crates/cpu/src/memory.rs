@@ -6,6 +6,8 @@ use model::{Config, KvLayout, Model, Precision, TensorRef};
 use quant::blocks::ActivationQ8_0;
 use quant::exact::TILE_ROWS;
 
+use std::sync::Mutex;
+
 use crate::attention::{HEADS_TOGETHER, ROWS_TOGETHER};
 use crate::parallel::rows_each;
 
@@ -77,9 +79,11 @@ impl Products {
         // Lists have room for at least four, and for a power of two.
         let lists = outputs.div_ceil(rows_each(outputs, rows, self.threads));
         if rows == 1 {
-            return lists.next_power_of_two().max(4) * size_of::<&mut [f32]>();
+            return lists * (size_of::<Mutex<Option<(usize, &mut [f32])>>>() + 2 * size_of::<&mut [f32]>());
         }
-        lists * (size_of::<Vec<&mut [f32]>>() + rows.next_power_of_two().max(4) * size_of::<&mut [f32]>())
+        // Once as they are made, and once each with a lock.
+        lists * size_of::<Mutex<Option<(usize, Vec<&mut [f32]>)>>>()
+            + lists * (size_of::<Vec<&mut [f32]>>() + rows.next_power_of_two().max(4) * size_of::<&mut [f32]>())
     }
 
     /// Activations in 8 bits, if that is how they are multiplied. What Exact multiplies instead is counted by `scratch`.

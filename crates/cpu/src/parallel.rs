@@ -11,7 +11,7 @@ use quant::integer::{Activations, Blocking};
 use quant::simd::Level;
 use quant::{exact, integer};
 
-use crate::pool::Pool;
+use crate::pool::{self, Pool};
 use crate::weights::Matrix;
 
 /// For fewer multiplications another thread costs more than it saves.
@@ -66,6 +66,7 @@ impl Workers {
         I: ExactSizeIterator,
         I::Item: Send,
     {
+        pool::assert_outside_of_jobs();
         let threads = self.threads().min(items.len()).min(work / WORTH_A_THREAD);
         if threads < 2 {
             return items.for_each(f);
@@ -120,8 +121,13 @@ impl Workers {
         };
         let work = w.rows * w.cols * batch;
         if batch == 1 {
-            let parts = out.flat_map(|row| row.chunks_mut(rows_each)).collect::<Vec<_>>().into_iter().enumerate();
-            return self.each(parts, work, |(part, row)| {
+            let rows: Vec<&mut [f32]> = out.collect();
+            assert!(
+                matches!(&rows[..], [row] if row.len() == w.rows),
+                "one row of results, as long as there are weights"
+            );
+            let parts: Vec<&mut [f32]> = rows.into_iter().flat_map(|row| row.chunks_mut(rows_each)).collect();
+            return self.each(parts.into_iter().enumerate(), work, |(part, row)| {
                 SCRATCH.with_borrow_mut(|scratch| dots(part, row, &mut scratch.weights));
             });
         }

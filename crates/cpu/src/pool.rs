@@ -98,9 +98,9 @@ impl Pool {
     /// Calls `work` here and on up to `threads - 1` helpers at once, and returns when all of them have returned. `work` takes
     /// its share from wherever it likes until nothing is left. If it panics anywhere, so does this.
     ///
-    /// Panics inside of another job: that would wait for itself.
+    /// Panics inside of another job: one of the same pool would wait for itself.
     pub(crate) fn run(&self, threads: usize, work: &(dyn Fn() + Sync)) {
-        assert!(!IN_A_JOB.get(), "work that is shared cannot share its own");
+        assert_outside_of_jobs();
         let _alone = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: only the lifetime changes. Helpers follow the pointer between taking a ticket of this job and leaving it;
         // below, this function returns or unwinds only after tickets were withdrawn and every helper inside has left.
@@ -214,6 +214,11 @@ impl Shared {
         }
         sleeps.store(false, Ordering::SeqCst);
     }
+}
+
+/// Panics inside of a job.
+pub(crate) fn assert_outside_of_jobs() {
+    assert!(!IN_A_JOB.get(), "work that is shared cannot share its own");
 }
 
 /// Does this thread's part of a job.

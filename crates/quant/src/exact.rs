@@ -279,9 +279,8 @@ fn tile<S: Simd, const N: usize, const R: usize>(
         }
     }
     for n in 0..N {
-        for r in 0..R {
-            out[n * stride + r] = simd.reduce(accumulate_tail(simd, acc[n][r], w[n].1, x[r].1));
-        }
+        let lanes = std::array::from_fn(|r| accumulate_tail(simd, acc[n][r], w[n].1, x[r].1));
+        out[n * stride..][..R].copy_from_slice(&simd.reduce_all::<R>(lanes));
     }
 }
 

@@ -95,7 +95,7 @@ fn dots<W: IntegerDot>(weights: &[W], x: &[W::Activation], batch: usize, out: &m
 
 /// Which N weight rows meet: N neighbours, or N that lie a Nth of all rows apart. Then each of them is read on and on, row
 /// after row, and a processor that reads ahead sees N long streams; of neighbours it sees N that end with every row. For
-/// Q8_0 that is 33 against 25 GB/s of memory (docs/performance.md). A kernel that computes for longer than it waits gains nothing.
+/// Q8_0 and AVX-512 that is 33 against 25 GB/s of memory (docs/performance.md; not measured for each format and level). A kernel that computes for longer than it waits gains nothing.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Rows {
     Neighbours,
@@ -133,6 +133,7 @@ fn tiles<W, X, S: Copy, const N: usize, const BATCH: usize>(
             for b in 0..per_row {
                 // What is read a tile later, in the order in which it lies in memory.
                 match which {
+                    _ if r > 0 => {}
                     Rows::Neighbours => prefetch(weights, start[0] + N * (per_row + b), N),
                     Rows::Apart => start.iter().for_each(|start| prefetch(weights, start + per_row + b, 1)),
                 }

@@ -131,6 +131,12 @@ pub(crate) trait Simd: Copy {
         }
         l[0]
     }
+
+    /// [`reduce`](Simd::reduce) of each.
+    #[inline(always)]
+    fn reduce_all<const N: usize>(self, v: [Self::V; N]) -> [f32; N] {
+        v.map(|v| self.reduce(v))
+    }
 }
 
 /// The twin of every vector type: plain arrays. Without hardware FMA, `mul_add` is the library's exact one.

@@ -176,7 +176,37 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn reduce_all<const N: usize>(self, v: [__m512; N]) -> [f32; N] {
+        let mut sums = [0.0; N];
+        for (i, sums) in sums.chunks_mut(4).enumerate() {
+            // At the end the last one stands in for those that are not there.
+            let four = std::array::from_fn(|k| v[(4 * i + k).min(N - 1)]);
+            // SAFETY: `self` exists only where `detect` found AVX-512.
+            sums.copy_from_slice(&unsafe { reduce_4(four) }[..sums.len()]);
+        }
+        sums
+    }
+
+    #[inline(always)]
     fn iq2_codes(self, block: &Iq2Xxs) -> [i8; QK_K] {
         avx2::iq2_codes(self.avx2(), &block.groups)
     }
+}
+
+/// The tree of [`Simd::reduce`] for four registers at once.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn reduce_4(v: [__m512; 4]) -> [f32; 4] {
+    // l[i] + l[i + 8], of two registers in one.
+    let two = |a, b| _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
+    let (ab, cd) = (two(v[0], v[1]), two(v[2], v[3]));
+    // l[i] + l[i + 4], of all four: 128 bits each. Then 2 and 1 apart, there.
+    let all = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xdd>(ab, cd));
+    let all = _mm512_add_ps(all, _mm512_permute_ps::<0b01_00_11_10>(all));
+    let all = _mm512_add_ps(all, _mm512_movehdup_ps(all));
+    let firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    let mut sums = [0.0; 4];
+    // SAFETY: the unaligned store is all of `sums`.
+    unsafe { _mm_storeu_ps(sums.as_mut_ptr(), _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, all))) }
+    sums
 }
