@@ -6,7 +6,7 @@
 //! A session of each length is made of random packed rows, valid in their format (docs/formats.md); then tokens are decoded,
 //! and the time of each is shared out to choosing rows (index), visiting them (attend) and the rest. Memory is what the
 //! allocator says, against the bytes of compressed rows that docs/spec/model.md §7 asks for. `--prefill` also computes a session of
-//! that length, whose tokens must take as long as those of a made one.
+//! that length, whose tokens are timed beside those of a made one.
 
 use std::path::PathBuf;
 use std::time::Instant;
