@@ -160,8 +160,7 @@ impl Timeline<'_> {
     }
 }
 
-/// A token for each position, spread over the vocabulary: text would need no other time but where experts stream, as its
-/// tokens share more of them.
+/// A token for each position, spread over the vocabulary.
 fn prompt_token(position: usize, vocab_size: usize) -> u32 {
     (position.wrapping_mul(7919) % vocab_size) as u32
 }

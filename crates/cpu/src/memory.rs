@@ -2,11 +2,11 @@
 //!
 //! Beside the code that allocates: who adds a buffer there adds it here, and `tests/memory.rs` notices if not.
 
+use std::sync::Mutex;
+
 use model::{Config, KvLayout, Model, Precision, TensorRef};
 use quant::blocks::ActivationQ8_0;
 use quant::exact::TILE_ROWS;
-
-use std::sync::Mutex;
 
 use crate::attention::{HEADS_TOGETHER, ROWS_TOGETHER};
 use crate::parallel::rows_each;

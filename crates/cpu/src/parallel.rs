@@ -21,7 +21,7 @@ const WORTH_A_THREAD: usize = 200_000;
 const PARTS_A_THREAD: usize = 8;
 
 /// The most f32 of a product's part, so that it stays in a core's own cache until it is laid out.
-pub(crate) const PART_VALUES: usize = 64 << 10;
+const PART_VALUES: usize = 64 << 10;
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch { weights: Vec::new(), columns: Vec::new() }) };
@@ -182,12 +182,15 @@ impl<'a> Input<'a> {
         Input { rows, cols, values: Cow::Borrowed(values), short: OnceLock::new(), long: OnceLock::new() }
     }
 
-    fn quantized(&self, workers: &Workers, blocking: Blocking) -> &Activations {
-        let cell = match blocking {
+    fn cell(&self, blocking: Blocking) -> &OnceLock<Activations> {
+        match blocking {
             Blocking::Short => &self.short,
             Blocking::Long => &self.long,
-        };
-        cell.get_or_init(|| {
+        }
+    }
+
+    fn quantized(&self, workers: &Workers, blocking: Blocking) -> &Activations {
+        self.cell(blocking).get_or_init(|| {
             let mut activations = Activations::zeroed(blocking, self.rows, self.cols);
             let pieces = activations.pieces(workers.threads() * PARTS_A_THREAD).into_iter();
             // Some ten operations a value.
@@ -214,11 +217,8 @@ impl<'a> Input<'a> {
                     selected.values = values.into();
                 }
                 None => {}
-                Some(blocking @ Blocking::Short) => {
-                    selected.short.get_or_init(|| self.quantized(workers, blocking).select(rows));
-                }
-                Some(blocking @ Blocking::Long) => {
-                    selected.long.get_or_init(|| self.quantized(workers, blocking).select(rows));
+                Some(blocking) => {
+                    selected.cell(blocking).get_or_init(|| self.quantized(workers, blocking).select(rows));
                 }
             }
         }

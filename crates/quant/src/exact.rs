@@ -208,19 +208,19 @@ fn matmul_f32_body<S: Simd>(simd: S, w: &[f32], cols: usize, x: &[f32], out: &mu
     // As many dots at a time as registers hold: each lane of a weight and of an activation is then loaded least often.
     if S::HELD >= 32 {
         // 24 registers of lanes, 5 of operands.
-        tiles::<S, 4, 6, 2>(simd, w, cols, x, out, 0..rows / 4 * 4);
-        tiles::<S, 1, 6, 2>(simd, w, cols, x, out, rows / 4 * 4..rows);
+        tiles::<S, 4, 6>(simd, w, cols, x, out, 0..rows / 4 * 4);
+        tiles::<S, 1, 6>(simd, w, cols, x, out, rows / 4 * 4..rows);
     } else {
         // On AVX2 12 registers of lanes, 3 of operands.
-        tiles::<S, 2, 3, 2>(simd, w, cols, x, out, 0..rows / 2 * 2);
-        tiles::<S, 1, 3, 2>(simd, w, cols, x, out, rows / 2 * 2..rows);
+        tiles::<S, 2, 3>(simd, w, cols, x, out, 0..rows / 2 * 2);
+        tiles::<S, 1, 3>(simd, w, cols, x, out, rows / 2 * 2..rows);
     }
 }
 
-/// Rows `range` of `w`, a multiple of N, with all of `x`, in tiles of N × R dots; what is left of `x` in tiles of N × LEFT,
-/// and then row by row.
+/// Rows `range` of `w`, a multiple of N, with all of `x`, in tiles of N × R dots; what is left of `x` two rows at a time, and
+/// then the last.
 #[inline(always)]
-fn tiles<S: Simd, const N: usize, const R: usize, const LEFT: usize>(
+fn tiles<S: Simd, const N: usize, const R: usize>(
     simd: S,
     w: &[f32],
     cols: usize,
@@ -231,24 +231,14 @@ fn tiles<S: Simd, const N: usize, const R: usize, const LEFT: usize>(
     let batch = x.len() / cols;
     let mut r = 0;
     while r < batch {
-        let (x, together) = (
-            &x[r * cols..],
-            if batch - r >= R {
-                R
-            } else if batch - r >= LEFT {
-                LEFT
-            } else {
-                1
-            },
-        );
+        let left = batch - r;
+        let together = [R, 2].into_iter().find(|&rows| rows <= left).unwrap_or(1);
         for n in range.clone().step_by(N) {
-            let (w, out) = (&w[n * cols..], &mut out[n * batch + r..]);
-            if together == R {
-                tile::<S, N, R>(simd, w, x, cols, out, batch);
-            } else if together == LEFT {
-                tile::<S, N, LEFT>(simd, w, x, cols, out, batch);
-            } else {
-                tile::<S, N, 1>(simd, w, x, cols, out, batch);
+            let (w, x, out) = (&w[n * cols..], &x[r * cols..], &mut out[n * batch + r..]);
+            match together {
+                1 => tile::<S, N, 1>(simd, w, x, cols, out, batch),
+                2 => tile::<S, N, 2>(simd, w, x, cols, out, batch),
+                _ => tile::<S, N, R>(simd, w, x, cols, out, batch),
             }
         }
         r += together;
@@ -323,25 +313,16 @@ fn sum_tiles<S: Simd, const H: usize, const L: usize>(
     let heads = sums.len() / width;
     let whole = width - width % (16 * L);
     for first in (0..whole).step_by(16 * L) {
-        for h in (0..heads / H * H).step_by(H) {
-            sum_tile::<S, H, L>(
-                simd,
-                &weights[h * stride..],
-                stride,
-                &rows[first..],
-                width,
-                &mut sums[h * width + first..],
-            );
-        }
-        for h in heads / H * H..heads {
-            sum_tile::<S, 1, L>(
-                simd,
-                &weights[h * stride..],
-                stride,
-                &rows[first..],
-                width,
-                &mut sums[h * width + first..],
-            );
+        let (rows, mut h) = (&rows[first..], 0);
+        while h < heads {
+            let (weights, sums) = (&weights[h * stride..], &mut sums[h * width + first..]);
+            if heads - h >= H {
+                sum_tile::<S, H, L>(simd, weights, stride, rows, width, sums);
+                h += H;
+            } else {
+                sum_tile::<S, 1, L>(simd, weights, stride, rows, width, sums);
+                h += 1;
+            }
         }
     }
     whole

@@ -78,22 +78,18 @@ impl Activations {
 
     /// The rows in about `count` pieces, which may be filled at the same time.
     pub fn pieces(&mut self, count: usize) -> Vec<Piece<'_>> {
+        fn cut<B>(blocks: &mut [B], rows: usize, count: usize) -> impl Iterator<Item = (usize, &mut [B])> {
+            let each = (blocks.len() / rows).div_ceil(count).max(1);
+            blocks.chunks_mut(each * rows).enumerate().map(move |(i, blocks)| (i * each, blocks))
+        }
         let (rows, cols) = (self.rows, self.cols);
         if rows == 0 {
             return Vec::new();
         }
-        let piece = |(i, blocks_each, blocks)| Piece { rows, cols, first_block: i * blocks_each, blocks };
+        let piece = |first_block, blocks| Piece { rows, cols, first_block, blocks };
         match &mut self.blocks {
-            Blocks::Short(blocks) => {
-                let each = (blocks.len() / rows).div_ceil(count).max(1);
-                let chunks = blocks.chunks_mut(each * rows).enumerate();
-                chunks.map(|(i, blocks)| piece((i, each, BlocksMut::Short(blocks)))).collect()
-            }
-            Blocks::Long(blocks) => {
-                let each = (blocks.len() / rows).div_ceil(count).max(1);
-                let chunks = blocks.chunks_mut(each * rows).enumerate();
-                chunks.map(|(i, blocks)| piece((i, each, BlocksMut::Long(blocks)))).collect()
-            }
+            Blocks::Short(all) => cut(all, rows, count).map(|(b, blocks)| piece(b, BlocksMut::Short(blocks))).collect(),
+            Blocks::Long(all) => cut(all, rows, count).map(|(b, blocks)| piece(b, BlocksMut::Long(blocks))).collect(),
         }
     }
 
