@@ -19,7 +19,7 @@ use bench::{PrecisionFlags, machine};
 use clap::Parser;
 use cpu::{CpuBackend, Options};
 use infall::load::ModelFile;
-use infall::placement::{PASS_ROWS, token_weight_bytes};
+use infall::placement::token_weight_bytes;
 use infall::plot::{self, Axis, Line, Panel};
 use model::state::StateBytes;
 use model::{Backend, Cancel, Error, KvLayout, Observer, Row, Stage, State, forward};
@@ -205,7 +205,7 @@ fn main() -> Result<()> {
         sweep / 1e9
     );
     // What threads keep from their first pass on is no part of a session.
-    pass(backend, &mut backend.new_state()?, PASS_ROWS)?;
+    pass(backend, &mut backend.new_state()?, CpuBackend::PASS_ROWS)?;
     let mut made = Vec::new();
     for &context in &arguments.contexts {
         let found = measure(backend, decode, || Ok(synthetic_state(backend, context - decode - 1)?))?;
@@ -232,7 +232,7 @@ fn main() -> Result<()> {
 fn computed_state(backend: &CpuBackend, tokens: usize) -> Result<State> {
     let (start, mut state) = (Instant::now(), backend.new_state()?);
     while state.position() < tokens {
-        let count = PASS_ROWS.min(tokens - state.position());
+        let count = CpuBackend::PASS_ROWS.min(tokens - state.position());
         pass(backend, &mut state, count)?;
     }
     println!("prefill of {tokens} tokens: {:.1} tokens/s; after it", tokens as f64 / start.elapsed().as_secs_f64());

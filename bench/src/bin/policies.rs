@@ -20,10 +20,9 @@ use anyhow::{Result, bail};
 use bench::heldout::Item;
 use bench::random::Random;
 use clap::Parser;
-use cpu::{Options, Recorder};
+use cpu::Options;
 use infall::load::ModelFile;
-use model::tensors::Experts;
-use model::{Backend, Cancel, Row, forward};
+use model::{Backend, Cancel, Recorder, Row, forward, trace_header};
 use store::plan::share_slots;
 use store::replay::{Counts, Eviction, Replay};
 use store::{TraceHeader, TracePass, TraceReader, TraceWriter};
@@ -119,15 +118,7 @@ fn generate(arguments: &Arguments) -> (TraceHeader, Vec<TracePass>) {
 fn record(set: &Path) -> Result<Vec<u8>> {
     let file = ModelFile::open(None)?;
     let (tokenizer, backend) = (file.tokenizer()?, file.load_with(Options::default())?);
-    let config = &file.model.config;
-    let expert_bytes = |layer: &Experts| layer.extents.expert_bytes().iter().sum::<usize>() as u64;
-    let header = TraceHeader {
-        identity: 0,
-        experts: config.experts,
-        experts_used: config.experts_used,
-        expert_bytes: file.model.experts.iter().map(expert_bytes).collect(),
-    };
-    let mut recorder = Recorder::new(Vec::new(), header)?;
+    let mut recorder = Recorder::new(Vec::new(), trace_header(&file.model, 0))?;
     for line in std::fs::read_to_string(set)?.lines().take(100) {
         let item = Item::parse(line)?;
         let mut state = backend.new_state()?;

@@ -92,7 +92,8 @@ fn stages(what: &What, out: &Path) -> Result<()> {
 /// The model as the program would load it for a session of the tokens to be run.
 fn load(what: &What) -> Result<(ModelFile, CpuBackend, Setting)> {
     let file = ModelFile::open(Some(&what.file))?;
-    let (backend, setting) = file.load(&Work::new(&what.machine, what.warm + what.tokens), &Arc::default())?;
+    let (backend, setting) =
+        file.load(&Work::new::<CpuBackend>(&what.machine, what.warm + what.tokens), &Arc::default())?;
     println!("{}; {}", bench::machine(), setting.line());
     Ok((file, backend, setting))
 }

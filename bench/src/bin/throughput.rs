@@ -14,7 +14,7 @@ use bench::profile::Profile;
 use clap::Parser;
 use cpu::{CpuBackend, Options};
 use infall::load::ModelFile;
-use infall::placement::{PASS_ROWS, token_weight_bytes};
+use infall::placement::token_weight_bytes;
 use model::{Backend, Cancel, Row, State, forward};
 
 /// Tokens a second of a model file on the CPU.
@@ -98,7 +98,7 @@ fn main() -> Result<()> {
         state = backend.new_state()?;
         let mut seconds = 0.0;
         while state.position() < tokens {
-            let rows = PASS_ROWS.min(tokens - state.position());
+            let rows = CpuBackend::PASS_ROWS.min(tokens - state.position());
             seconds += pass(backend, &mut state, rows, vocab, &mut profile)?;
         }
         chunk = row("prefill", tokens, seconds);

@@ -6,45 +6,42 @@
 
 use std::time::{Duration, Instant};
 
-use cpu::CpuBackend;
-use model::{Backend, Cancel, NoObserver, Row, State, forward};
-use session::{Sampler, Sampling};
+use model::{Cancel, KvLayout, NoObserver, Row, forward};
+use session::{Sampler, Sampling, pass_rows};
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::device::{Device, Sweep};
 use crate::load::{self, ModelFile};
 use crate::output::Output;
-use crate::placement::{self, PASS_ROWS, Work};
+use crate::placement::{self, Work};
 use crate::plot::{self, Axis, Line, Panel};
 use crate::stats::Meter;
 use crate::terminal::{self, ReadingBar, Stream};
 use crate::{Outcome, flags, interrupt, memory};
 
-/// Bytes that a sweep reads to find the speed of memory: more than caches hold.
-const SWEEP_BYTES: usize = 512 << 20;
-
 /// Runs the command. Rows of the table are printed as they are measured; after Ctrl-C the files hold those that were.
-pub fn bench(flags: &flags::Bench) -> anyhow::Result<Outcome> {
+pub fn bench<D: Device>(flags: &flags::Bench) -> anyhow::Result<Outcome> {
     let file = ModelFile::open(flags.model.as_deref())?;
     let lengths = lengths(flags, &file)?;
     let output = |path: &Option<_>| path.as_deref().map(|path| Output::new(path, file.paths())).transpose();
     let (csv, plot) = (output(&flags.csv)?, output(&flags.plot)?);
     let cancel = interrupt::cancel_on_interrupt()?;
     let end_tokens = lengths.last().expect("there is a length") + flags.gen_tokens.get();
-    let work = Work { clones: 1, ..Work::new(&flags.machine, end_tokens) };
+    let work = Work { clones: 1, ..Work::new::<D>(&flags.machine, end_tokens) };
     // Before weights take what memory there is.
-    let sweep = memory::read_bytes_per_second(SWEEP_BYTES, work.shape.threads)?;
-    let (backend, setting) = file.load(&work, &cancel)?;
+    let Sweep { who, bytes_per_second: sweep } = D::sweep(&work)?;
+    let (backend, setting) = file.load::<D>(&work, &cancel)?;
     terminal::dim_note(&setting.line());
     Stream::Out.write(&format!(
-        "{}: {} layers; {} threads read memory at {:.1} GB/s\n{}\n",
+        "{}: {} layers; {who} at {:.1} GB/s\n{}\n",
         terminal::escape_controls(&file.name),
         file.model.config.layers,
-        work.shape.threads,
         sweep / 1e9,
         HEAD
     ))?;
     let weight_bytes = placement::token_weight_bytes(&file.model);
-    let mut timeline = Timeline { backend: &backend, state: backend.new_state()?, cancel: &cancel };
+    let layout = work.layout(&file.model.config);
+    let mut timeline = Timeline { backend: &backend, layout: &layout, state: backend.new_state()?, cancel: &cancel };
     let mut rows = Vec::new();
     for context_tokens in lengths {
         match timeline.measure(context_tokens, flags.gen_tokens.get()) {
@@ -91,9 +88,10 @@ fn in_file(file: &ModelFile, error: anyhow::Error) -> anyhow::Error {
 }
 
 /// A session that grows, and what it grows with.
-struct Timeline<'a> {
-    backend: &'a CpuBackend,
-    state: State,
+struct Timeline<'a, D: Device> {
+    backend: &'a D,
+    layout: &'a KvLayout,
+    state: D::State,
     cancel: &'a Cancel,
 }
 
@@ -105,7 +103,7 @@ struct Measured {
     /// Of each token that was generated.
     decode: Vec<Duration>,
     /// What the session holds.
-    session_bytes: usize,
+    session_bytes: u64,
     /// What the process holds, the clone included; `None` where the system does not say.
     process_bytes: Option<u64>,
     /// Stored rows that one more token reads.
@@ -116,16 +114,16 @@ struct Measured {
     logits_xxh3: u64,
 }
 
-impl Timeline<'_> {
+impl<D: Device> Timeline<'_, D> {
     /// Reads on to `context_tokens` tokens and generates `generated` there.
     fn measure(&mut self, context_tokens: usize, generated: usize) -> anyhow::Result<Measured> {
-        let prefill_tokens = context_tokens - self.state.position();
+        let prefill_tokens = context_tokens - self.backend.position(&self.state);
         let start = Instant::now();
         let logits = self.read_to(context_tokens)?;
         let prefill = start.elapsed();
         let bytes: Vec<u8> = logits.iter().flat_map(|logit| logit.to_le_bytes()).collect();
 
-        let mut clone = self.state.clone();
+        let mut clone = self.backend.clone_state(&self.state)?;
         let meter = Meter::start(self.backend);
         let decode = generate(self.backend, &mut clone, logits, generated, self.cancel)?;
         let traffic = meter.stop(self.backend, generated);
@@ -135,9 +133,9 @@ impl Timeline<'_> {
             prefill_tokens,
             prefill,
             decode,
-            session_bytes: self.state.bytes().total(),
+            session_bytes: self.backend.session_bytes(&self.state),
             process_bytes: memory::resident_bytes(),
-            row_bytes: self.state.layout().read_bytes(context_tokens, top_k),
+            row_bytes: self.layout.read_bytes(context_tokens, top_k),
             disk_bytes: traffic.counts.read_bytes / generated as u64,
             logits_xxh3: xxh3_64(&bytes),
         })
@@ -145,16 +143,18 @@ impl Timeline<'_> {
 
     /// The logits after `end` tokens.
     fn read_to(&mut self, end: usize) -> anyhow::Result<Vec<f32>> {
-        let start = self.state.position();
+        let start = self.backend.position(&self.state);
         let bar = ReadingBar::new(end - start);
-        let mut logits = Vec::new();
-        while self.state.position() < end {
-            let chunk = self.state.position()..end.min(self.state.position() + PASS_ROWS);
+        let (mut logits, mut position) = (Vec::new(), start);
+        while position < end {
+            let chunk = position..position + pass_rows(position, end - position, D::PASS_ROWS);
+            position = chunk.end;
             let token = |position| prompt_token(position, self.backend.config().vocab_size);
             let row = |position| Row { session: 0, position, token: token(position), logits: position + 1 == end };
             let rows = chunk.map(row).collect();
-            logits = forward(self.backend, rows, &mut [&mut self.state], self.cancel, &mut NoObserver)?;
-            bar.set(self.state.position() - start);
+            let pass = forward(self.backend, rows, &mut [&mut self.state], self.cancel, &mut NoObserver)?;
+            logits = self.backend.read_logits(pass)?;
+            bar.set(position - start);
         }
         Ok(logits)
     }
@@ -166,9 +166,9 @@ fn prompt_token(position: usize, vocab_size: usize) -> u32 {
 }
 
 /// How long each of `count` tokens took that follow from `logits`, the likeliest each time, whether it ends a turn or not.
-fn generate(
-    backend: &CpuBackend,
-    state: &mut State,
+fn generate<D: Device>(
+    backend: &D,
+    state: &mut D::State,
     mut logits: Vec<f32>,
     count: usize,
     cancel: &Cancel,
@@ -176,9 +176,10 @@ fn generate(
     let mut sampler = Sampler::new(Sampling { temperature: 0.0, ..Sampling::default() }, 0)?;
     let mut times = Vec::with_capacity(count);
     for _ in 0..count {
-        let row = Row { session: 0, position: state.position(), token: sampler.sample(&logits)?, logits: true };
+        let row = Row { session: 0, position: backend.position(state), token: sampler.sample(&logits)?, logits: true };
         let start = Instant::now();
-        logits = forward(backend, vec![row], &mut [state], cancel, &mut NoObserver)?;
+        let pass = forward(backend, vec![row], &mut [state], cancel, &mut NoObserver)?;
+        logits = backend.read_logits(pass)?;
         times.push(start.elapsed());
     }
     Ok(times)
@@ -248,7 +249,7 @@ impl Figures {
             self.measured.context_tokens,
             self.prefill_speed(),
             self.decode_speed(),
-            terminal::bytes(self.measured.session_bytes as u64),
+            terminal::bytes(self.measured.session_bytes),
             self.measured.process_bytes.map_or("-".into(), terminal::bytes),
             terminal::bytes(self.token_bytes()),
             self.read_speed() / 1e9,
@@ -293,6 +294,7 @@ fn plot_text(rows: &[Figures]) -> String {
 mod tests {
     use super::*;
     use clap::Parser;
+    use model::{Arithmetic, Backend, Precision};
 
     /// Generating leaves no trace: the session's bytes are those of one at which nothing was generated, however far the
     /// clone went.
@@ -300,8 +302,9 @@ mod tests {
     fn generating_leaves_no_trace() {
         let file = ModelFile::open(None).unwrap();
         let backend = file.load_with(cpu::Options::default()).unwrap();
+        let layout = &KvLayout::new(&file.model.config, 0, Arithmetic::Official, Precision::Fast);
         let cancel = &Cancel::default();
-        let new = || Timeline { backend: &backend, state: backend.new_state().unwrap(), cancel };
+        let new = || Timeline { backend: &backend, layout, state: backend.new_state().unwrap(), cancel };
         let (mut measured, mut read) = (new(), new());
         for (context_tokens, generated) in [(100, 3), (127, 1), (128, 200), (300, 70), (555, 1)] {
             let found = measured.measure(context_tokens, generated).unwrap();

@@ -8,8 +8,7 @@ use std::fmt::Write as _;
 use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use cpu::{CpuBackend, Pass};
-use model::{Cancel, Error, Observer, Stage};
+use model::Cancel;
 use serde::Serialize;
 use serde_json::{Value, json};
 use session::{Context, Sampler, Sampling, Session, StopReason, TurnOptions, TurnOutcome, Vocabulary, run_turn};
@@ -18,8 +17,9 @@ use text::parse::{Finish, ParseOptions};
 use text::prompt::{AssistantMessage, Call, Encoding, Message, Mode, PromptOptions, Tool, render};
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::device::Device;
 use crate::load::ModelFile;
-use crate::placement::{PASS_ROWS, Setting, Work};
+use crate::placement::{Setting, Work};
 use crate::stats::Meter;
 use crate::terminal::{self, Stream, Unit};
 use crate::{Outcome, flags, interrupt};
@@ -67,7 +67,7 @@ struct Check {
 }
 
 /// Runs the command.
-pub fn tool_call_quality(flags: &flags::ToolCallQuality) -> anyhow::Result<Outcome> {
+pub fn tool_call_quality<D: Device>(flags: &flags::ToolCallQuality) -> anyhow::Result<Outcome> {
     let file = ModelFile::open(flags.model.as_deref())?;
     let tokenizer = file.tokenizer()?;
     let vocabulary = Vocabulary::new(&tokenizer).map_err(|error| anyhow::anyhow!("{}: {error}", file.name))?;
@@ -75,8 +75,8 @@ pub fn tool_call_quality(flags: &flags::ToolCallQuality) -> anyhow::Result<Outco
     let mut trials = Vec::new();
     for precision in flags.precisions() {
         let context = Context::new(&file.model.config, Some(CONTEXT_TOKENS.min(file.model.config.context_length)))?;
-        let work = Work { precision, ..Work::new(&flags.machine, context.tokens()) };
-        let (backend, setting) = file.load(&work, &cancel)?;
+        let work = Work { precision, ..Work::new::<D>(&flags.machine, context.tokens()) };
+        let (backend, setting) = file.load::<D>(&work, &cancel)?;
         terminal::dim_note(&setting.line());
         match attempt(&backend, &vocabulary, context, setting, &cancel) {
             _ if cancel.check().is_err() => return Ok(Outcome::Interrupted),
@@ -96,16 +96,16 @@ pub fn tool_call_quality(flags: &flags::ToolCallQuality) -> anyhow::Result<Outco
 }
 
 /// Both turns.
-fn attempt(
-    backend: &CpuBackend,
+fn attempt<D: Device>(
+    backend: &D,
     vocabulary: &Vocabulary<'_>,
     context: Context,
     setting: Setting,
     cancel: &Cancel,
 ) -> anyhow::Result<Trial> {
-    let hash = Arc::new(Mutex::new(LogitsHash(Xxh3::new())));
+    let hash = Arc::new(Mutex::new(Xxh3::new()));
     let mut session = Session::new(backend, context)?;
-    session.observe(Box::new(hash.clone()));
+    session.on_logits(Box::new(hasher(hash.clone())));
     let mut dialog = Dialog { backend, vocabulary, session, cancel };
 
     let mut messages = vec![
@@ -126,7 +126,7 @@ fn attempt(
     } else {
         checks.push(Check { what: "turn 2 is reached", passed: false, found: "turn 1 failed".into() });
     }
-    let logits_xxh3 = format!("{:016x}", hash.lock().unwrap_or_else(PoisonError::into_inner).0.digest());
+    let logits_xxh3 = format!("{:016x}", hash.lock().unwrap_or_else(PoisonError::into_inner).digest());
     Ok(Trial { setting, passed: checks.iter().all(|check| check.passed), logits_xxh3, turns, checks })
 }
 
@@ -151,14 +151,14 @@ fn with_id(outcome: &TurnOutcome) -> Message {
 }
 
 /// A conversation under way.
-struct Dialog<'a> {
-    backend: &'a CpuBackend,
+struct Dialog<'a, D: Device> {
+    backend: &'a D,
     vocabulary: &'a Vocabulary<'a>,
-    session: Session<CpuBackend>,
+    session: Session<D>,
     cancel: &'a Cancel,
 }
 
-impl Dialog<'_> {
+impl<D: Device> Dialog<'_, D> {
     /// Lets the model answer the last of `messages`.
     fn exchange(&mut self, messages: &[Message]) -> anyhow::Result<(Exchange, TurnOutcome)> {
         let options = PromptOptions { encoding: Encoding::V4_2604, mode: Mode::Chat, drop_reasoning: true };
@@ -169,7 +169,7 @@ impl Dialog<'_> {
         let rest = &prompt[kept_tokens..];
         let bar = terminal::progress("reading", rest.len() as u64, Unit::Tokens);
         let read = &mut |tokens| bar.set_position(tokens as u64);
-        let logits = self.session.prefill(self.backend, rest, PASS_ROWS, self.cancel, read)?;
+        let logits = self.session.prefill(self.backend, rest, D::PASS_ROWS, self.cancel, read)?;
         bar.finish_and_clear();
         let prefill = meter.stop(self.backend, rest.len());
 
@@ -277,16 +277,11 @@ fn finish(finish: Finish) -> &'static str {
     }
 }
 
-/// Hashes the logits of every pass.
-struct LogitsHash(Xxh3);
-
-impl Observer<CpuBackend> for LogitsHash {
-    fn after(&mut self, _: Option<usize>, _: Stage, _: &CpuBackend, _: &Pass) -> Result<(), Error> {
-        Ok(())
-    }
-
-    fn logits(&mut self, logits: &Vec<f32>) {
-        logits.iter().for_each(|logit| self.0.update(&logit.to_le_bytes()));
+/// Adds logits to a hash.
+fn hasher(hash: Arc<Mutex<Xxh3>>) -> impl FnMut(&[f32]) {
+    move |logits| {
+        let mut hash = hash.lock().unwrap_or_else(PoisonError::into_inner);
+        logits.iter().for_each(|logit| hash.update(&logit.to_le_bytes()));
     }
 }
 

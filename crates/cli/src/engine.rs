@@ -3,16 +3,16 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use cpu::CpuBackend;
 use model::{Cancel, NoObserver};
 use session::{Context, Session, StopReason, TurnEvent, TurnOptions, Vocabulary, run_turn};
 use text::Tokenizer;
 use text::parse::Turn;
 
+use crate::device::Device;
 use crate::figures::Figures;
 use crate::load::{self, ModelFile};
 use crate::output::Output;
-use crate::placement::{PASS_ROWS, Setting, Work};
+use crate::placement::{Setting, Work};
 use crate::record::Recording;
 use crate::screen::Screen;
 use crate::setup;
@@ -20,13 +20,13 @@ use crate::stats::Meter;
 use crate::terminal::{self, ReadingBar};
 
 /// A model ready to answer, and what it has read so far.
-pub struct Engine {
+pub struct Engine<D: Device> {
     /// The vocabulary.
     pub tokenizer: Tokenizer,
     /// What computes.
-    pub backend: CpuBackend,
+    pub backend: D,
     /// What it has read.
-    pub session: Session<CpuBackend>,
+    pub session: Session<D>,
     /// How much it may read.
     pub context: Context,
     /// How it runs.
@@ -43,7 +43,7 @@ pub struct Reply {
     pub figures: Figures,
 }
 
-impl Engine {
+impl<D: Device> Engine<D> {
     /// Reads the weights, and tells how they are used where that is out of the ordinary.
     ///
     /// # Errors
@@ -54,7 +54,7 @@ impl Engine {
         context: Context,
         work: &Work,
         cancel: &Arc<Cancel>,
-    ) -> anyhow::Result<Engine> {
+    ) -> anyhow::Result<Engine<D>> {
         let (backend, setting) = file.load(work, cancel)?;
         if !setting.is_default() {
             terminal::dim_note(&setting.line());
@@ -64,7 +64,7 @@ impl Engine {
     }
 
     /// Goes on with another session.
-    pub fn set_session(&mut self, session: Session<CpuBackend>) {
+    pub fn set_session(&mut self, session: Session<D>) {
         self.session = session;
         if let Some(recording) = &self.recording {
             self.session.observe(recording.observer());
@@ -143,7 +143,7 @@ impl Engine {
         figures.kept_tokens = self.session.reuse(&self.backend, prompt);
         let rest = &prompt[figures.kept_tokens..];
         let bar = ReadingBar::new(rest.len());
-        let logits = self.session.prefill(&self.backend, rest, PASS_ROWS, cancel, &mut |tokens| bar.set(tokens));
+        let logits = self.session.prefill(&self.backend, rest, D::PASS_ROWS, cancel, &mut |tokens| bar.set(tokens));
         drop(bar);
         let passes = self.session.tokens().len() - figures.kept_tokens;
         figures.again_tokens = (shared - figures.kept_tokens).min(passes);
@@ -182,8 +182,7 @@ impl Engine {
 
     /// Bytes that the session holds.
     pub fn session_bytes(&self) -> u64 {
-        let state = self.session.state().bytes();
-        (state.rows + state.windows + state.inputs + state.checkpoints) as u64
+        self.backend.session_bytes(self.session.state())
     }
 
     /// `error` with the name of the model's file, where that helps.

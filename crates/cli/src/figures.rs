@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use session::StopReason;
 
+use crate::device::Device;
 use crate::engine::Engine;
 use crate::stats::Traffic;
 use crate::terminal;
@@ -36,18 +37,17 @@ impl Figures {
     }
 
     /// Prints the line of a single prompt. The `seed` is told where it had an effect.
-    pub fn print_for_prompt(&self, engine: &Engine, seed: Option<u64>) {
-        let weights = engine.backend.weight_bytes();
+    pub fn print_for_prompt<D: Device>(&self, engine: &Engine<D>, seed: Option<u64>) {
         let memory = format!(
             "memory {} weights + {} session",
-            terminal::bytes(weights.fixed + weights.experts),
+            terminal::bytes(engine.backend.weight_bytes()),
             terminal::bytes(engine.session_bytes())
         );
         self.print(vec![format!("prompt {}", self.read()), format!("generated {}", self.generated()), memory], seed);
     }
 
     /// Prints the line of a turn of a conversation.
-    pub fn print_for_turn(&self, engine: &Engine, seed: Option<u64>) {
+    pub fn print_for_turn<D: Device>(&self, engine: &Engine<D>, seed: Option<u64>) {
         let again = if self.again_tokens > 0 { format!(" ({} again)", self.again_tokens) } else { String::new() };
         let kept = if self.kept_tokens > 0 { format!(", {} kept", self.kept_tokens) } else { String::new() };
         let read = format!("{} read{again}{}{kept}", self.prefill.tokens, speed(&self.prefill));

@@ -9,6 +9,7 @@ use model::{Cancel, Config, Model};
 use store::{ExpertExtents, Plan, Residency, Source, StoreError, TraceHeader, budget};
 use text::{Tokenizer, TokenizerData};
 
+use crate::device::{Device, Loading};
 use crate::placement::{self, Setting, Work};
 use crate::seal;
 use crate::terminal::{self, Unit};
@@ -64,23 +65,15 @@ impl ModelFile {
     ///
     /// # Errors
     /// There is no plan, a read failed, a weight holds what no model can have, or `cancel` came.
-    pub fn load(&self, work: &Work, cancel: &Arc<Cancel>) -> anyhow::Result<(CpuBackend, Setting)> {
-        let needs = placement::needs(&self.header, &self.model, work);
+    pub fn load<D: Device>(&self, work: &Work, cancel: &Arc<Cancel>) -> anyhow::Result<(D, Setting)> {
+        let needs = placement::needs::<D>(&self.header, &self.model, work);
         let plan = Plan::new(&needs, work.request, budget::available().as_ref())
             .map_err(|error| anyhow::anyhow!("{}: {error}", self.name))?;
         let is_streamed = plan.residency != Residency::Resident;
         let checksums = if is_streamed { seal::of(self)? } else { None };
         plan.warnings.iter().for_each(|warning| terminal::note(&format!("warning: {warning}")));
-        let backend = self.load_with(Options {
-            threads: work.shape.threads,
-            arithmetic: work.arithmetic,
-            precision: work.precision,
-            residency: plan.residency.clone(),
-            checksums,
-            lock: work.lock,
-            cancel: cancel.clone(),
-            ..Options::default()
-        })?;
+        let loading = Loading { work, residency: plan.residency.clone(), checksums, cancel: cancel.clone() };
+        let backend = self.with_bar(|loaded| D::load(&self.model, &self.source, loading, loaded))?;
         if let (Residency::Streamed { .. }, Some(note)) = (&plan.residency, backend.note()) {
             terminal::dim_note(note);
         }
@@ -98,13 +91,18 @@ impl ModelFile {
         &self.source
     }
 
-    /// Reads the weights with any options of the backend. On a terminal a bar shows how far that is.
+    /// Reads the weights with any options of the CPU backend.
     ///
     /// # Errors
     /// A read failed, or a weight holds what no model can have.
     pub fn load_with(&self, options: Options) -> anyhow::Result<CpuBackend> {
+        self.with_bar(|loaded| CpuBackend::load(&self.model, &self.source, options, loaded))
+    }
+
+    /// What `load` loads, which tells the bytes of each tensor as it arrives. On a terminal a bar shows how far that is.
+    fn with_bar<D>(&self, load: impl FnOnce(&mut dyn FnMut(u64)) -> Result<D, model::Error>) -> anyhow::Result<D> {
         let bar = terminal::progress("loading", self.weight_bytes(), Unit::Bytes);
-        let backend = CpuBackend::load(&self.model, &self.source, options, &mut |bytes| bar.inc(bytes));
+        let backend = load(&mut |bytes| bar.inc(bytes));
         bar.finish_and_clear();
         backend.map_err(|error| in_file(&self.name, error))
     }
@@ -114,7 +112,7 @@ impl ModelFile {
     /// # Errors
     /// A read failed.
     pub(crate) fn trace_header(&self) -> Result<TraceHeader, StoreError> {
-        cpu::trace_header(&self.model, &self.source)
+        Ok(model::trace_header(&self.model, self.source.identity()?))
     }
 
     /// Where it is, for what must not be written over.

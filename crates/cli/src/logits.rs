@@ -3,9 +3,10 @@
 use std::io::Write;
 use std::path::Path;
 
-use cpu::{CpuBackend, PassShape};
-use model::{Backend, Cancel, NoObserver, Observer, Row, forward};
+use cpu::PassShape;
+use model::{Cancel, NoObserver, Observer, Row, forward};
 
+use crate::device::Device;
 use crate::load::{self, ModelFile};
 use crate::output::Output;
 use crate::placement::Work;
@@ -16,7 +17,7 @@ use crate::{Outcome, flags, interrupt, npy};
 
 /// Runs the command. That the output can be written is checked before weights are loaded, but nothing is created
 /// before Ctrl-C is handled.
-pub fn logits(flags: &flags::Logits) -> anyhow::Result<Outcome> {
+pub fn logits<D: Device>(flags: &flags::Logits) -> anyhow::Result<Outcome> {
     let file = ModelFile::open(Some(&flags.model))?;
     let tokens = read_tokens(&flags.tokens, &file)?;
     let output = |path: &Path| Output::new(path, file.paths().chain([flags.tokens.as_path()]));
@@ -24,7 +25,7 @@ pub fn logits(flags: &flags::Logits) -> anyhow::Result<Outcome> {
     let report = Report::new(&flags.stats, &file)?;
 
     let cancel = interrupt::cancel_on_interrupt()?;
-    let (backend, setting) = file.load(&work(flags, tokens.len()), &cancel)?;
+    let (backend, setting) = file.load::<D>(&work::<D>(flags, tokens.len()), &cancel)?;
     terminal::dim_note(&setting.line());
     let recording = match routes {
         Some(output) => Some(Recording::begin(output, file.trace_header()?)?),
@@ -48,19 +49,19 @@ pub fn logits(flags: &flags::Logits) -> anyhow::Result<Outcome> {
     }
 }
 
-fn work(flags: &flags::Logits, tokens: usize) -> Work {
-    let work = Work::new(&flags.machine, tokens);
+fn work<D: Device>(flags: &flags::Logits, tokens: usize) -> Work {
+    let work = Work::new::<D>(&flags.machine, tokens);
     let rows = flags.chunk.get().min(tokens);
     let shape = PassShape { rows, wanted_rows: rows, ..work.shape };
     Work { arithmetic: flags.arithmetic.into(), shape, ..work }
 }
 
-fn write_all(
+fn write_all<D: Device>(
     flags: &flags::Logits,
-    backend: &CpuBackend,
+    backend: &D,
     tokens: &[u32],
     cancel: &Cancel,
-    observer: &mut dyn Observer<CpuBackend>,
+    observer: &mut dyn Observer<D>,
     out: &mut dyn Write,
 ) -> anyhow::Result<()> {
     let unwritable = || WriteError::to(&flags.out);
@@ -68,10 +69,10 @@ fn write_all(
     let bar = terminal::progress("computing", tokens.len() as u64, Unit::Tokens);
     let mut state = backend.new_state()?;
     for chunk in tokens.chunks(flags.chunk.get()) {
-        let rows = (state.position()..).zip(chunk);
+        let rows = (backend.position(&state)..).zip(chunk);
         let rows = rows.map(|(position, &token)| Row { session: 0, position, token, logits: true }).collect();
         let logits = forward(backend, rows, &mut [&mut state], cancel, observer)?;
-        npy::write_values(out, &logits).map_err(unwritable())?;
+        npy::write_values(out, &backend.read_logits(logits)?).map_err(unwritable())?;
         bar.inc(chunk.len() as u64);
     }
     bar.finish_and_clear();

@@ -1,18 +1,15 @@
 //! Where a model's weights will be: decided by the plan, told in one line.
 
-use cpu::{CpuBackend, PassShape};
+use cpu::PassShape;
 use gguf::Gguf;
 use model::state::StateBytes;
-use model::{Arithmetic, KvLayout, Model, Precision};
+use model::{Arithmetic, Config, KvLayout, Model, Precision};
 use serde::Serialize;
 use store::plan::{Purpose, SizeClass};
 use store::{ExpertExtents, Needs, Plan, Request, Residency};
 
+use crate::device::Device;
 use crate::{flags, terminal};
-
-/// Rows of the passes that a prompt is read in: enough to use each weight many times, few enough for the bar to move.
-/// The same for every plan: memory never changes how a model computes.
-pub const PASS_ROWS: usize = 256;
 
 /// Code, tables, stacks of threads, buffers of files: what the program takes for any model.
 const PROGRAM_BYTES: u64 = 32 << 20;
@@ -35,14 +32,14 @@ pub struct Work {
 }
 
 impl Work {
-    /// A session of up to `context_tokens`, as the flags say.
-    pub fn new(machine: &flags::Machine, context_tokens: usize) -> Work {
+    /// A session of up to `context_tokens` on a device, as the flags say.
+    pub fn new<D: Device>(machine: &flags::Machine, context_tokens: usize) -> Work {
         let threads = machine.threads.map_or_else(|| cpu::Options::default().threads, usize::from);
         Work {
             precision: machine.precision(),
             arithmetic: Arithmetic::Official,
             shape: PassShape {
-                rows: PASS_ROWS.min(context_tokens),
+                rows: D::PASS_ROWS.min(context_tokens),
                 wanted_rows: 1,
                 end_tokens: context_tokens,
                 threads,
@@ -52,24 +49,29 @@ impl Work {
             clones: 0,
         }
     }
+
+    /// How a session's rows are stored.
+    pub fn layout(&self, config: &Config) -> KvLayout {
+        KvLayout::new(config, 0, self.arithmetic, self.precision)
+    }
 }
 
-/// What a model needs to run here.
-pub fn needs(header: &Gguf, model: &Model, work: &Work) -> Needs {
+/// What a model needs to run on a device.
+pub fn needs<D: Device>(header: &Gguf, model: &Model, work: &Work) -> Needs {
     let config = &model.config;
-    let layout = KvLayout::new(config, 0, work.arithmetic, work.precision);
+    let layout = work.layout(config);
     let extents: Vec<ExpertExtents> = model.experts.iter().map(|layer| layer.extents).collect();
     let tokens = work.shape.end_tokens;
     let state = StateBytes::at_most(&layout, tokens).total();
     let clones = work.clones * StateBytes::of_clone(&layout, tokens).total();
-    let [resident, streamed] = [false, true].map(|streamed| cpu::static_bytes(model, streamed));
+    let [resident, streamed] = [false, true].map(|streamed| D::static_bytes(model, streamed));
     Needs {
         program_bytes: PROGRAM_BYTES + header_bytes(header),
         static_bytes: streamed,
         context_tokens: tokens,
         state_bytes: (state + clones) as u64,
         pass_rows: work.shape.rows,
-        pass_bytes: cpu::pass_bytes(config, &layout, work.shape),
+        pass_bytes: D::pass_bytes(config, &layout, work.shape),
         resident_bytes: extents.iter().map(ExpertExtents::total_bytes).sum::<u64>() + resident - streamed,
         experts: config.experts,
         experts_used: config.experts_used,
@@ -103,6 +105,9 @@ fn header_bytes(header: &Gguf) -> u64 {
 /// How a loaded model runs.
 #[derive(Clone, Debug, Serialize)]
 pub struct Setting {
+    /// What computes; `None` for the machine's own processor.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
     /// `fast` or `exact`.
     pub precision: &'static str,
     /// `resident` or `streamed`.
@@ -128,7 +133,7 @@ pub struct Slots {
 
 impl Setting {
     /// Of a model that was loaded by `plan`.
-    pub fn new(precision: Precision, plan: &Plan, backend: &CpuBackend) -> Setting {
+    pub fn new<D: Device>(precision: Precision, plan: &Plan, backend: &D) -> Setting {
         let mut total = Slots { slots: 0, of_experts: 0, bytes: 0 };
         for (purpose, class_bytes) in &plan.items {
             if let Purpose::Slots { slots, experts, .. } = purpose {
@@ -138,27 +143,30 @@ impl Setting {
         }
         let is_streamed = plan.residency != Residency::Resident;
         Setting {
+            device: backend.name().map(str::to_owned),
             precision: name(precision),
             experts: if is_streamed { "streamed" } else { "resident" },
             slots: is_streamed.then_some(total),
-            reader: backend.reader().name(),
+            reader: backend.reader(),
             checked: backend.checks(),
         }
     }
 
     /// Whether this is what a model that fits gets when nothing is asked for.
     pub fn is_default(&self) -> bool {
-        self.precision == name(Precision::Fast) && self.slots.is_none()
+        self.precision == name(Precision::Fast) && self.slots.is_none() && self.device.is_none()
     }
 
-    /// `precision exact | experts streamed: slots for 8 of 224, 1.20 MiB, read with pread, direct`.
+    /// `precision exact | experts streamed: slots for 8 of 224, 1.20 MiB, read with pread, direct`, after the device's name
+    /// if it has one.
     pub fn line(&self) -> String {
-        let Setting { precision, experts, slots, reader, checked } = self;
+        let Setting { device, precision, experts, slots, reader, checked } = self;
         let checked = if *checked { ", checked" } else { "" };
         let slots = slots.map_or(String::new(), |Slots { slots, of_experts, bytes }| {
             format!(": slots for {slots} of {of_experts}, {}, read with {reader}{checked}", terminal::bytes(bytes))
         });
-        format!("precision {precision} | experts {experts}{slots}")
+        let device = device.as_ref().map_or(String::new(), |device| format!("device {device} | "));
+        format!("{device}precision {precision} | experts {experts}{slots}")
     }
 }
 
@@ -167,5 +175,27 @@ pub fn name(precision: Precision) -> &'static str {
     match precision {
         Precision::Exact => "exact",
         Precision::Fast => "fast",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_with_a_name_is_told() {
+        let setting = |device: Option<&str>| Setting {
+            device: device.map(str::to_owned),
+            precision: "fast",
+            experts: "resident",
+            slots: None,
+            reader: "pread",
+            checked: false,
+        };
+        assert!(setting(None).is_default() && !setting(Some("a GPU")).is_default());
+        assert_eq!(setting(None).line(), "precision fast | experts resident");
+        assert_eq!(setting(Some("a GPU")).line(), "device a GPU | precision fast | experts resident");
+        let keys = |device| serde_json::to_value(setting(device)).unwrap().as_object().unwrap().len();
+        assert_eq!(keys(Some("a GPU")), keys(None) + 1);
     }
 }

@@ -13,18 +13,19 @@ use session::Context;
 use store::plan::Purpose;
 use store::{Plan, Residency, budget};
 
+use crate::device::Device;
 use crate::placement::{self, Work};
 use crate::terminal::{self, Stream};
 use crate::{Outcome, flags, load};
 
 /// Runs the command.
-pub fn plan(flags: &flags::Plan) -> anyhow::Result<Outcome> {
+pub fn plan<D: Device>(flags: &flags::Plan) -> anyhow::Result<Outcome> {
     let name = flags.model.display().to_string();
     let header = read_header(&flags.model)?;
     let model = Model::from_gguf(&header).map_err(|error| load::in_file(&name, error))?;
     let context = Context::new(&model.config, flags.context_tokens)?;
-    let work = Work::new(&flags.machine, context.tokens());
-    let plan = Plan::new(&placement::needs(&header, &model, &work), work.request, budget::available().as_ref())
+    let work = Work::new::<D>(&flags.machine, context.tokens());
+    let plan = Plan::new(&placement::needs::<D>(&header, &model, &work), work.request, budget::available().as_ref())
         .map_err(|error| anyhow::anyhow!("{name}: {error}"))?;
     let text = if flags.json { json_text(&plan) } else { table(&plan) };
     Stream::Out.write(&text)?;

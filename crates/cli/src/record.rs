@@ -2,8 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use cpu::{CpuBackend, Recorder};
-use model::Observer;
+use model::{Backend, Observer, Recorder};
 use store::TraceHeader;
 
 use crate::output::{Output, Part};
@@ -21,7 +20,7 @@ impl Recording {
     }
 
     /// What sees the passes.
-    pub fn observer(&self) -> Box<dyn Observer<CpuBackend> + Send> {
+    pub fn observer<B: Backend>(&self) -> Box<dyn Observer<B> + Send> {
         Box::new(self.0.clone())
     }
 

@@ -9,6 +9,7 @@ use text::parse::ParseOptions;
 use text::prompt::{ControlTokens, Message, PromptOptions, render};
 use text::{Tokenizer, Utf8Stream};
 
+use crate::device::Device;
 use crate::engine::Engine;
 use crate::figures::Figures;
 use crate::load::ModelFile;
@@ -20,7 +21,7 @@ use crate::terminal::{Stream, WriteError, harmless};
 use crate::{Outcome, flags, interrupt, setup};
 
 /// Runs the command. What needs no weights is checked before they are loaded.
-pub fn run(flags: &flags::Run) -> anyhow::Result<Outcome> {
+pub fn run<D: Device>(flags: &flags::Run) -> anyhow::Result<Outcome> {
     let talk = &flags.talk;
     let prompt = prompt_text(flags)?;
     let file = ModelFile::open(talk.model.as_deref())?;
@@ -38,7 +39,8 @@ pub fn run(flags: &flags::Run) -> anyhow::Result<Outcome> {
     let max_tokens = talk.max_tokens.unwrap_or(usize::MAX);
     let end_tokens = tokens.len().saturating_add(max_tokens).min(context.tokens());
     let cancel = interrupt::cancel_on_interrupt()?;
-    let mut engine = Engine::load(file, tokenizer, context, &Work::new(&talk.machine, end_tokens), &cancel)?;
+    let work = Work::new::<D>(&talk.machine, end_tokens);
+    let mut engine = Engine::<D>::load(file, tokenizer, context, &work, &cancel)?;
     routes.map_or(Ok(()), |output| engine.record_routes(output))?;
     let figures = if flags.raw {
         let stop = control.stop_set();
@@ -106,8 +108,8 @@ fn encode(
 }
 
 /// Prints what the model generates exactly; a last line break is added only on a terminal.
-fn answer_raw(
-    engine: &mut Engine,
+fn answer_raw<D: Device>(
+    engine: &mut Engine<D>,
     prompt: &[u32],
     mut sampler: Sampler,
     limits: Limits<'_>,

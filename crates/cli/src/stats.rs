@@ -3,10 +3,10 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use cpu::CpuBackend;
 use serde_json::{Value, json};
 use store::{CacheCounts, StoreCounts};
 
+use crate::device::Device;
 use crate::output::Output;
 use crate::placement::Setting;
 use crate::terminal::{self, WriteError, note};
@@ -31,13 +31,13 @@ pub struct Meter {
 
 impl Meter {
     /// Begins.
-    pub fn start(backend: &CpuBackend) -> Meter {
-        Meter { start: Instant::now(), before: backend.stats() }
+    pub fn start<D: Device>(backend: &D) -> Meter {
+        Meter { start: Instant::now(), before: backend.counts() }
     }
 
     /// What happened since, over so many tokens.
-    pub fn stop(&self, backend: &CpuBackend, tokens: usize) -> Traffic {
-        Traffic { tokens, time: self.start.elapsed(), counts: backend.stats().since(&self.before) }
+    pub fn stop<D: Device>(&self, backend: &D, tokens: usize) -> Traffic {
+        Traffic { tokens, time: self.start.elapsed(), counts: backend.counts().since(&self.before) }
     }
 }
 

@@ -210,6 +210,9 @@ pub struct WeightBytes {
 }
 
 impl Backend for CpuBackend {
+    /// Enough to use each weight many times, few enough to show how reading goes on. It changes no bit.
+    const PASS_ROWS: usize = 256;
+
     type State = State;
     type Pass = Pass;
     type Logits = Vec<f32>;

@@ -13,7 +13,6 @@ mod memory;
 mod parallel;
 mod pass;
 mod pool;
-mod record;
 pub mod rows;
 #[cfg(test)]
 mod vectors;
@@ -24,4 +23,3 @@ pub use experts::{Selection, SimulatedRoutes};
 pub use memory::{PassShape, pass_bytes, static_bytes};
 pub use pass::Pass;
 pub use quant::simd::Level;
-pub use record::{Recorder, trace_header};

@@ -3,9 +3,8 @@
 mod common;
 
 use common::{References, load, plain, rows, test_data};
-use cpu::{Recorder, trace_header};
 use gguf::Gguf;
-use model::{Backend, Cancel, Model, forward};
+use model::{Backend, Cancel, Model, Recorder, forward, trace_header};
 use store::{Source, TraceReader};
 
 #[test]
@@ -13,7 +12,7 @@ fn routes_are_those_of_the_reference() {
     let name = "tiny-q8";
     let file = Gguf::open(&test_data(&format!("oracle/{name}.gguf"))).unwrap();
     let source = Source::open(file.files.iter().map(|part| (&part.path, part.bytes))).unwrap();
-    let header = trace_header(&Model::from_gguf(&file).unwrap(), &source).unwrap();
+    let header = trace_header(&Model::from_gguf(&file).unwrap(), source.identity().unwrap());
     let tokens = References::open(&format!("{name}.refs")).tokens();
     let backend = load(name, plain());
     let mut state = backend.new_state().unwrap();

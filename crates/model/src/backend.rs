@@ -98,6 +98,10 @@ pub enum Activation {
 /// Shapes are written with `R` rows, `D` model width, `S` streams, `H` heads, `K` experts a row. A stage's formulae stand
 /// in the section of docs/spec/model.md that it names.
 pub trait Backend {
+    /// Rows of the passes that a prompt is read in, which end at multiples of it in the session. Never chosen from how much
+    /// memory there is: results may depend on it.
+    const PASS_ROWS: usize;
+
     /// What the backend keeps for a session.
     type State;
     /// Activations of a pass, and what it will add to its sessions.

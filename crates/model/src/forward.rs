@@ -8,16 +8,18 @@ use store::Cancel;
 use crate::backend::{Backend, Stage, SubLayer};
 use crate::{Batch, Error, Row};
 
-/// Called after each stage: to look at activations, to trace, to inject faults. An error ends the pass.
+/// Looks on at a pass: at activations, to trace, to inject faults. An error ends the pass.
 pub trait Observer<B: Backend + ?Sized> {
+    /// Called before anything is computed.
+    fn begin(&mut self, _batch: &Batch) {}
+
+    /// Called after each stage.
+    ///
     /// `layer` is `None` for the embedding and the head.
     ///
     /// # Errors
     /// Whatever should end the pass.
     fn after(&mut self, layer: Option<usize>, stage: Stage, backend: &B, pass: &B::Pass) -> Result<(), Error>;
-
-    /// Called with the logits of the pass, after everything else.
-    fn logits(&mut self, _logits: &B::Logits) {}
 }
 
 /// Looks at nothing.
@@ -31,12 +33,12 @@ impl<B: Backend + ?Sized> Observer<B> for NoObserver {
 
 /// An observer that its owner looks into later.
 impl<B: Backend + ?Sized, O: Observer<B>> Observer<B> for Arc<Mutex<O>> {
-    fn after(&mut self, layer: Option<usize>, stage: Stage, backend: &B, pass: &B::Pass) -> Result<(), Error> {
-        self.lock().unwrap_or_else(PoisonError::into_inner).after(layer, stage, backend, pass)
+    fn begin(&mut self, batch: &Batch) {
+        self.lock().unwrap_or_else(PoisonError::into_inner).begin(batch);
     }
 
-    fn logits(&mut self, logits: &B::Logits) {
-        self.lock().unwrap_or_else(PoisonError::into_inner).logits(logits);
+    fn after(&mut self, layer: Option<usize>, stage: Stage, backend: &B, pass: &B::Pass) -> Result<(), Error> {
+        self.lock().unwrap_or_else(PoisonError::into_inner).after(layer, stage, backend, pass)
     }
 }
 
@@ -59,6 +61,7 @@ pub fn forward<B: Backend>(
     let batch = Batch::new(rows, &positions, backend.config())?;
 
     let past: Vec<&B::State> = states.iter().map(|state| &**state).collect();
+    observer.begin(&batch);
     let mut pass = backend.begin(batch, &past)?;
     let mut walk = Walk { backend, past: &past, cancel, observer };
     walk.embed(&mut pass)?;
@@ -129,7 +132,6 @@ impl<B: Backend> Walk<'_, B> {
     fn head(&mut self, pass: &mut B::Pass) -> Result<B::Logits, Error> {
         let logits = self.backend.head(pass)?;
         self.observer.after(None, Stage::Head, self.backend, pass)?;
-        self.observer.logits(&logits);
         Ok(logits)
     }
 

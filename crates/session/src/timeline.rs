@@ -1,6 +1,6 @@
 //! One timeline: tokens, and the state of a backend that has seen exactly these.
 
-use model::{Backend, Cancel, Config, NoObserver, Observer, Row, Stage, SubLayer, forward};
+use model::{Backend, Batch, Cancel, Config, NoObserver, Observer, Row, Stage, SubLayer, forward};
 
 use crate::Error;
 
@@ -46,6 +46,9 @@ impl Context {
     }
 }
 
+/// Receives the logits `[vocab]` of a pass.
+pub type OnLogits = Box<dyn FnMut(&[f32]) + Send>;
+
 /// The tokens of one conversation and what a backend keeps of them.
 ///
 /// Whatever fails or is cancelled, tokens and state stay in step: they hold the passes that succeeded.
@@ -54,6 +57,7 @@ pub struct Session<B: Backend> {
     state: B::State,
     context: Context,
     observer: Box<dyn Observer<B> + Send>,
+    on_logits: OnLogits,
 }
 
 impl<B: Backend> Session<B> {
@@ -67,7 +71,7 @@ impl<B: Backend> Session<B> {
 
     /// A session whose `state` has seen exactly `tokens`.
     pub(crate) fn from_parts(tokens: Vec<u32>, state: B::State, context: Context) -> Session<B> {
-        Session { tokens, state, context, observer: Box::new(NoObserver) }
+        Session { tokens, state, context, observer: Box::new(NoObserver), on_logits: Box::new(|_| ()) }
     }
 
     /// Lets `observer` look at every pass from now on.
@@ -102,9 +106,17 @@ impl<B: Backend> Session<B> {
         self.context.tokens - self.tokens.len()
     }
 
-    /// Reads `tokens` in passes of `chunk_tokens` and returns the logits `[vocab]` after the last one. After each layer and
+    /// Hands the logits of every pass to `receive` from now on: none of a pass that only makes way for the next.
+    pub fn on_logits(&mut self, receive: OnLogits) {
+        self.on_logits = receive;
+    }
+
+    /// Reads `tokens` in passes that end at multiples of `chunk_tokens` in the session, and returns the logits `[vocab]` after the last one. After each layer and
     /// each pass `done` is told how many of the tokens have been read; those of the pass under way count by the share of
     /// its layers that are done.
+    ///
+    /// Chunks sit on a fixed absolute grid, so that a backend whose bits depend on the number of rows computes the same
+    /// whatever was read before.
     ///
     /// Panics if `chunk_tokens` is 0.
     ///
@@ -121,11 +133,12 @@ impl<B: Backend> Session<B> {
     ) -> Result<Vec<f32>, Error> {
         self.context.check(self.tokens.len(), tokens.len())?;
         let (mut logits, mut read) = (Vec::new(), 0);
-        for chunk in tokens.chunks(chunk_tokens) {
-            let is_last = read + chunk.len() == tokens.len();
-            let (rows, layers) = (chunk.len(), backend.config().layers);
+        while read < tokens.len() {
+            let rows = pass_rows(self.tokens.len(), tokens.len() - read, chunk_tokens);
+            let (chunk, layers) = (&tokens[read..read + rows], backend.config().layers);
+            let is_last = read + rows == tokens.len();
             logits = self.pass(backend, chunk, is_last, cancel, &mut |layer| done(read + rows * layer / layers))?;
-            read += chunk.len();
+            read += rows;
             done(read);
         }
         Ok(logits)
@@ -170,8 +183,18 @@ impl<B: Backend> Session<B> {
         let mut observer = Layers { observer: &mut *self.observer, done };
         let logits = forward(backend, rows, &mut [&mut self.state], cancel, &mut observer)?;
         self.tokens.extend_from_slice(tokens);
-        backend.read_logits(logits)
+        let logits = backend.read_logits(logits)?;
+        (self.on_logits)(&logits);
+        Ok(logits)
     }
+}
+
+/// Rows of the pass at `position` when `left` tokens are to be read: it ends at the next multiple of `chunk_tokens`, or
+/// with them.
+///
+/// Panics if `chunk_tokens` is 0.
+pub fn pass_rows(position: usize, left: usize, chunk_tokens: usize) -> usize {
+    left.min(chunk_tokens - position % chunk_tokens)
 }
 
 /// Tells how many layers a pass has been through; shows all to another observer.
@@ -181,14 +204,14 @@ struct Layers<'a, B: Backend> {
 }
 
 impl<B: Backend> Observer<B> for Layers<'_, B> {
+    fn begin(&mut self, batch: &Batch) {
+        self.observer.begin(batch);
+    }
+
     fn after(&mut self, layer: Option<usize>, stage: Stage, backend: &B, pass: &B::Pass) -> Result<(), model::Error> {
         if let (Some(layer), Stage::HcPost(SubLayer::Experts)) = (layer, stage) {
             (self.done)(layer + 1);
         }
         self.observer.after(layer, stage, backend, pass)
-    }
-
-    fn logits(&mut self, logits: &B::Logits) {
-        self.observer.logits(logits);
     }
 }

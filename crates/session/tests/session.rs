@@ -2,10 +2,11 @@
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 
-use cpu::{CpuBackend, Options};
+use cpu::{CpuBackend, Options, Pass};
 use gguf::Gguf;
-use model::{Backend, Cancel, Model, NoObserver, Row, forward};
+use model::{Backend, Batch, Cancel, Model, NoObserver, Observer, Row, Stage, forward};
 use session::{Context, Error, Limits, Sampler, Sampling, Session, StopReason, generate};
 use store::Source;
 
@@ -114,6 +115,53 @@ fn a_cancelled_prompt_leaves_tokens_and_state_in_step() {
     let rest = session.prefill(&backend, &prompt(40)[16..], 7, &fresh, &mut |_| ()).unwrap();
     let whole = empty_session(&backend, 1000).prefill(&backend, &prompt(40), 40, &fresh, &mut |_| ()).unwrap();
     assert_eq!(rest, whole, "as if nothing had happened, to the bit");
+}
+
+/// Writes down where passes begin and how many rows they have.
+#[derive(Default)]
+struct Passes(Vec<(usize, usize)>);
+
+impl Observer<CpuBackend> for Passes {
+    fn begin(&mut self, batch: &Batch) {
+        self.0.push((batch.rows()[0].position, batch.rows().len()));
+    }
+
+    fn after(&mut self, _: Option<usize>, _: Stage, _: &CpuBackend, _: &Pass) -> Result<(), model::Error> {
+        Ok(())
+    }
+}
+
+#[test]
+fn no_pass_crosses_a_multiple_of_the_chunk_wherever_reading_begins() {
+    let backend = backend();
+    let cancel = Cancel::default();
+    let mut session = empty_session(&backend, 1000);
+    let passes = Arc::new(Mutex::new(Passes::default()));
+    session.observe(Box::new(passes.clone()));
+    let read = |session: &mut Session<CpuBackend>, end: usize| {
+        let tokens = &prompt(end as u32)[session.tokens().len()..];
+        let mut told = Vec::new();
+        session.prefill(&backend, tokens, 16, &cancel, &mut |done| told.push(done)).unwrap();
+        assert_eq!(told.last(), Some(&tokens.len()));
+        std::mem::take(&mut passes.lock().unwrap().0)
+    };
+    assert_eq!(read(&mut session, 10), [(0, 10)]);
+    assert_eq!(read(&mut session, 50), [(10, 6), (16, 16), (32, 16), (48, 2)]);
+    session.rewind(&backend, 32);
+    assert_eq!(read(&mut session, 64), [(32, 16), (48, 16)]);
+}
+
+#[test]
+fn logits_are_handed_out_pass_by_pass() {
+    let backend = backend();
+    let cancel = Cancel::default();
+    let mut session = empty_session(&backend, 1000);
+    let received = Arc::new(Mutex::new(Vec::new()));
+    let keep = received.clone();
+    session.on_logits(Box::new(move |logits| keep.lock().unwrap().push(logits.to_vec())));
+    let last = session.prefill(&backend, &prompt(40), 16, &cancel, &mut |_| ()).unwrap();
+    let next = session.step(&backend, 7, &cancel).unwrap();
+    assert_eq!(*received.lock().unwrap(), [vec![], vec![], last, next]);
 }
 
 #[test]

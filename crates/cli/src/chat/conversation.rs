@@ -8,15 +8,16 @@ use text::parse::{ParseOptions, Turn};
 use text::prompt::{AssistantMessage, Call, Encoding, Message, Mode, PromptOptions, Tool, render};
 
 use super::saved::{Format, Saved};
+use crate::device::Device;
 use crate::engine::{self, Engine};
 use crate::figures::Figures;
 use crate::flags::Effort;
 use crate::screen::Screen;
 
 /// A conversation under way.
-pub struct Conversation {
+pub struct Conversation<D: Device> {
     /// What answers.
-    pub engine: Engine,
+    pub engine: Engine<D>,
     /// Everything said, instructions and tools included.
     pub messages: Vec<Message>,
     /// How messages become a prompt.
@@ -80,7 +81,7 @@ impl Given {
     }
 }
 
-impl Conversation {
+impl<D: Device> Conversation<D> {
     /// Adds `news` (a message of the user, or results of tools) and lets the model answer. What it said stays in the
     /// conversation, even if it was interrupted. If it failed, `news` are taken back.
     ///

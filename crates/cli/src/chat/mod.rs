@@ -13,6 +13,7 @@ use model::Cancel;
 use session::{Context, Sampler, StopReason};
 use text::prompt::{AssistantMessage, Call, ControlTokens, Encoding, Message};
 
+use crate::device::Device;
 use crate::engine::Engine;
 use crate::figures::{Figures, tokens};
 use crate::interrupt::Interrupts;
@@ -28,10 +29,10 @@ use lines::{Input, Lines};
 use saved::Format;
 
 /// Runs the command. What needs no weights is checked before they are loaded.
-pub fn chat(flags: &flags::Chat) -> anyhow::Result<Outcome> {
+pub fn chat<D: Device>(flags: &flags::Chat) -> anyhow::Result<Outcome> {
     let lines = Lines::new();
     let interrupts = Interrupts::new(!lines.is_interactive())?;
-    let conversation = interrupts.during(|cancel| begin(flags, cancel))?;
+    let conversation = interrupts.during(|cancel| begin::<D>(flags, cancel))?;
     let talk = &flags.talk;
     let encoding = talk.encoding;
     let mut chat = Chat { conversation, lines, interrupts, encoding, seed: talk.seed, folds: false };
@@ -45,7 +46,7 @@ pub fn chat(flags: &flags::Chat) -> anyhow::Result<Outcome> {
     Ok(outcome)
 }
 
-fn begin(flags: &flags::Chat, cancel: &Arc<Cancel>) -> anyhow::Result<Conversation> {
+fn begin<D: Device>(flags: &flags::Chat, cancel: &Arc<Cancel>) -> anyhow::Result<Conversation<D>> {
     let talk = &flags.talk;
     let file = ModelFile::open(talk.model.as_deref())?;
     let tokenizer = file.tokenizer()?;
@@ -60,7 +61,8 @@ fn begin(flags: &flags::Chat, cancel: &Arc<Cancel>) -> anyhow::Result<Conversati
     let instructions = Message::System { content: system.clone().unwrap_or_default(), tools, response_format: None };
     let has_instructions = system.is_some() || !instructions.tools().is_empty();
     let routes = talk.record.routes.as_deref().map(|path| Output::new(path, file.paths())).transpose()?;
-    let mut engine = Engine::load(file, tokenizer, context, &Work::new(&talk.machine, context.tokens()), cancel)?;
+    let work = Work::new::<D>(&talk.machine, context.tokens());
+    let mut engine = Engine::load(file, tokenizer, context, &work, cancel)?;
     routes.map_or(Ok(()), |output| engine.record_routes(output))?;
     let mut conversation = Conversation {
         engine,
@@ -79,8 +81,8 @@ fn begin(flags: &flags::Chat, cancel: &Arc<Cancel>) -> anyhow::Result<Conversati
 }
 
 /// The conversation and the people in it.
-struct Chat {
-    conversation: Conversation,
+struct Chat<D: Device> {
+    conversation: Conversation<D>,
     lines: Lines,
     interrupts: Interrupts,
     /// The prompt format that a flag names; it stands above what a file says.
@@ -98,7 +100,7 @@ enum Next {
     End(Outcome),
 }
 
-impl Chat {
+impl<D: Device> Chat<D> {
     fn run(&mut self) -> anyhow::Result<Outcome> {
         if self.lines.is_interactive() {
             dim_note("/help lists commands, Ctrl-C stops a reply, Ctrl-D ends");
@@ -276,7 +278,6 @@ impl Chat {
 
     fn stats(&self) {
         let Conversation { engine, total, replies, format: Format { thinks, effort, .. }, .. } = &self.conversation;
-        let weights = engine.backend.weight_bytes();
         let effort = effort.map_or(String::new(), |effort| format!(", effort {effort}"));
         note(&format!("messages    {}", self.messages()));
         note(&format!("context     {} of {}", self.held_tokens(), tokens(engine.context.tokens())));
@@ -284,7 +285,7 @@ impl Chat {
         note(&format!("replies     {replies}"));
         note(&format!("read        {}", total.read()));
         note(&format!("generated   {}", total.generated()));
-        note(&format!("weights     {}", terminal::bytes(weights.fixed + weights.experts)));
+        note(&format!("weights     {}", terminal::bytes(engine.backend.weight_bytes())));
         note(&format!("session     {}", terminal::bytes(engine.session_bytes())));
         note(&format!("computing   {}", engine.setting.line()));
         stats::print(&engine.setting, &total.prefill, &total.decode);

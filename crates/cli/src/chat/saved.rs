@@ -9,7 +9,7 @@
 use std::io::{BufReader, Read};
 use std::path::Path;
 
-use cpu::CpuBackend;
+use model::Backend;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use session::{Context, Session};
 use text::prompt::{Encoding, Message};
@@ -71,7 +71,7 @@ impl Saved {
     ///
     /// # Errors
     /// The file cannot be written, or what is there is no conversation.
-    pub fn write(&self, session: &Session<CpuBackend>, backend: &CpuBackend, path: &Path) -> anyhow::Result<()> {
+    pub fn write<B: Backend>(&self, session: &Session<B>, backend: &B, path: &Path) -> anyhow::Result<()> {
         if path.exists() && !is_conversation(path) {
             anyhow::bail!(
                 "{}: found something that `/save` did not write, and left it as it is. Choose another name",
@@ -91,7 +91,7 @@ impl Saved {
     ///
     /// # Errors
     /// The file cannot be read, is no saved conversation, is damaged, or belongs to another model.
-    pub fn read(path: &Path, backend: &CpuBackend, context: Context) -> anyhow::Result<(Saved, Session<CpuBackend>)> {
+    pub fn read<B: Backend>(path: &Path, backend: &B, context: Context) -> anyhow::Result<(Saved, Session<B>)> {
         let named = |error: &dyn std::fmt::Display| anyhow::anyhow!("{}: {error}", path.display());
         let file = setup::open_regular(path).map_err(|error| named(&SavedError::Io(error)))?;
         let mut from = BufReader::new(file);

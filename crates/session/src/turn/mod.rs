@@ -209,7 +209,7 @@ impl<'v> PreparedTurn<'v> {
     /// Reads the tokens that the session has not seen; the logits after the last of them.
     fn read<B: Backend>(&mut self, backend: &B, session: &mut Session<B>, cancel: &Cancel) -> Result<Vec<f32>, Error> {
         let unread = &self.tokens[self.tokens.len() - self.unread..];
-        let logits = session.prefill(backend, unread, unread.len(), cancel, &mut |_| ())?;
+        let logits = session.prefill(backend, unread, B::PASS_ROWS, cancel, &mut |_| ())?;
         self.unread = 0;
         Ok(logits)
     }

@@ -85,6 +85,8 @@ pub fn one_hot(vocab: usize, token: u32) -> Vec<f32> {
 }
 
 impl Backend for Scripted {
+    const PASS_ROWS: usize = 256;
+
     type State = Vec<u32>;
     type Pass = Pass;
     type Logits = Vec<f32>;

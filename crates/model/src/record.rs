@@ -2,24 +2,20 @@
 
 use std::io::Write;
 
-use model::{Error, Model, Observer, Stage};
-use store::{Source, StoreError, TraceError, TraceHeader, TracePass, TraceWriter};
+use store::{TraceError, TraceHeader, TracePass, TraceWriter};
 
-use crate::backend::CpuBackend;
-use crate::pass::Pass;
+use crate::tensors::Experts;
+use crate::{Activation, Backend, Batch, Error, Model, Observer, Stage};
 
-/// The header of a trace of `model`, whose files `source` reads.
-///
-/// # Errors
-/// A file cannot be read.
-pub fn trace_header(model: &Model, source: &Source) -> Result<TraceHeader, StoreError> {
-    let expert_bytes = |layer: &model::tensors::Experts| layer.extents.expert_bytes().iter().sum::<usize>() as u64;
-    Ok(TraceHeader {
-        identity: source.identity()?,
+/// The header of a trace of `model`, whose files have this identity.
+pub fn trace_header(model: &Model, identity: u128) -> TraceHeader {
+    let expert_bytes = |layer: &Experts| layer.extents.expert_bytes().iter().sum::<usize>() as u64;
+    TraceHeader {
+        identity,
         experts: model.config.experts,
         experts_used: model.config.experts_used,
         expert_bytes: model.experts.iter().map(expert_bytes).collect(),
-    })
+    }
 }
 
 /// An observer that writes a trace of every pass that succeeds.
@@ -50,14 +46,18 @@ impl<W: Write> Recorder<W> {
     }
 }
 
-impl<W: Write> Observer<CpuBackend> for Recorder<W> {
-    fn after(&mut self, _: Option<usize>, stage: Stage, _: &CpuBackend, pass: &Pass) -> Result<(), Error> {
+impl<B: Backend, W: Write> Observer<B> for Recorder<W> {
+    fn begin(&mut self, batch: &Batch) {
+        self.pass.runs = batch.runs().iter().map(|run| run.rows.len() as u32).collect();
+        self.pass.experts.clear();
+    }
+
+    fn after(&mut self, _: Option<usize>, stage: Stage, backend: &B, pass: &B::Pass) -> Result<(), Error> {
         match stage {
-            Stage::Embed => {
-                self.pass.runs = pass.batch.runs().iter().map(|run| run.rows.len() as u32).collect();
-                self.pass.experts.clear();
+            Stage::Route => {
+                let chosen = backend.read(pass, Activation::Experts);
+                self.pass.experts.extend(chosen.iter().map(|&expert| expert as u16));
             }
-            Stage::Route => self.pass.experts.extend(pass.experts.iter().map(|&expert| expert as u16)),
             Stage::Head if self.failed.is_none() => self.failed = self.writer.pass(&self.pass).err(),
             _ => {}
         }
