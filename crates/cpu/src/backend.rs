@@ -261,7 +261,7 @@ impl Backend for CpuBackend {
         self.stage_hc_pre(layer, sub_layer, pass)
     }
 
-    fn project(&self, layer: usize, pass: &mut Pass) -> Result<(), Error> {
+    fn project(&self, layer: usize, _: &[&State], pass: &mut Pass) -> Result<(), Error> {
         self.stage_project(layer, pass)
     }
 

@@ -100,7 +100,7 @@ fn attention<B: Backend>(backend: &B, layer: usize, probes: &Probes, compared: &
     let past = [&state];
     let mut pass = backend.begin(batch(probes.tokens.iter().copied(), backend.config()), &past).unwrap();
     backend.write(&mut pass, Activation::Input, &probes.values(&name("attn_h")));
-    backend.project(layer, &mut pass).unwrap();
+    backend.project(layer, &past, &mut pass).unwrap();
     for (activation, part) in [(Activation::LowQueries, "qr"), (Activation::Queries, "q")] {
         let ours = probes.kept(&backend.read(&pass, activation));
         compared.check(Stage::Project, &name(part), &ours, &probes.values(&name(part)));

@@ -161,7 +161,7 @@ pub trait Backend {
     fn hc_pre(&self, layer: usize, sub_layer: SubLayer, pass: &mut Self::Pass) -> Result<(), Error>;
 
     /// Queries `[R, H, head_dim]` and this pass's raw rows. §2.3
-    fn project(&self, layer: usize, pass: &mut Self::Pass) -> Result<(), Error>;
+    fn project(&self, layer: usize, states: &[&Self::State], pass: &mut Self::Pass) -> Result<(), Error>;
 
     /// Compressor inputs of every row, and compressed rows of windows that end here (main and indexer). §2.5
     fn compress(&self, layer: usize, states: &[&Self::State], pass: &mut Self::Pass) -> Result<(), Error>;

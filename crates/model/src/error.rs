@@ -5,6 +5,9 @@ use crate::SnapshotError;
 /// An error of loading or running a model.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// The device that computes failed or cannot run the model; its own words say what to do.
+    #[error(transparent)]
+    Device(Box<dyn std::error::Error + Send + Sync>),
     /// The file's metadata does not describe a model this program runs.
     #[error("unsupported model: {key} is {found}, expected {expected}")]
     Unsupported {

@@ -100,7 +100,7 @@ impl<B: Backend> Walk<'_, B> {
         let (backend, past) = (self.backend, self.past);
         backend.hc_pre(layer, SubLayer::Attention, pass)?;
         self.done(layer, Stage::HcPre(SubLayer::Attention), pass)?;
-        backend.project(layer, pass)?;
+        backend.project(layer, past, pass)?;
         self.done(layer, Stage::Project, pass)?;
         backend.compress(layer, past, pass)?;
         self.done(layer, Stage::Compress, pass)?;

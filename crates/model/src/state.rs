@@ -227,10 +227,13 @@ impl<'a> LayerView<'a> {
 
 /// Enough of one layer to go on from a checkpoint.
 #[derive(Clone, Default)]
-pub(crate) struct LayerCheckpoint {
-    pub(crate) raw: Vec<u8>,
-    pub(crate) main_inputs: Vec<f32>,
-    pub(crate) index_inputs: Vec<f32>,
+pub struct LayerCheckpoint {
+    /// Packed raw rows of the window before the checkpoint, ascending.
+    pub raw: Vec<u8>,
+    /// The main compressor's inputs of tokens that windows after the checkpoint need, `u` then `z` of each.
+    pub main_inputs: Vec<f32>,
+    /// The same of the indexer's compressor.
+    pub index_inputs: Vec<f32>,
 }
 
 impl LayerCheckpoint {
@@ -303,6 +306,32 @@ impl StateBytes {
     }
 }
 
+/// Which of more than one checkpoint goes, so that they stay dense near the end and sparse far from it: the one (never the
+/// newest) whose neighbours then lie closest together, measured against how far back they lie. `positions` ascend.
+pub fn least_useful(positions: &[usize]) -> usize {
+    let at = |i: usize| positions[i] as u64;
+    let newest = at(positions.len() - 1);
+    let cost = |&i: &usize| {
+        let before = if i == 0 { 0 } else { at(i - 1) };
+        (at(i + 1) - before) * 1_000_000 / (newest - before)
+    };
+    (0..positions.len() - 1).min_by_key(cost).expect("more than one checkpoint")
+}
+
+/// One row of a layer of a session.
+pub enum Part<'a> {
+    /// Packed raw row of a position.
+    Raw(usize, &'a [u8]),
+    /// The next compressed row.
+    Main(&'a [u8]),
+    /// The indexer's next row.
+    Index(&'a [u8]),
+    /// `u` then `z` of a position, for the main compressor.
+    MainInputs(usize, &'a [f32]),
+    /// The same for the indexer's.
+    IndexInputs(usize, &'a [f32]),
+}
+
 /// One session's past. A clone shares the compressed rows of the original until one of them writes to a page that both have,
 /// so that it costs little however long the session is.
 #[derive(Clone)]
@@ -343,6 +372,43 @@ impl State {
         LayerView { start: self.position, layout, state, delta }
     }
 
+    /// A session at `position` with nothing in it yet: for who holds sessions elsewhere and fills this one with
+    /// [`State::put`]. Every position from `floor` on can be stepped back to.
+    pub fn filled_later(layout: Arc<KvLayout>, position: usize, floor: usize) -> State {
+        State { position, floor, ..State::new(layout) }
+    }
+
+    /// First position that can be stepped back to without a checkpoint.
+    pub fn floor(&self) -> usize {
+        self.floor
+    }
+
+    /// Puts one row of a layer into place. Compressed rows come in their order.
+    pub fn put(&mut self, layer: usize, row: Part<'_>) {
+        let layer = &mut self.layers[layer];
+        match row {
+            Part::Raw(position, row) => layer.raw.put(position, row),
+            Part::Main(row) => layer.main.as_mut().expect("the layer has a compressor").rows.push(row),
+            Part::Index(row) => layer.index.as_mut().expect("the layer has an indexer").rows.push(row),
+            Part::MainInputs(position, row) => {
+                layer.main.as_mut().expect("the layer has a compressor").inputs.put(position, row);
+            }
+            Part::IndexInputs(position, row) => {
+                layer.index.as_mut().expect("the layer has an indexer").inputs.put(position, row);
+            }
+        }
+    }
+
+    /// Adds a checkpoint behind those there are.
+    pub fn put_checkpoint(&mut self, position: usize, layers: Vec<LayerCheckpoint>) {
+        self.checkpoints.push(Checkpoint { position, layers });
+    }
+
+    /// What a checkpoint holds, layer by layer, `i`th in the order of [`State::checkpoints`].
+    pub fn checkpoint(&self, i: usize) -> &[LayerCheckpoint] {
+        &self.checkpoints[i].layers
+    }
+
     /// Takes over everything a finished pass has made.
     pub fn commit(&mut self, delta: &Delta) {
         self.take_checkpoints(delta);
@@ -376,17 +442,9 @@ impl State {
         }
     }
 
-    /// Keeps checkpoints dense near the end and sparse far from it: the one that goes (never the newest) is the one
-    /// whose neighbours then lie closest together, measured against how far back they lie.
     fn drop_least_useful_checkpoint(&mut self) {
-        let at = |i: usize| self.checkpoints[i].position as u64;
-        let newest = at(self.checkpoints.len() - 1);
-        let cost = |&i: &usize| {
-            let before = if i == 0 { 0 } else { at(i - 1) };
-            (at(i + 1) - before) * 1_000_000 / (newest - before)
-        };
-        let victim = (0..self.checkpoints.len() - 1).min_by_key(cost).expect("called with more than one checkpoint");
-        self.checkpoints.remove(victim);
+        let positions: Vec<usize> = self.checkpoints().collect();
+        self.checkpoints.remove(least_useful(&positions));
     }
 
     /// Steps back to `target`, or to the nearest earlier position that is still known, and returns the position

@@ -207,6 +207,11 @@ pub fn view<B: Pod>(bytes: &[u8]) -> &[B] {
     bytemuck::cast_slice(bytes)
 }
 
+/// Point `index` of the code book of IQ2_XXS: eight magnitudes, a byte each.
+pub fn iq2_point(index: u8) -> [u8; 8] {
+    GRID[usize::from(index)].map(|magnitude| magnitude as u8)
+}
+
 /// The 6-bit scales and minimums of the eight sub-blocks of a [`Q4K`] or [`Q5K`] block.
 #[inline(always)]
 pub fn scales_and_minimums(packed: &[u8; 12]) -> ([u8; 8], [u8; 8]) {

@@ -210,6 +210,12 @@ impl Cache {
         }
     }
 
+    /// Whether the expert is in a slot, leased or not.
+    pub fn is_ready(&self, id: ExpertId) -> bool {
+        let entry = &self.entries[id.layer as usize * self.experts + id.expert as usize];
+        matches!(entry.place, Place::Ready(_) | Place::Leased(_))
+    }
+
     /// Leases a wanted expert if it is ready; its slot. Panics if nobody wants it.
     pub fn lease(&mut self, id: ExpertId) -> Option<u32> {
         let entry = self.entry(id);

@@ -133,7 +133,7 @@ impl Backend for Scripted {
         Ok(())
     }
 
-    fn project(&self, _: usize, _: &mut Pass) -> Result<(), Error> {
+    fn project(&self, _: usize, _: &[&Self::State], _: &mut Pass) -> Result<(), Error> {
         Ok(())
     }
 

@@ -1,0 +1,91 @@
+{# Experts of a row and their weights (§2.7) by workgroup 0 of the row; the others make the shared expert's activation.
+
+   experts: E; used: K; hashed. Workgroups: 1 + shared width / 256, rows. -#}
+{% import "functions.wgsl" as functions %}
+struct Params {
+    // Of a row of projections: router logits, then gate and up of the shared expert.
+    stride: u32,
+    width: u32,
+    limit: f32,
+    // Bias (f32), or table of experts by token (words).
+    choice: u32,
+    scale: f32,
+    // Tokens of the rows, in words.
+    tokens: u32,
+}
+
+@group(0) @binding(0) var<storage, read> w: array<vec4<u32>>;
+@group(0) @binding(1) var<storage, read> tables: array<u32>;
+@group(0) @binding(2) var<storage, read> projected: array<f32>;
+@group(0) @binding(3) var<storage, read_write> experts: array<u32>;
+@group(0) @binding(4) var<storage, read_write> weights: array<f32>;
+@group(0) @binding(5) var<storage, read_write> shared_mid: array<f32>;
+@group(0) @binding(6) var<storage, read_write> flags: array<u32>;
+var<immediate> p: Params;
+
+var<workgroup> scores: array<f32, {{ experts }}>;
+var<workgroup> biased: array<f32, {{ experts }}>;
+var<workgroup> ranked: array<u32, {{ used }}>;
+
+{{ functions.exponential() }}
+{{ functions.softplus() }}
+{{ functions.finite() }}
+
+@compute @workgroup_size(256)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+    let row = group.y;
+    if group.x > 0u {
+        let i = (group.x - 1u) * 256u + thread;
+        if i < p.width {
+            let at = row * p.stride + {{ experts }}u + i;
+            let gate = min(projected[at], p.limit);
+            let up = clamp(projected[at + p.width], -p.limit, p.limit);
+            shared_mid[row * p.width + i] = silu(gate) * up;
+        }
+        return;
+    }
+    var e = thread;
+    while e < {{ experts }}u {
+        let logit = projected[row * p.stride + e];
+        if !is_finite(logit) {
+            flags[row] = 1u;
+        }
+        scores[e] = sqrt(softplus(logit));
+{% if not hashed %}
+        biased[e] = scores[e] + bitcast<f32>(w[p.choice + (e >> 2u)][e & 3u]);
+{% endif %}
+        e += 256u;
+    }
+    workgroupBarrier();
+{% if hashed %}
+    if thread < {{ used }}u {
+        let i = tables[p.tokens + row] * {{ used }}u + thread;
+        ranked[thread] = w[p.choice + (i >> 2u)][i & 3u];
+    }
+{% else %}
+    e = thread;
+    while e < {{ experts }}u {
+        let mine = biased[e];
+        var better = 0u;
+        var other = 0u;
+        while other < {{ experts }}u {
+            better += u32(biased[other] > mine || (biased[other] == mine && other < e));
+            other += 1u;
+        }
+        if better < {{ used }}u {
+            ranked[better] = e;
+        }
+        e += 256u;
+    }
+{% endif %}
+    workgroupBarrier();
+    if thread < {{ used }}u {
+        var sum = 0.0;
+{% for k in range(used) %}
+        sum += scores[ranked[{{ k }}]];
+{% endfor %}
+        let expert = ranked[thread];
+        experts[row * {{ used }}u + thread] = expert;
+        weights[row * {{ used }}u + thread] = scores[expert] / max(sum, 6.1035156e-5) * p.scale;
+    }
+}

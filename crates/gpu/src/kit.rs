@@ -1,0 +1,142 @@
+//! The kernels of one model, made when it is loaded.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use minijinja::{Value, context};
+use model::{Arithmetic, Config, KvLayout, Precision};
+
+use crate::GpuError;
+use crate::attend_many::{AttendMany, Tiling};
+use crate::experts::ExpertLayout;
+use crate::format::Format;
+use crate::kernel::{Kernel, Kernels};
+use crate::weights::LayerWeights;
+
+/// Formats of the matrices, rows together, and whether inputs are normalised.
+type MatvecKey = (Vec<Format>, usize, bool);
+
+/// Kernels by what they are for.
+pub(crate) struct Kit {
+    kernels: Arc<Kernels>,
+    pub(crate) expand: Arc<Kernel>,
+    /// Without and with a sub-layer's output.
+    pub(crate) mix: [Arc<Kernel>; 2],
+    pub(crate) mix_head: [Arc<Kernel>; 2],
+    pub(crate) finish: Arc<Kernel>,
+    pub(crate) finish_head: Arc<Kernel>,
+    /// Layer by layer.
+    pub(crate) layers: Vec<LayerKit>,
+    pub(crate) attend: Arc<Kernel>,
+    pub(crate) combine: Arc<Kernel>,
+    pub(crate) score: Arc<Kernel>,
+    pub(crate) select: Arc<Kernel>,
+    /// For passes of many rows in `Fast`, where the model's sizes suit it.
+    pub(crate) attend_many: Option<(Arc<Kernel>, AttendMany)>,
+    pub(crate) score_many: Option<Arc<Kernel>>,
+    pub(crate) normalise: Arc<Kernel>,
+    pub(crate) finite: Arc<Kernel>,
+    matvecs: Mutex<HashMap<MatvecKey, Arc<Kernel>>>,
+}
+
+/// Kernels that differ between layers.
+pub(crate) struct LayerKit {
+    pub(crate) settle: Arc<Kernel>,
+    pub(crate) pool: Option<Arc<Kernel>>,
+    pub(crate) pool_index: Option<Arc<Kernel>>,
+    pub(crate) route: Arc<Kernel>,
+    pub(crate) up: Arc<Kernel>,
+    pub(crate) down: Arc<Kernel>,
+}
+
+/// What kernels call the types of weights.
+fn type_ids() -> Value {
+    let ids: BTreeMap<&str, u32> = Format::ALL.iter().map(|&format| (format.name(), format as u32)).collect();
+    Value::from(ids)
+}
+
+impl Kit {
+    pub(crate) fn new(
+        kernels: &Arc<Kernels>,
+        config: &Config,
+        layout: &KvLayout,
+        layers: &[LayerWeights],
+        experts: &[ExpertLayout],
+    ) -> Result<Kit, GpuError> {
+        let Config { streams, heads, head_dim, .. } = *config;
+        let rope = config.rope_dim;
+        let plain = layout.arithmetic == Arithmetic::Plain;
+        let row_words = layout.layers[0].raw.row_bytes() / 4;
+        let index_words = if plain { config.index_head_dim } else { 17 };
+        let outputs = config.hc_outputs();
+        let get = |name: &str, context: Value| kernels.get(name, context);
+        let layer = |(i, (weights, experts)): (usize, (&LayerWeights, &ExpertLayout))| {
+            let ratio = config.compress_ratios[i];
+            let indexer = layout.layers[i].index.is_some();
+            let index_heads = if indexer { config.index_heads } else { 0 };
+            let width = layout.layers[i].main.as_ref().map_or(0, |main| main.width);
+            let pool = |dim: usize, indexer: bool, row_words: usize| {
+                get("pool", context! { ratio, dim, rope, plain, indexer, row_words })
+            };
+            let [gate, up, down] = experts.formats.map(Format::name);
+            let shared_down = weights.shared_down.jobs[0].matrix.format.name();
+            let used = config.experts_used;
+            Ok(LayerKit {
+                settle: get("settle", context! { head_dim, rope, plain, heads, index_heads, ratio, width, row_words })?,
+                pool: (ratio > 0).then(|| pool(head_dim, false, row_words)).transpose()?,
+                pool_index: indexer.then(|| pool(config.index_head_dim, true, index_words)).transpose()?,
+                route: get("route", context! { experts => config.experts, used, hashed => weights.hashed })?,
+                up: get("experts_up", context! { gate, up, used })?,
+                down: get("experts_down", context! { down, shared_down, used })?,
+            })
+        };
+        let is_fast = layout.precision == Precision::Fast;
+        // With cooperative matrices these two gave no numbers on the one adapter that was tried (docs/performance.md).
+        let coop = false;
+        let many = AttendMany { heads, head_dim, plain, row_words, coop, tiling: Tiling::of(heads) };
+        let attend_many = (is_fast && rope == 64 && head_dim.is_multiple_of(128))
+            .then(|| Ok::<_, GpuError>((get("attend_many", many.context())?, many)))
+            .transpose()?;
+        let index_heads = config.index_heads;
+        let score_many = (is_fast && index_heads <= 64)
+            .then(|| get("index_score_many", context! { index_heads, plain, row_words => index_words, coop }))
+            .transpose()?;
+        Ok(Kit {
+            kernels: kernels.clone(),
+            expand: get("expand", context! { streams })?,
+            mix: [
+                get("hc_mix", context! { streams, outputs, post => false })?,
+                get("hc_mix", context! { streams, outputs, post => true })?,
+            ],
+            mix_head: [
+                get("hc_mix", context! { streams, outputs => streams, post => false })?,
+                get("hc_mix", context! { streams, outputs => streams, post => true })?,
+            ],
+            finish: get("hc_finish", context! { streams, outputs, head => false })?,
+            finish_head: get("hc_finish", context! { streams, outputs => streams, head => true })?,
+            layers: layers.iter().zip(experts).enumerate().map(layer).collect::<Result<_, GpuError>>()?,
+            attend: get("attend", context! { head_dim, rope, plain, heads, row_words })?,
+            combine: get("combine", context! { head_dim, rope, heads })?,
+            score: get("index_score", context! { index_heads => config.index_heads, plain, row_words => index_words })?,
+            select: get("index_select", Value::from(()))?,
+            attend_many,
+            score_many,
+            normalise: get("normalise", Value::from(()))?,
+            finite: get("finite", Value::from(()))?,
+            matvecs: Mutex::default(),
+        })
+    }
+
+    /// The product with matrices of these formats for `rows` rows together; `norm` if the inputs are normalised first.
+    pub(crate) fn matvec(&self, formats: Vec<Format>, rows: usize, norm: bool) -> Result<Arc<Kernel>, GpuError> {
+        let mut matvecs = self.matvecs.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (formats, rows, norm);
+        if let Some(kernel) = matvecs.get(&key) {
+            return Ok(kernel.clone());
+        }
+        let types: Vec<&str> = key.0.iter().map(|format| format.name()).collect();
+        let kernel = self.kernels.get("matvec", context! { types, rows, norm, type_ids => type_ids() })?;
+        matvecs.insert(key, kernel.clone());
+        Ok(kernel)
+    }
+}

@@ -1,0 +1,31 @@
+//! The GPU backend: every stage of the model as WGSL kernels, through wgpu on Vulkan, Metal and D3D12.
+
+mod attend_many;
+#[cfg(test)]
+mod attention_tests;
+mod backend;
+mod device;
+#[cfg(test)]
+mod emulation;
+mod error;
+mod experts;
+mod format;
+mod jobs;
+mod kernel;
+mod kit;
+mod matmul;
+mod pass;
+mod stages;
+mod state;
+mod timer;
+#[cfg(test)]
+mod translation;
+mod upload;
+mod weights;
+
+pub use backend::{GpuBackend, Options, Placement, StageTimes};
+pub use device::{AdapterReport, Checks, Choice, Device, adapters};
+pub use error::GpuError;
+pub use experts::{GpuLeases, Selection, Slabs, slot_bytes};
+pub use pass::GpuPass;
+pub use state::{GpuState, state_bytes};

@@ -1,0 +1,326 @@
+//! What a pass holds on the device: activations, and tables that its kernels look things up in.
+
+use std::sync::{Mutex, PoisonError};
+
+use model::rope::Rope;
+use model::{Batch, Config, KvLayout, Precision, Run};
+use store::Prefetching;
+
+use crate::GpuError;
+use crate::device::Device;
+use crate::kernel::{Buffer, Commands};
+use crate::weights::LayerWeights;
+
+/// Most rows that share a product's weights without tiles: passes of more compute by tiles in `Fast`.
+pub(crate) const FEW_ROWS: usize = 8;
+
+/// Keys in a piece of attention: each is summed by itself.
+pub(crate) const PIECE_KEYS: usize = 64;
+
+/// Bytes of partial attention, and of an indexer's scores: rows are taken in parts that fit.
+const PART_BYTES: usize = 64 << 20;
+
+/// Sizes of a model that buffers follow from.
+#[derive(Clone, Debug)]
+pub(crate) struct Shapes {
+    pub(crate) config: Config,
+    /// Values of a row of projections, of queries, and of routing, the most of any layer.
+    pub(crate) projected: usize,
+    pub(crate) queried: usize,
+    pub(crate) routed: usize,
+    /// Words of a raw row.
+    pub(crate) row_words: usize,
+    /// Bytes of the tiles of so many choices.
+    pub(crate) tiles_bytes: fn(usize, usize) -> u64,
+    /// Whether passes of many rows compute by tiles.
+    pub(crate) has_tiles: bool,
+}
+
+impl Shapes {
+    pub(crate) fn new(
+        config: &Config,
+        layout: &KvLayout,
+        layers: &[LayerWeights],
+        tiles_bytes: fn(usize, usize) -> u64,
+    ) -> Shapes {
+        let most = |values: fn(&LayerWeights) -> usize| layers.iter().map(values).max().unwrap_or(0);
+        Shapes {
+            config: config.clone(),
+            projected: most(|layer| layer.projected),
+            queried: most(|layer| layer.queried),
+            routed: config.experts + 2 * config.shared_width,
+            row_words: layout.layers.iter().map(|layer| layer.raw.row_bytes() / 4).max().unwrap_or(0),
+            tiles_bytes,
+            has_tiles: layout.precision == Precision::Fast,
+        }
+    }
+
+    /// Values of the widest row that is multiplied.
+    fn widest(&self) -> usize {
+        let c = &self.config;
+        let widths = [c.d_model, c.q_rank, c.heads * c.head_dim, c.o_groups * c.o_rank, c.shared_width];
+        widths.into_iter().max().expect("there are widths")
+    }
+
+    /// Parts that the sums of a hyper-connection come in.
+    pub(crate) fn slices(&self) -> usize {
+        self.config.d_model / 64
+    }
+
+    /// Values of partial attention of a row with so many pieces.
+    fn piece_values(&self) -> usize {
+        self.config.heads * (self.config.head_dim + 2)
+    }
+
+    /// Rows whose attention in `pieces` pieces is under way at once.
+    pub(crate) fn attended_together(&self, pieces: usize, rows: usize) -> usize {
+        (PART_BYTES / (4 * self.piece_values() * pieces)).clamp(1, rows)
+    }
+
+    /// Rows whose scores of `keys` keys are held at once.
+    pub(crate) fn scored_together(&self, keys: usize, rows: usize) -> usize {
+        (PART_BYTES / (4 * keys.max(1))).clamp(1, rows)
+    }
+
+    /// Most pieces of a row at a position before `end`.
+    pub(crate) fn pieces(&self, end: usize) -> usize {
+        let c = &self.config;
+        let compressed = |&ratio: &usize| match ratio {
+            0 => 0,
+            4 => (end / 4).min(c.index_top_k),
+            ratio => end / ratio,
+        };
+        let most = c.compress_ratios.iter().map(compressed).max().unwrap_or(0);
+        (c.window.min(end) + most).div_ceil(PIECE_KEYS)
+    }
+}
+
+/// Activations of a pass of up to `rows` rows, `[rows, …]`.
+pub(crate) struct Activations {
+    pub(crate) rows: usize,
+    /// Position up to which attention has room.
+    end: usize,
+    pub(crate) embedded: Buffer,
+    pub(crate) streams: Buffer,
+    /// `post` and mix of the hyper-connection in progress, `[S + S²]`.
+    pub(crate) hyper: Buffer,
+    pub(crate) sums: Buffer,
+    pub(crate) input: Buffer,
+    /// Outputs of the sub-layer: attention's `[D]`, or `[1 + K, D]`.
+    pub(crate) output: Buffer,
+    pub(crate) projected: Buffer,
+    pub(crate) queries: Buffer,
+    pub(crate) heads: Buffer,
+    pub(crate) low: Buffer,
+    pub(crate) partial: Buffer,
+    pub(crate) scores: Buffer,
+    pub(crate) chosen: Buffer,
+    pub(crate) routed: Buffer,
+    pub(crate) experts: Buffer,
+    pub(crate) shares: Buffer,
+    pub(crate) shared_mid: Buffer,
+    pub(crate) mid: Buffer,
+    pub(crate) hidden: Buffer,
+    /// Rows with a value that is no number.
+    pub(crate) flags: Buffer,
+    pub(crate) tables: Buffer,
+    /// Raw rows of a large pass.
+    pub(crate) fresh: Buffer,
+    /// What tiled products need, in passes of more than [`FEW_ROWS`] rows.
+    pub(crate) many: Option<ManyActivations>,
+}
+
+/// Activations as halves, and choices grouped by expert.
+pub(crate) struct ManyActivations {
+    /// Of whatever is multiplied next; what undoes each row's factor.
+    pub(crate) halves: Buffer,
+    pub(crate) inverses: Buffer,
+    /// Of a sub-layer's input.
+    pub(crate) input_halves: Buffer,
+    pub(crate) input_inverses: Buffer,
+    pub(crate) order: Buffer,
+    pub(crate) tiles: Buffer,
+}
+
+impl Activations {
+    fn new(device: &Device, shapes: &Shapes, rows: usize, end: usize) -> Result<Activations, GpuError> {
+        let c = &shapes.config;
+        let floats = |what: &str, count: usize| Buffer::new(device, what, 4 * count as u64);
+        let pieces = shapes.pieces(end);
+        let together = shapes.attended_together(pieces, rows);
+        let keys = end / 4;
+        Ok(Activations {
+            rows,
+            end,
+            embedded: floats("embeddings", rows * c.d_model)?,
+            streams: floats("streams", rows * c.stream_width())?,
+            hyper: floats("hyper-connections", rows * (c.streams + c.streams * c.streams))?,
+            sums: floats("sums", rows * shapes.slices() * (c.hc_outputs() + 1))?,
+            input: floats("inputs", rows * c.d_model)?,
+            output: floats("outputs", rows * (1 + c.experts_used) * c.d_model)?,
+            projected: floats("projections", rows * shapes.projected)?,
+            queries: floats("queries", rows * shapes.queried)?,
+            heads: floats("heads", rows * c.heads * c.head_dim)?,
+            low: floats("low-rank outputs", rows * c.o_groups * c.o_rank)?,
+            partial: floats("pieces of attention", together * pieces * shapes.piece_values())?,
+            scores: floats("scores", shapes.scored_together(keys, rows) * keys)?,
+            chosen: floats("chosen rows", rows * c.index_top_k)?,
+            routed: floats("router and shared expert", rows * shapes.routed)?,
+            experts: floats("chosen experts", rows * c.experts_used)?,
+            shares: floats("weights of experts", rows * c.experts_used)?,
+            shared_mid: floats("the shared expert", rows * c.shared_width)?,
+            mid: floats("experts", rows * c.experts_used * c.expert_width)?,
+            hidden: floats("hidden rows", rows * c.d_model)?,
+            flags: floats("flags", rows + 1)?,
+            // Two rotations of every row, one of every window, a token.
+            tables: floats("tables", rows * (3 * c.rope_dim + 2) + 4 * c.rope_dim)?,
+            fresh: floats("new rows", rows * shapes.row_words)?,
+            many: (shapes.has_tiles && rows > FEW_ROWS)
+                .then(|| ManyActivations::new(device, shapes, rows))
+                .transpose()?,
+        })
+    }
+}
+
+impl ManyActivations {
+    fn new(device: &Device, shapes: &Shapes, rows: usize) -> Result<ManyActivations, GpuError> {
+        let c = &shapes.config;
+        let halves = |what: &str, width: usize| Buffer::new(device, what, 2 * (rows * width) as u64);
+        let choices = rows * c.experts_used;
+        Ok(ManyActivations {
+            halves: halves("halves", shapes.widest())?,
+            inverses: Buffer::new(device, "factors of halves", 4 * rows as u64)?,
+            input_halves: halves("halves of inputs", c.d_model)?,
+            input_inverses: Buffer::new(device, "factors of inputs", 4 * rows as u64)?,
+            order: Buffer::new(device, "choices by expert", 4 * choices as u64)?,
+            tiles: Buffer::new(device, "tiles of experts", (shapes.tiles_bytes)(choices, c.experts))?,
+        })
+    }
+}
+
+/// Activations of passes that have ended, to be used again.
+#[derive(Default)]
+pub(crate) struct Pool(Mutex<Vec<Activations>>);
+
+impl Pool {
+    /// Room for `rows` rows that end at position `end`; and whether anything was given back for it.
+    pub(crate) fn take(
+        &self,
+        device: &Device,
+        shapes: &Shapes,
+        rows: usize,
+        end: usize,
+    ) -> Result<(Activations, bool), GpuError> {
+        let mut pool = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // Kinds of passes: a few tokens, and prompts.
+        let rows = if rows <= FEW_ROWS { FEW_ROWS } else { rows.next_power_of_two() };
+        let end = end.next_power_of_two().max(4096);
+        if let Some(i) = pool.iter().position(|held| held.rows == rows && held.end >= end) {
+            return Ok((pool.swap_remove(i), false));
+        }
+        let before = pool.len();
+        pool.retain(|held| (held.rows <= FEW_ROWS) != (rows <= FEW_ROWS));
+        Ok((Activations::new(device, shapes, rows, end)?, pool.len() < before))
+    }
+
+    fn give_back(&self, activations: Activations) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(activations);
+    }
+}
+
+/// Which sub-layer's outputs wait to go back into the streams.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pending {
+    /// None.
+    Nothing,
+    /// So many outputs a row.
+    Outputs(usize),
+}
+
+/// A pass under way.
+pub struct GpuPass {
+    pub(crate) batch: Batch,
+    /// The device is told of what is encoded in here; `read` needs it, and has the pass shared.
+    pub(crate) commands: Mutex<Commands>,
+    pub(crate) on: Option<Activations>,
+    pool: std::sync::Arc<Pool>,
+    /// Where rotations begin in the tables, in pairs: of layers without compression, with it; of windows, by run.
+    pub(crate) rotations: [usize; 2],
+    pub(crate) windows: Vec<[usize; 2]>,
+    /// Where tokens begin in the tables, in words.
+    pub(crate) tokens: usize,
+    pub(crate) tables: Vec<u8>,
+    /// Outputs of the sub-layer that ran last, a row.
+    pub(crate) outputs: usize,
+    pub(crate) pending: Mutex<Pending>,
+    /// The layer whose attention ran last.
+    pub(crate) layer: usize,
+    pub(crate) _prefetching: Option<Prefetching>,
+}
+
+/// Windows of `ratio` tokens that end in `run`: the first, and how many.
+pub(crate) fn windows(run: &Run, ratio: usize) -> (usize, usize) {
+    let first = run.start / ratio;
+    (first, (run.start + run.rows.len()) / ratio - first)
+}
+
+impl GpuPass {
+    pub(crate) fn new(
+        batch: Batch,
+        commands: Commands,
+        on: Activations,
+        pool: std::sync::Arc<Pool>,
+        ropes: &[Rope; 2],
+        prefetching: Option<Prefetching>,
+    ) -> GpuPass {
+        let mut pairs: Vec<(f32, f32)> = Vec::new();
+        let rotations = [0, 1].map(|kind| {
+            let at = pairs.len();
+            batch.rows().iter().for_each(|row| pairs.extend(ropes[kind].at(row.position)));
+            at
+        });
+        let mut windows_of = |run: &Run, ratio: usize| {
+            let at = pairs.len();
+            let (first, count) = windows(run, ratio);
+            (first..first + count).for_each(|window| pairs.extend(ropes[1].at(window * ratio)));
+            at
+        };
+        let windows = batch.runs().iter().map(|run| [windows_of(run, 4), windows_of(run, 128)]).collect();
+        let mut tables: Vec<u8> =
+            pairs.iter().flat_map(|(cos, sin)| [cos.to_le_bytes(), sin.to_le_bytes()].concat()).collect();
+        let tokens = tables.len() / 4;
+        tables.extend(batch.rows().iter().flat_map(|row| row.token.to_le_bytes()));
+        GpuPass {
+            batch,
+            commands: Mutex::new(commands),
+            on: Some(on),
+            pool,
+            rotations,
+            windows,
+            tokens,
+            tables,
+            outputs: 1,
+            pending: Mutex::new(Pending::Nothing),
+            layer: 0,
+            _prefetching: prefetching,
+        }
+    }
+
+    /// Rows in the pass.
+    pub fn rows(&self) -> usize {
+        self.batch.rows().len()
+    }
+
+    /// The activations.
+    pub(crate) fn on(&self) -> &Activations {
+        self.on.as_ref().expect("a pass has its activations until it ends")
+    }
+}
+
+impl Drop for GpuPass {
+    fn drop(&mut self) {
+        if let Some(activations) = self.on.take() {
+            self.pool.give_back(activations);
+        }
+    }
+}

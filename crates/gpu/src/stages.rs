@@ -1,0 +1,650 @@
+//! The stages as dispatches, in the order of a layer (docs/spec/model.md §2).
+
+use model::{Cancel, Error, Run, SubLayer};
+
+use crate::attend_many::index_tile;
+use crate::backend::GpuBackend;
+use crate::experts::{GpuLeases, Selection};
+use crate::jobs::{Jobs, MATVEC_OUTPUTS, Matrix};
+use crate::kernel::{Buffer, Commands};
+use crate::matmul::{Experts, Groups, Halves};
+use crate::pass::{Activations, FEW_ROWS, GpuPass, ManyActivations, Pending, windows};
+use crate::state::{GpuState, SMALL_PASS};
+use crate::weights::{At, HyperAt};
+
+/// Parameters of a kernel, in the order of its `Params`.
+macro_rules! params {
+    ($($value:expr),* $(,)?) => { [$(crate::stages::Word::word($value)),*] };
+}
+
+pub(crate) use params;
+
+/// A parameter as a word.
+pub(crate) trait Word {
+    fn word(self) -> u32;
+}
+
+impl Word for u32 {
+    fn word(self) -> u32 {
+        self
+    }
+}
+
+impl Word for usize {
+    fn word(self) -> u32 {
+        u32::try_from(self).expect("sizes on the device fit 32 bits")
+    }
+}
+
+impl Word for f32 {
+    fn word(self) -> u32 {
+        self.to_bits()
+    }
+}
+
+/// Rows whose products share what is read of the weights.
+fn rows_together(rows: usize) -> usize {
+    match rows {
+        0..=1 => 1,
+        2 => 2,
+        3..=4 => 4,
+        _ => 8,
+    }
+}
+
+/// Inputs and results of products: where, and values of a row.
+struct Operands<'b> {
+    x: (&'b Buffer, usize),
+    y: (&'b Buffer, usize),
+    rows: usize,
+}
+
+impl GpuBackend {
+    /// What tiled products need, where a pass computes by them.
+    fn tiled<'p>(&self, on: &'p Activations, rows: usize) -> Option<&'p ManyActivations> {
+        on.many.as_ref().filter(|_| rows > FEW_ROWS)
+    }
+
+    /// `jobs` on every row; the inputs are divided by their RMS and weighed first where there is a norm.
+    fn products(
+        &self,
+        commands: &mut Commands,
+        on: &Activations,
+        slab: &Buffer,
+        jobs: &Jobs,
+        operands: Operands<'_>,
+        norm: Option<At>,
+    ) -> Result<(), Error> {
+        let Operands { x, y, rows } = operands;
+        if let Some(many) = self.tiled(on, rows) {
+            let mut from = x;
+            if let Some(norm) = norm {
+                // Nothing else is in there at this time of a layer.
+                from = (&on.low, self.config.q_rank);
+                let params = params![from.1, x.1, from.1, norm, self.config.rms_eps];
+                let buffers = [slab.all(), x.0.all(), from.0.all()];
+                commands.run(&self.kit.normalise, &buffers, &params, [rows as u32, 1, 1]);
+            }
+            let halves = Halves { halves: many.halves.all(), inverses: many.inverses.all(), rows, width: from.1 };
+            self.many.halve(commands, from.0.all(), from.1, halves)?;
+            self.many.matmul(commands, slab.all(), jobs, halves, y.0.all(), y.1, self.code_book.all())?;
+            return Ok(());
+        }
+        let together = rows_together(rows);
+        let kernel = self.kit.matvec(jobs.formats(), together, norm.is_some())?;
+        let params = params![jobs.table, jobs.jobs.len(), rows, x.1 / 4, y.1, norm.unwrap_or(0), self.config.rms_eps];
+        let groups = [jobs.groups(MATVEC_OUTPUTS), rows.div_ceil(together) as u32, 1];
+        let mut buffers = vec![slab.all(), x.0.all(), y.0.all()];
+        if jobs.formats().contains(&crate::format::Format::Iq2Xxs) {
+            buffers.push(self.code_book.all());
+        }
+        commands.run(&kernel, &buffers, &params, groups);
+        Ok(())
+    }
+
+    pub(crate) fn stage_embed(&self, pass: &mut GpuPass) -> Result<(), Error> {
+        let (rows, d) = (pass.rows(), self.config.d_model);
+        let tokens: Vec<u32> = pass.batch.rows().iter().map(|row| row.token).collect();
+        let embedded = self.embedding.rows(&tokens, d)?;
+        let commands = pass.commands.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let on = pass.on.as_ref().expect("a pass has its activations");
+        commands.write((&on.tables, 0), &pass.tables);
+        commands.write((&on.embedded, 0), bytemuck::cast_slice(&embedded));
+        commands.clear(&on.flags);
+        commands.stage("embed");
+        let groups = [d.div_ceil(256) as u32, rows as u32, 1];
+        commands.run(&self.kit.expand, &[on.embedded.all(), on.streams.all()], &params![d], groups);
+        Ok(())
+    }
+
+    /// Sums of the next hyper-connection's projection over the streams, into which a waiting output goes first.
+    pub(crate) fn mix(&self, pass: &GpuPass, commands: &mut Commands, slab: &Buffer, function: At, is_head: bool) {
+        let on = pass.on();
+        let pending = std::mem::replace(&mut *lock(&pass.pending), Pending::Nothing);
+        let kernels = if is_head { &self.kit.mix_head } else { &self.kit.mix };
+        let (kernel, outputs) = match pending {
+            Pending::Outputs(outputs) => (&kernels[1], outputs),
+            Pending::Nothing => (&kernels[0], 0),
+        };
+        let buffers = [slab.all(), on.output.all(), on.hyper.all(), on.streams.all(), on.sums.all()];
+        let params = params![self.config.d_model, outputs, function, 0_u32];
+        commands.run(kernel, &buffers, &params, [self.shapes.slices() as u32, pass.rows() as u32, 1]);
+    }
+
+    pub(crate) fn stage_hc_pre(&self, layer: usize, sub_layer: SubLayer, pass: &mut GpuPass) -> Result<(), Error> {
+        let weights = &self.layers[layer];
+        let (at, name) = match sub_layer {
+            SubLayer::Attention => (&weights.attention, "hc attention"),
+            SubLayer::Experts => (&weights.experts, "hc experts"),
+        };
+        let mut commands = lock(&pass.commands);
+        commands.stage(name);
+        self.mix(pass, &mut commands, &weights.slab, at.function, false);
+        let on = pass.on();
+        let groups = [2, pass.rows() as u32, 1];
+        let buffers = [weights.slab.all(), on.streams.all(), on.sums.all(), on.input.all(), on.hyper.all()];
+        commands.run(&self.kit.finish, &buffers, &self.finish_params(at, 0, 0), groups);
+        Ok(())
+    }
+
+    fn finish_params(&self, at: &HyperAt, row0: usize, out0: usize) -> [u32; 10] {
+        let c = &self.config;
+        params![
+            c.d_model,
+            self.shapes.slices(),
+            at.scale,
+            at.base,
+            at.norm,
+            c.sinkhorn_iterations,
+            c.hc_eps,
+            c.rms_eps,
+            row0,
+            out0,
+        ]
+    }
+
+    /// Outputs of the sub-layer that ended wait for the next `hc_pre`.
+    pub(crate) fn stage_hc_post(&self, pass: &mut GpuPass) {
+        *lock(&pass.pending) = Pending::Outputs(pass.outputs);
+    }
+
+    pub(crate) fn stage_project(&self, layer: usize, states: &[&GpuState], pass: &mut GpuPass) -> Result<(), Error> {
+        let (c, weights, on) = (&self.config, &self.layers[layer], pass.on());
+        let rows = pass.rows();
+        let mut commands = lock(&pass.commands);
+        commands.stage("project");
+        let operands = Operands { x: (&on.input, c.d_model), y: (&on.projected, weights.projected), rows };
+        self.products(&mut commands, on, &weights.slab, &weights.project, operands, None)?;
+        commands.stage("queries");
+        let operands = Operands { x: (&on.projected, weights.projected), y: (&on.queries, weights.queried), rows };
+        self.products(&mut commands, on, &weights.slab, &weights.queries, operands, Some(weights.q_a_norm))?;
+        commands.stage("settle");
+        for run in pass.batch.runs() {
+            self.settle(layer, run, states[run.session], pass, on, &mut commands);
+        }
+        Ok(())
+    }
+
+    /// Queries and keys of a run's rows, normalised, rotated and stored.
+    fn settle(
+        &self,
+        layer: usize,
+        run: &Run,
+        state: &GpuState,
+        pass: &GpuPass,
+        on: &Activations,
+        commands: &mut Commands,
+    ) {
+        let (c, weights, places) = (&self.config, &self.layers[layer], &state.places[layer]);
+        let count = run.rows.len();
+        let ring = state.rings(layer, count)[1];
+        let is_large = count > SMALL_PASS;
+        let compressor = weights.compressor.as_ref();
+        let indexer = weights.index_compressor.as_ref();
+        // No more rows than a session keeps after a pass.
+        let kept = |rows: usize| rows - SMALL_PASS.min(rows);
+        let params = params![
+            weights.queried,
+            weights.projected,
+            weights.kv,
+            weights.kv_norm,
+            c.rms_eps,
+            run.rows.start,
+            count,
+            run.start,
+            ring,
+            places.raw_rows,
+            if is_large { kept(places.raw_rows) } else { count },
+            u32::from(is_large),
+            ring + places.inputs,
+            places.inputs_rows.max(1),
+            if is_large { kept(places.inputs_rows) } else { count },
+            ring + places.index_inputs,
+            places.index_inputs_rows.max(1),
+            if is_large { kept(places.index_inputs_rows) } else { count },
+            compressor.map_or(0, |at| at.u),
+            compressor.map_or(0, |at| at.positions),
+            indexer.map_or(0, |at| at.u),
+            indexer.map_or(0, |at| at.positions),
+            pass.rotations[self.rope_of(layer)],
+        ];
+        let memory = state.memory();
+        let buffers = [
+            weights.slab.all(),
+            on.tables.all(),
+            on.projected.all(),
+            on.queries.all(),
+            memory.layers[layer].all(),
+            on.fresh.all(),
+        ];
+        let index = if indexer.is_some() { 1 + c.index_heads } else { 0 };
+        let groups = c.heads + 1 + usize::from(compressor.is_some()) + index;
+        commands.run(&self.kit.layers[layer].settle, &buffers, &params, [groups as u32, count as u32, 1]);
+    }
+
+    /// Which of the two rotations a layer uses.
+    fn rope_of(&self, layer: usize) -> usize {
+        usize::from(self.config.compress_ratios[layer] != 0)
+    }
+
+    pub(crate) fn stage_compress(&self, layer: usize, states: &[&GpuState], pass: &mut GpuPass) {
+        let (c, weights, on) = (&self.config, &self.layers[layer], pass.on());
+        let ratio = c.compress_ratios[layer];
+        if ratio == 0 {
+            return;
+        }
+        let mut commands = lock(&pass.commands);
+        commands.stage("compress");
+        for (i, run) in pass.batch.runs().iter().enumerate() {
+            let (first, count) = windows(run, ratio);
+            let (state, places) = (states[run.session], &states[run.session].places[layer]);
+            let ring = state.rings(layer, run.rows.len())[0];
+            let memory = state.memory();
+            let rotations = pass.windows[i][usize::from(ratio != 4)];
+            let buffers = [weights.slab.all(), on.tables.all(), on.projected.all(), memory.layers[layer].all()];
+            let mut pool = |kernel, at: &crate::weights::CompressorAt, inputs: usize, rows: usize, to: usize| {
+                let params = params![
+                    weights.projected,
+                    at.u,
+                    at.positions,
+                    at.norm,
+                    c.rms_eps,
+                    run.rows.start,
+                    run.start,
+                    ring + inputs,
+                    rows,
+                    first,
+                    to,
+                    rotations,
+                ];
+                commands.run(kernel, &buffers, &params, [count as u32, 1, 1]);
+            };
+            if let (Some(kernel), Some(at)) = (&self.kit.layers[layer].pool, &weights.compressor) {
+                pool(kernel, at, places.inputs, places.inputs_rows, places.main());
+            }
+            if let (Some(kernel), Some(at)) = (&self.kit.layers[layer].pool_index, &weights.index_compressor) {
+                let to = places.index(memory.room_tokens);
+                pool(kernel, at, places.index_inputs, places.index_inputs_rows, to);
+            }
+        }
+    }
+
+    pub(crate) fn stage_index(&self, layer: usize, states: &[&GpuState], pass: &mut GpuPass) {
+        let (c, on) = (&self.config, pass.on());
+        if c.compress_ratios[layer] != 4 {
+            return;
+        }
+        let weights = &self.layers[layer];
+        let mut commands = lock(&pass.commands);
+        commands.stage("index");
+        for run in pass.batch.runs() {
+            let keys = (run.start + run.rows.len()) / 4;
+            if keys <= c.index_top_k {
+                continue;
+            }
+            let (state, count) = (states[run.session], run.rows.len());
+            let memory = state.memory();
+            let at = state.places[layer].index(memory.room_tokens);
+            let together = self.shapes.scored_together(keys, count);
+            for row in (0..count).step_by(together) {
+                let (row0, rows) = (run.rows.start + row, together.min(count - row));
+                let scale = 1.0 / ((c.index_heads * c.index_head_dim) as f32).sqrt();
+                let params = params![
+                    weights.queried,
+                    c.heads * c.head_dim,
+                    weights.projected,
+                    weights.index_weights,
+                    scale,
+                    row0,
+                    run.start,
+                    run.rows.start,
+                    4_u32,
+                    at,
+                    keys,
+                ];
+                let buffers = [on.queries.all(), on.projected.all(), memory.layers[layer].all(), on.scores.all()];
+                match &self.kit.score_many {
+                    Some(kernel) if self.tiled(on, pass.rows()).is_some() => {
+                        let [of_keys, of_rows] = index_tile(c.index_heads);
+                        let groups = [keys.div_ceil(of_keys) as u32, rows.div_ceil(of_rows) as u32, 1];
+                        let [a, b, d, e, f, g, h, i, j, k, l] = params;
+                        let params = [a, b, d, e, f, g, h, i, j, k, l, rows as u32];
+                        commands.run(kernel, &buffers, &params, groups);
+                    }
+                    _ => commands.run(&self.kit.score, &buffers, &params, [keys.div_ceil(32) as u32, rows as u32, 1]),
+                }
+                let params = params![row0, run.start, run.rows.start, 4_u32, c.index_top_k, keys];
+                let buffers = [on.scores.all(), on.chosen.all(), on.flags.all()];
+                commands.run(&self.kit.select, &buffers, &params, [1, rows as u32, 1]);
+            }
+        }
+    }
+
+    pub(crate) fn stage_attend(&self, layer: usize, states: &[&GpuState], pass: &mut GpuPass) {
+        let (c, weights, on) = (&self.config, &self.layers[layer], pass.on());
+        let mut commands = lock(&pass.commands);
+        commands.stage("attend");
+        let ratio = c.compress_ratios[layer];
+        let top_k = if ratio == 4 { c.index_top_k } else { usize::MAX >> 33 };
+        for run in pass.batch.runs() {
+            let (state, places) = (states[run.session], &states[run.session].places[layer]);
+            let (count, end) = (run.rows.len(), run.start + run.rows.len());
+            let memory = state.memory();
+            let keys = c.window.min(end) + end.checked_div(ratio).unwrap_or(0).min(top_k);
+            let pieces = keys.div_ceil(crate::pass::PIECE_KEYS);
+            let together = self.shapes.attended_together(pieces, count);
+            let fresh = if count > SMALL_PASS { run.start } else { u32::MAX as usize };
+            if let (Some((kernel, many)), Some(_)) = (&self.kit.attend_many, self.tiled(on, pass.rows())) {
+                let params = params![
+                    weights.queried / 4,
+                    run.rows.start,
+                    run.start,
+                    run.rows.start,
+                    c.window,
+                    state.rings(layer, count)[0],
+                    places.raw_rows,
+                    places.main(),
+                    ratio,
+                    top_k,
+                    fresh,
+                    1.0 / (c.head_dim as f32).sqrt(),
+                    weights.key_factor,
+                    weights.sinks,
+                    pass.rotations[self.rope_of(layer)],
+                ];
+                let buffers = [
+                    on.queries.all(),
+                    memory.layers[layer].all(),
+                    on.fresh.all(),
+                    on.chosen.all(),
+                    weights.slab.all(),
+                    on.tables.all(),
+                    on.heads.all(),
+                ];
+                commands.run(kernel, &buffers, &params, many.groups(count));
+                continue;
+            }
+            for row in (0..count).step_by(together) {
+                let (row0, rows) = (run.rows.start + row, together.min(count - row));
+                let params = params![
+                    weights.queried / 4,
+                    row0,
+                    run.start,
+                    run.rows.start,
+                    c.window,
+                    state.rings(layer, count)[0],
+                    places.raw_rows,
+                    places.main(),
+                    ratio,
+                    top_k,
+                    fresh,
+                    pieces,
+                    1.0 / (c.head_dim as f32).sqrt(),
+                ];
+                let buffers =
+                    [on.queries.all(), memory.layers[layer].all(), on.fresh.all(), on.chosen.all(), on.partial.all()];
+                let groups = [(c.heads / 4) as u32, pieces as u32, rows as u32];
+                commands.run(&self.kit.attend, &buffers, &params, groups);
+                let params = params![
+                    row0,
+                    run.start,
+                    run.rows.start,
+                    c.window,
+                    ratio,
+                    top_k,
+                    pieces,
+                    weights.sinks,
+                    pass.rotations[self.rope_of(layer)],
+                ];
+                let buffers = [weights.slab.all(), on.tables.all(), on.partial.all(), on.heads.all()];
+                commands.run(&self.kit.combine, &buffers, &params, [c.heads as u32, rows as u32, 1]);
+            }
+        }
+    }
+
+    pub(crate) fn stage_attention_out(&self, layer: usize, pass: &mut GpuPass) -> Result<(), Error> {
+        let (c, weights, rows) = (&self.config, &self.layers[layer], pass.rows());
+        pass.outputs = 1;
+        let on = pass.on();
+        let mut commands = lock(&pass.commands);
+        commands.stage("output a");
+        let low = c.o_groups * c.o_rank;
+        let operands = Operands { x: (&on.heads, c.heads * c.head_dim), y: (&on.low, low), rows };
+        self.products(&mut commands, on, &weights.slab, &weights.output_a, operands, None)?;
+        commands.stage("output b");
+        let operands = Operands { x: (&on.low, low), y: (&on.output, c.d_model), rows };
+        self.products(&mut commands, on, &weights.slab, &weights.output_b, operands, None)
+    }
+
+    pub(crate) fn stage_route(&self, layer: usize, pass: &mut GpuPass) -> Result<Selection, Error> {
+        let (c, weights, rows) = (&self.config, &self.layers[layer], pass.rows());
+        let on = pass.on();
+        let mut commands = lock(&pass.commands);
+        commands.stage("router");
+        let operands = Operands { x: (&on.input, c.d_model), y: (&on.routed, self.shapes.routed), rows };
+        self.products(&mut commands, on, &weights.slab, &weights.route, operands, None)?;
+        commands.stage("choose");
+        let params = params![
+            self.shapes.routed,
+            c.shared_width,
+            c.shared_swiglu_limits[layer],
+            weights.choice,
+            c.route_scale,
+            pass.tokens,
+        ];
+        let buffers = [
+            weights.slab.all(),
+            on.tables.all(),
+            on.routed.all(),
+            on.experts.all(),
+            on.shares.all(),
+            on.shared_mid.all(),
+            on.flags.all(),
+        ];
+        let groups = [1 + c.shared_width.div_ceil(256) as u32, rows as u32, 1];
+        commands.run(&self.kit.layers[layer].route, &buffers, &params, groups);
+        if !self.experts.is_streamed() {
+            return Ok(Selection::resident());
+        }
+        let bytes = commands.read((&on.experts, 0), 4 * (rows * c.experts_used) as u64)?;
+        let places = pass.batch.runs().iter().flat_map(|run| 0..run.rows.len()).collect();
+        Ok(Selection::read_back(bytemuck::pod_collect_to_vec(&bytes), places))
+    }
+
+    pub(crate) fn stage_routed_experts(
+        &self,
+        layer: usize,
+        leases: GpuLeases<'_>,
+        cancel: &Cancel,
+        pass: &mut GpuPass,
+    ) -> Result<(), Error> {
+        let (c, weights, rows) = (&self.config, &self.layers[layer], pass.rows());
+        pass.outputs = 1 + c.experts_used;
+        let on = pass.on();
+        let layout = self.experts.layouts[layer];
+        let slab = self.experts.slab(layer);
+        let table = self.experts.table_at(layer);
+        let mut commands = lock(&pass.commands);
+        let commands = &mut *commands;
+        let choices = rows * c.experts_used;
+        if let Some(many) = self.tiled(on, rows) {
+            return self.experts_of_many(layer, leases, cancel, rows, on, many, commands);
+        }
+        let down = weights.shared_down.jobs[0].matrix;
+        self.experts.run(leases, &self.uploader, commands, cancel, &mut |commands, is_first| {
+            commands.stage("experts up");
+            let params = params![
+                layout.slot,
+                layout.parts[0],
+                layout.parts[1],
+                layout.stride(0),
+                layout.stride(1),
+                c.d_model / 32,
+                c.expert_width,
+                c.swiglu_limits[layer],
+                table,
+                0_u32,
+            ];
+            let mut buffers = vec![
+                slab.all(),
+                self.experts.table.all(),
+                on.experts.all(),
+                on.shares.all(),
+                on.input.all(),
+                on.mid.all(),
+            ];
+            let has_book = |formats: &[crate::format::Format]| formats.contains(&crate::format::Format::Iq2Xxs);
+            if has_book(&layout.formats[..2]) {
+                buffers.push(self.code_book.all());
+            }
+            let groups = [c.expert_width.div_ceil(8) as u32, choices as u32, 1];
+            commands.run(&self.kit.layers[layer].up, &buffers, &params, groups);
+            commands.stage("experts down");
+            let params = params![
+                layout.slot,
+                layout.parts[2],
+                layout.stride(2),
+                c.expert_width / 32,
+                c.d_model,
+                table,
+                0_u32,
+                choices,
+                down.base,
+                down.stride,
+                c.shared_width / 32,
+                0_u32,
+            ];
+            let mut buffers = vec![
+                slab.all(),
+                weights.slab.all(),
+                self.experts.table.all(),
+                on.experts.all(),
+                on.mid.all(),
+                on.shared_mid.all(),
+                on.output.all(),
+            ];
+            if has_book(&[layout.formats[2], down.format]) {
+                buffers.push(self.code_book.all());
+            }
+            let shared = if is_first { rows } else { 0 };
+            let groups = [c.d_model.div_ceil(16) as u32, (choices + shared) as u32, 1];
+            commands.run(&self.kit.layers[layer].down, &buffers, &params, groups);
+            Ok(())
+        })
+    }
+
+    /// The same by tiles of rows that chose the same expert.
+    #[allow(clippy::too_many_arguments)]
+    fn experts_of_many(
+        &self,
+        layer: usize,
+        leases: GpuLeases<'_>,
+        cancel: &Cancel,
+        rows: usize,
+        on: &Activations,
+        many: &ManyActivations,
+        commands: &mut Commands,
+    ) -> Result<(), Error> {
+        let (c, weights) = (&self.config, &self.layers[layer]);
+        commands.stage("shared expert");
+        let outputs = (1 + c.experts_used) * c.d_model;
+        let operands = Operands { x: (&on.shared_mid, c.shared_width), y: (&on.output, outputs), rows };
+        self.products(commands, on, &weights.slab, &weights.shared_down, operands, None)?;
+        commands.stage("group");
+        let choices = rows * c.experts_used;
+        let groups = Groups { order: many.order.all(), tiles: many.tiles.all(), choices };
+        self.many.group(commands, on.experts.all(), c.experts, groups)?;
+        let input =
+            Halves { halves: many.input_halves.all(), inverses: many.input_inverses.all(), rows, width: c.d_model };
+        self.many.halve(commands, on.input.all(), c.d_model, input)?;
+        let layout = &self.experts.layouts[layer];
+        let matrix = |part: usize, rows: usize, cols: usize| Matrix {
+            format: layout.formats[part],
+            base: layout.parts[part],
+            stride: layout.stride(part),
+            rows,
+            cols,
+        };
+        let experts = Experts {
+            slab: self.experts.slab(layer).all(),
+            table: self.experts.table.all(),
+            table_at: self.experts.table_at(layer),
+            slot: layout.slot,
+            gate: matrix(0, c.expert_width, c.d_model),
+            up: matrix(1, c.expert_width, c.d_model),
+            down: matrix(2, c.d_model, c.expert_width),
+            experts: c.experts,
+            used: c.experts_used,
+            limit: c.swiglu_limits[layer],
+        };
+        let book = self.code_book.all();
+        self.experts.run(leases, &self.uploader, commands, cancel, &mut |commands, _| {
+            commands.stage("experts up");
+            self.many.experts_up(commands, &experts, groups, input, on.mid.all(), book)?;
+            commands.stage("experts down");
+            let (mid, shares, outputs) = (on.mid.all(), on.shares.all(), on.output.all());
+            Ok(self.many.experts_down(commands, &experts, groups, mid, shares, outputs, book)?)
+        })
+    }
+
+    /// Logits of the wanted rows, `[wanted, vocab]`, and whether every number that matters is one.
+    pub(crate) fn stage_head(&self, pass: &mut GpuPass) -> Result<Option<Buffer>, Error> {
+        let c = &self.config;
+        let wanted: Vec<usize> = pass.batch.wanted().collect();
+        let on = pass.on();
+        let mut commands = lock(&pass.commands);
+        commands.stage("hc head");
+        self.mix(pass, &mut commands, &self.head.slab, self.head.hc.function, true);
+        for run in pass.batch.runs() {
+            let last = run.rows.end - 1;
+            let params = params![last * c.stream_width(), c.stream_width(), last];
+            commands.run(&self.kit.finite, &[on.streams.all(), on.flags.all()], &params, [1, 1, 1]);
+        }
+        if wanted.is_empty() {
+            return Ok(None);
+        }
+        let mut out0 = 0;
+        for rows in wanted.chunk_by(|a, b| a + 1 == *b) {
+            let params = self.finish_params(&self.head.hc, rows[0], out0);
+            let buffers = [self.head.slab.all(), on.streams.all(), on.sums.all(), on.hidden.all(), on.hyper.all()];
+            commands.run(&self.kit.finish_head, &buffers, &params, [1, rows.len() as u32, 1]);
+            out0 += rows.len();
+        }
+        commands.stage("head");
+        let logits = Buffer::new(&self.device, "logits", 4 * (wanted.len() * c.vocab_size) as u64)?;
+        let operands = Operands { x: (&on.hidden, c.d_model), y: (&logits, c.vocab_size), rows: wanted.len() };
+        self.products(&mut commands, on, &self.head.slab, &self.head.output, operands, None)?;
+        let mut at = 0;
+        for rows in wanted.chunk_by(|a, b| a + 1 == *b) {
+            let params = params![at * c.vocab_size, c.vocab_size, rows[0]];
+            commands.run(&self.kit.finite, &[logits.all(), on.flags.all()], &params, [1, rows.len() as u32, 1]);
+            at += rows.len();
+        }
+        commands.stage("end");
+        Ok(Some(logits))
+    }
+}
+
+pub(crate) fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
