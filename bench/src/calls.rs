@@ -1,6 +1,7 @@
 //! Tool calls of a nano model, with and without grammar mode: how many fit their schemas, and how many are exactly right.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use cpu::CpuBackend;
@@ -34,7 +35,7 @@ pub struct Scores {
 /// The item is none, or the model fails.
 pub fn score(
     backend: &CpuBackend,
-    vocabulary: &Vocabulary<'_>,
+    vocabulary: &Arc<Vocabulary>,
     item: &Item,
     [free, held]: [&mut Scores; 2],
 ) -> Result<()> {
@@ -59,7 +60,7 @@ pub fn score(
 }
 
 impl Scores {
-    fn add(&mut self, outcome: &TurnOutcome, item: &Item, vocabulary: &Vocabulary<'_>, tools: &[Tool]) {
+    fn add(&mut self, outcome: &TurnOutcome, item: &Item, vocabulary: &Vocabulary, tools: &[Tool]) {
         let called = !outcome.turn.calls.is_empty() || outcome.turn.malformed;
         let valid = !outcome.turn.calls.is_empty() && outcome.turn.calls.iter().all(|call| fits_its_tool(call, tools));
         // The end of the turn is no part of what the driver reports, and after a block it is not waited for.

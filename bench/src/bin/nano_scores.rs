@@ -12,6 +12,7 @@
 //! fit, or costs an answer.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -115,8 +116,8 @@ fn sets(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
 }
 
 /// Calls of the sets with tools, with and without grammar mode.
-fn call_scores(folder: &Path, take: usize, backend: &CpuBackend, tokenizer: &Tokenizer) -> Result<()> {
-    let vocabulary = Vocabulary::new(tokenizer)?;
+fn call_scores(folder: &Path, take: usize, backend: &CpuBackend, tokenizer: &Arc<Tokenizer>) -> Result<()> {
+    let vocabulary = Arc::new(Vocabulary::new(tokenizer.clone())?);
     println!("{:<16} {:>37} {:>37}", "", "free: fits schema, right", "grammar: fits schema, right");
     for (task, path) in sets(folder)? {
         let (mut free, mut held) = (Scores::default(), Scores::default());
@@ -135,7 +136,7 @@ fn call_scores(folder: &Path, take: usize, backend: &CpuBackend, tokenizer: &Tok
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let file = ModelFile::open(arguments.model.as_deref())?;
-    let tokenizer = file.tokenizer()?;
+    let tokenizer = Arc::new(file.tokenizer()?);
     let arithmetic = if arguments.plain { Arithmetic::Plain } else { Arithmetic::Official };
     let precision = arguments.precision.precision();
     let backend = file.load_with(Options { arithmetic, precision, ..Options::default() })?;

@@ -123,7 +123,7 @@ impl<D: Device> Timeline<'_, D> {
         let prefill = start.elapsed();
         let bytes: Vec<u8> = logits.iter().flat_map(|logit| logit.to_le_bytes()).collect();
 
-        let mut clone = self.backend.clone_state(&self.state)?;
+        let mut clone = self.backend.fork(&self.state)?;
         let meter = Meter::start(self.backend);
         let decode = generate(self.backend, &mut clone, logits, generated, self.cancel)?;
         let traffic = meter.stop(self.backend, generated);

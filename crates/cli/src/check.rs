@@ -69,8 +69,8 @@ struct Check {
 /// Runs the command.
 pub fn tool_call_quality<D: Device>(flags: &flags::ToolCallQuality) -> anyhow::Result<Outcome> {
     let file = ModelFile::open(flags.model.as_deref())?;
-    let tokenizer = file.tokenizer()?;
-    let vocabulary = Vocabulary::new(&tokenizer).map_err(|error| anyhow::anyhow!("{}: {error}", file.name))?;
+    let vocabulary = Vocabulary::new(Arc::new(file.tokenizer()?));
+    let vocabulary = Arc::new(vocabulary.map_err(|error| anyhow::anyhow!("{}: {error}", file.name))?);
     let cancel = interrupt::cancel_on_interrupt()?;
     let mut trials = Vec::new();
     for precision in flags.precisions() {
@@ -98,7 +98,7 @@ pub fn tool_call_quality<D: Device>(flags: &flags::ToolCallQuality) -> anyhow::R
 /// Both turns.
 fn attempt<D: Device>(
     backend: &D,
-    vocabulary: &Vocabulary<'_>,
+    vocabulary: &Arc<Vocabulary>,
     context: Context,
     setting: Setting,
     cancel: &Cancel,
@@ -153,7 +153,7 @@ fn with_id(outcome: &TurnOutcome) -> Message {
 /// A conversation under way.
 struct Dialog<'a, D: Device> {
     backend: &'a D,
-    vocabulary: &'a Vocabulary<'a>,
+    vocabulary: &'a Arc<Vocabulary>,
     session: Session<D>,
     cancel: &'a Cancel,
 }
@@ -214,7 +214,7 @@ fn greedy() -> Sampling {
 }
 
 /// What must hold of the turn that calls; `next` is the token after its block.
-fn checks_of_call(outcome: &TurnOutcome, next: Option<u32>, vocabulary: &Vocabulary<'_>) -> Vec<Check> {
+fn checks_of_call(outcome: &TurnOutcome, next: Option<u32>, vocabulary: &Vocabulary) -> Vec<Check> {
     let turn = &outcome.turn;
     let names: Vec<&str> = turn.calls.iter().map(|call| call.name.as_str()).collect();
     let block = turn.raw_block.as_deref().unwrap_or_default();

@@ -75,12 +75,6 @@ pub trait Device: Backend + Sized {
 
     /// Bytes that a session holds.
     fn session_bytes(&self, state: &Self::State) -> u64;
-
-    /// A second session that goes on from the same place.
-    ///
-    /// # Errors
-    /// There is no memory for it.
-    fn clone_state(&self, state: &Self::State) -> Result<Self::State, Error>;
 }
 
 impl Device for CpuBackend {
@@ -145,9 +139,5 @@ impl Device for CpuBackend {
 
     fn session_bytes(&self, state: &Self::State) -> u64 {
         state.bytes().total() as u64
-    }
-
-    fn clone_state(&self, state: &Self::State) -> Result<Self::State, Error> {
-        Ok(state.clone())
     }
 }

@@ -22,7 +22,7 @@ use crate::terminal::{self, ReadingBar};
 /// A model ready to answer, and what it has read so far.
 pub struct Engine<D: Device> {
     /// The vocabulary.
-    pub tokenizer: Tokenizer,
+    pub tokenizer: Arc<Tokenizer>,
     /// What computes.
     pub backend: D,
     /// What it has read.
@@ -60,7 +60,7 @@ impl<D: Device> Engine<D> {
             terminal::dim_note(&setting.line());
         }
         let session = Session::new(&backend, context)?;
-        Ok(Engine { tokenizer, backend, session, context, setting, file, recording: None })
+        Ok(Engine { tokenizer: Arc::new(tokenizer), backend, session, context, setting, file, recording: None })
     }
 
     /// Goes on with another session.
@@ -107,7 +107,7 @@ impl<D: Device> Engine<D> {
         let Some(logits) = self.read(prompt, cancel, &mut figures)? else {
             return Ok(Reply { turn: None, figures });
         };
-        let vocabulary = Vocabulary::new(&self.tokenizer)?;
+        let vocabulary = Arc::new(Vocabulary::new(self.tokenizer.clone())?);
         let (meter, held) = (Meter::start(&self.backend), self.session.tokens().len());
         let mut unwritable = None;
         let outcome = run_turn(&self.backend, &vocabulary, &mut self.session, logits, options, cancel, &mut |event| {

@@ -235,6 +235,10 @@ impl Backend for CpuBackend {
         state.rewind(target)
     }
 
+    fn fork(&self, state: &State) -> Result<State, Error> {
+        Ok(state.clone())
+    }
+
     fn export(&self, state: &State, mut to: &mut dyn Write) -> Result<(), Error> {
         state.export(&mut to).map_err(Error::Export)
     }

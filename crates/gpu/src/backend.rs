@@ -311,6 +311,13 @@ impl Backend for GpuBackend {
         reached
     }
 
+    fn fork(&self, state: &GpuState) -> Result<GpuState, Error> {
+        let mut commands = self.commands();
+        let fork = state.fork(&mut commands)?;
+        commands.submit();
+        Ok(fork)
+    }
+
     fn export(&self, state: &GpuState, mut to: &mut dyn Write) -> Result<(), Error> {
         let host = state.to_host(&mut self.commands())?;
         host.export(&mut to).map_err(Error::Export)

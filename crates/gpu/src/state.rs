@@ -104,9 +104,11 @@ fn room_tokens(tokens: usize) -> usize {
     tokens.next_power_of_two().max(FIRST_TOKENS)
 }
 
+/// Never written to once it is taken, so that forks share it.
+#[derive(Clone)]
 struct Checkpoint {
     position: usize,
-    buffer: Buffer,
+    buffer: Arc<Buffer>,
 }
 
 /// Where each layer's parts lie in a checkpoint, in bytes: raw rows, inputs, the indexer's inputs. And bytes in all.
@@ -175,6 +177,20 @@ impl GpuState {
         })
     }
 
+    /// A second session that goes on from the same place.
+    pub(crate) fn fork(&self, commands: &mut Commands) -> Result<GpuState, GpuError> {
+        let mut fork = GpuState::new(&self.kernels, &self.layout)?;
+        let memory = self.memory();
+        let copy = Memory::new(&self.device, &self.places, memory.room_tokens)?;
+        for (from, to) in memory.layers.iter().zip(&copy.layers) {
+            commands.copy((from, 0), (to, 0), from.bytes);
+        }
+        *fork.memory() = copy;
+        (fork.position, fork.floor, fork.ring) = (self.position, self.floor, self.ring);
+        fork.checkpoints = self.checkpoints.clone();
+        Ok(fork)
+    }
+
     /// The buffers. They stay the same from [`GpuState::begin`] to the end of a pass.
     pub(crate) fn memory(&self) -> MutexGuard<'_, Memory> {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
@@ -239,7 +255,7 @@ impl GpuState {
         let bytes = checkpoint_places(&self.layout).1;
         let buffer = Buffer::new(&self.device, "a checkpoint", bytes)?;
         self.each_part(self.position, |layer, part, at| commands.copy((layer, part.0), (&buffer, at), part.1));
-        self.checkpoints.push(Checkpoint { position: self.position, buffer });
+        self.checkpoints.push(Checkpoint { position: self.position, buffer: Arc::new(buffer) });
         if self.checkpoints.len() > MAX_CHECKPOINTS {
             let positions: Vec<usize> = self.checkpoints.iter().map(|checkpoint| checkpoint.position).collect();
             self.checkpoints.remove(least_useful(&positions));
@@ -398,7 +414,7 @@ impl GpuState {
             }
             let buffer = Buffer::new(device, "a checkpoint", bytes)?;
             uploader.bytes((&buffer, 0), &words)?;
-            state.checkpoints.push(Checkpoint { position, buffer });
+            state.checkpoints.push(Checkpoint { position, buffer: Arc::new(buffer) });
         }
         Ok(state)
     }

@@ -132,6 +132,12 @@ pub trait Backend {
     /// back.
     fn rewind(&self, state: &mut Self::State, target: usize) -> usize;
 
+    /// A second session that goes on from the same place.
+    ///
+    /// # Errors
+    /// There is no memory for it.
+    fn fork(&self, state: &Self::State) -> Result<Self::State, Error>;
+
     /// Writes a session in the common format (docs/formats.md).
     ///
     /// # Errors

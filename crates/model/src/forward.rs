@@ -1,6 +1,5 @@
 //! The forward pass, top to bottom (docs/spec/model.md §2).
 
-use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use store::Cancel;
@@ -57,22 +56,84 @@ pub fn forward<B: Backend>(
     cancel: &Cancel,
     observer: &mut dyn Observer<B>,
 ) -> Result<B::Logits, Error> {
-    let positions: Vec<usize> = states.iter().map(|state| backend.position(state)).collect();
-    let batch = Batch::new(rows, &positions, backend.config())?;
-
     let past: Vec<&B::State> = states.iter().map(|state| &**state).collect();
-    observer.begin(&batch);
-    let mut pass = backend.begin(batch, &past)?;
-    let mut walk = Walk { backend, past: &past, cancel, observer };
-    walk.embed(&mut pass)?;
-    walk.layers(0..backend.config().layers, &mut pass)?;
-    let logits = walk.head(&mut pass)?;
-
-    backend.commit(pass, states);
-    Ok(logits)
+    let mut forward = Forward::begin(backend, rows, &past, observer)?;
+    while !forward.is_through() {
+        forward.layer(&past, cancel, observer)?;
+    }
+    forward.end(states, observer)
 }
 
-/// The stages in order, each followed by a look of the observer.
+/// A pass that goes on a layer at a time, so that others can be computed between two of its layers. Until it ends no session
+/// knows of it; dropping it is all that giving up takes.
+///
+/// Every call takes the same sessions in the same order, and none of them may go on in another pass meanwhile.
+pub struct Forward<'b, B: Backend> {
+    backend: &'b B,
+    pass: B::Pass,
+    /// Layers done.
+    layers: usize,
+}
+
+impl<'b, B: Backend> Forward<'b, B> {
+    /// Begins a pass over `rows`, which continue the sessions `past`.
+    ///
+    /// # Errors
+    /// As [`forward()`].
+    pub fn begin(
+        backend: &'b B,
+        rows: Vec<Row>,
+        past: &[&B::State],
+        observer: &mut dyn Observer<B>,
+    ) -> Result<Self, Error> {
+        let positions: Vec<usize> = past.iter().map(|state| backend.position(state)).collect();
+        let batch = Batch::new(rows, &positions, backend.config())?;
+        observer.begin(&batch);
+        let mut pass = backend.begin(batch, past)?;
+        backend.embed(&mut pass)?;
+        observer.after(None, Stage::Embed, backend, &pass)?;
+        Ok(Forward { backend, pass, layers: 0 })
+    }
+
+    /// Layers done.
+    pub fn layers(&self) -> usize {
+        self.layers
+    }
+
+    /// Whether all layers are done.
+    pub fn is_through(&self) -> bool {
+        self.layers == self.backend.config().layers
+    }
+
+    /// Computes the next layer.
+    ///
+    /// # Errors
+    /// As [`forward()`].
+    pub fn layer(&mut self, past: &[&B::State], cancel: &Cancel, observer: &mut dyn Observer<B>) -> Result<(), Error> {
+        cancel.check()?;
+        let mut walk = Walk { backend: self.backend, past, cancel, observer };
+        walk.attention(self.layers, &mut self.pass)?;
+        walk.experts(self.layers, &mut self.pass)?;
+        self.layers += 1;
+        Ok(())
+    }
+
+    /// Computes the logits and makes the pass part of its sessions.
+    ///
+    /// Panics if layers are left.
+    ///
+    /// # Errors
+    /// As [`forward()`].
+    pub fn end(mut self, states: &mut [&mut B::State], observer: &mut dyn Observer<B>) -> Result<B::Logits, Error> {
+        assert!(self.is_through(), "a pass ends after its last layer");
+        let logits = self.backend.head(&mut self.pass)?;
+        observer.after(None, Stage::Head, self.backend, &self.pass)?;
+        self.backend.commit(self.pass, states);
+        Ok(logits)
+    }
+}
+
+/// The stages of a layer in order, each followed by a look of the observer.
 struct Walk<'a, B: Backend> {
     backend: &'a B,
     past: &'a [&'a B::State],
@@ -81,21 +142,6 @@ struct Walk<'a, B: Backend> {
 }
 
 impl<B: Backend> Walk<'_, B> {
-    fn embed(&mut self, pass: &mut B::Pass) -> Result<(), Error> {
-        self.backend.embed(pass)?;
-        self.observer.after(None, Stage::Embed, self.backend, pass)
-    }
-
-    /// Layers one after the other. A range, because a model spread over several machines will run a part on each.
-    fn layers(&mut self, layers: Range<usize>, pass: &mut B::Pass) -> Result<(), Error> {
-        for layer in layers {
-            self.cancel.check()?;
-            self.attention(layer, pass)?;
-            self.experts(layer, pass)?;
-        }
-        Ok(())
-    }
-
     fn attention(&mut self, layer: usize, pass: &mut B::Pass) -> Result<(), Error> {
         let (backend, past) = (self.backend, self.past);
         backend.hc_pre(layer, SubLayer::Attention, pass)?;
@@ -127,12 +173,6 @@ impl<B: Backend> Walk<'_, B> {
         self.done(layer, Stage::RoutedExperts, pass)?;
         backend.hc_post(layer, SubLayer::Experts, pass)?;
         self.done(layer, Stage::HcPost(SubLayer::Experts), pass)
-    }
-
-    fn head(&mut self, pass: &mut B::Pass) -> Result<B::Logits, Error> {
-        let logits = self.backend.head(pass)?;
-        self.observer.after(None, Stage::Head, self.backend, pass)?;
-        Ok(logits)
     }
 
     fn done(&mut self, layer: usize, stage: Stage, pass: &B::Pass) -> Result<(), Error> {

@@ -22,7 +22,7 @@ pub use backend::{Activation, Backend, Stage, SubLayer};
 pub use batch::{Batch, Row, Run};
 pub use config::{Config, Yarn};
 pub use error::Error;
-pub use forward::{NoObserver, Observer, forward};
+pub use forward::{Forward, NoObserver, Observer, forward};
 pub use kv::{Arithmetic, KvLayout, Precision};
 pub use record::{Recorder, trace_header};
 pub use snapshot::SnapshotError;

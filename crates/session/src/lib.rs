@@ -18,6 +18,6 @@ pub use error::Error;
 pub use generate::{Limits, StopReason, generate};
 pub use sampler::{Choice, Logprobs, Sampler, Sampling, TOP_K_CAP};
 pub use saved::SavedError;
-pub use timeline::{Context, OnLogits, Session, pass_rows};
+pub use timeline::{Context, OnLogits, Session, Slice, pass_rows, read_together};
 pub use turn::{Constrain, PreparedTurn, ToolChoice, TurnEvent, TurnOptions, TurnOutcome, run_turn};
 pub use vocabulary::Vocabulary;

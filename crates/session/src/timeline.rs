@@ -1,6 +1,6 @@
 //! One timeline: tokens, and the state of a backend that has seen exactly these.
 
-use model::{Backend, Batch, Cancel, Config, NoObserver, Observer, Row, Stage, SubLayer, forward};
+use model::{Backend, Batch, Cancel, Config, Forward, NoObserver, Observer, Row, Stage, SubLayer, forward};
 
 use crate::Error;
 
@@ -167,6 +167,26 @@ impl<B: Backend> Session<B> {
         self.rewind(backend, shared.min(tokens.len().saturating_sub(1)))
     }
 
+    /// A second session that goes on from the same place.
+    ///
+    /// # Errors
+    /// There is no memory for it.
+    pub fn fork(&self, backend: &B) -> Result<Session<B>, Error> {
+        Ok(Session::from_parts(self.tokens.clone(), backend.fork(&self.state)?, self.context))
+    }
+
+    /// Begins a pass over `tokens` that goes on a layer at a time. Only its [`Slice::layer`] and [`Slice::end`] may be called with
+    /// this session until it is over.
+    ///
+    /// # Errors
+    /// As [`Session::prefill`].
+    pub fn begin_slice<'b>(&self, backend: &'b B, tokens: Vec<u32>, logits: bool) -> Result<Slice<'b, B>, Error> {
+        self.context.check(self.tokens.len(), tokens.len())?;
+        let forward =
+            Forward::begin(backend, rows(0, self.tokens.len(), &tokens, logits), &[&self.state], &mut NoObserver)?;
+        Ok(Slice { backend, forward, tokens })
+    }
+
     /// One forward pass over `tokens`; logits after the last of them, or none. `done` is told how many
     /// layers the pass has been through.
     fn pass(
@@ -177,9 +197,7 @@ impl<B: Backend> Session<B> {
         cancel: &Cancel,
         done: &mut dyn FnMut(usize),
     ) -> Result<Vec<f32>, model::Error> {
-        let (start, end) = (self.tokens.len(), self.tokens.len() + tokens.len());
-        let row = |(position, &token)| Row { session: 0, position, token, logits: last_logits && position + 1 == end };
-        let rows = (start..end).zip(tokens).map(row).collect();
+        let rows = rows(0, self.tokens.len(), tokens, last_logits);
         let mut observer = Layers { observer: &mut *self.observer, done };
         let logits = forward(backend, rows, &mut [&mut self.state], cancel, &mut observer)?;
         self.tokens.extend_from_slice(tokens);
@@ -187,6 +205,77 @@ impl<B: Backend> Session<B> {
         (self.on_logits)(&logits);
         Ok(logits)
     }
+}
+
+/// Rows of session number `session` from `position` on; the last one wants logits or none does.
+fn rows(session: usize, position: usize, tokens: &[u32], last_logits: bool) -> Vec<Row> {
+    let end = position + tokens.len();
+    let row = |(position, &token)| Row { session, position, token, logits: last_logits && position + 1 == end };
+    (position..end).zip(tokens).map(row).collect()
+}
+
+/// A pass over tokens of one session that goes on a layer at a time.
+pub struct Slice<'b, B: Backend> {
+    backend: &'b B,
+    forward: Forward<'b, B>,
+    tokens: Vec<u32>,
+}
+
+impl<B: Backend> Slice<'_, B> {
+    /// Tokens that it reads.
+    pub fn tokens(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Layers done.
+    pub fn layers(&self) -> usize {
+        self.forward.layers()
+    }
+
+    /// Computes the next layer; whether it was the last.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if it failed or was cancelled: the session is as it was before the pass.
+    pub fn layer(&mut self, session: &Session<B>, cancel: &Cancel) -> Result<bool, Error> {
+        self.forward.layer(&[&session.state], cancel, &mut NoObserver)?;
+        Ok(self.forward.is_through())
+    }
+
+    /// Makes the pass part of its session. The logits `[vocab]` after its last token, if they were asked for.
+    ///
+    /// # Errors
+    /// As [`Slice::layer`].
+    pub fn end(self, session: &mut Session<B>) -> Result<Vec<f32>, Error> {
+        let logits = self.forward.end(&mut [&mut session.state], &mut NoObserver)?;
+        session.tokens.extend(self.tokens);
+        Ok(self.backend.read_logits(logits)?)
+    }
+}
+
+/// Reads the tokens of several sessions in one pass, each at least one, and returns the logits `[vocab]` after the last token of
+/// each. What experts they choose is read once.
+///
+/// # Errors
+/// As [`Session::prefill`]; no session has changed then.
+pub fn read_together<B: Backend>(
+    backend: &B,
+    parts: &mut [(&mut Session<B>, &[u32])],
+    cancel: &Cancel,
+) -> Result<Vec<Vec<f32>>, Error> {
+    for (session, tokens) in parts.iter() {
+        session.context.check(session.tokens.len(), tokens.len())?;
+    }
+    let of = |(number, (session, tokens)): (usize, &(&mut Session<B>, &[u32]))| {
+        rows(number, session.tokens.len(), tokens, true)
+    };
+    let rows = parts.iter().enumerate().flat_map(of).collect();
+    let mut states: Vec<&mut B::State> = parts.iter_mut().map(|(session, _)| &mut session.state).collect();
+    let logits = forward(backend, rows, &mut states, cancel, &mut NoObserver)?;
+    for (session, tokens) in parts {
+        session.tokens.extend_from_slice(tokens);
+    }
+    let vocab_size = backend.config().vocab_size;
+    Ok(backend.read_logits(logits)?.chunks_exact(vocab_size).map(<[f32]>::to_vec).collect())
 }
 
 /// Rows of the pass at `position` when `left` tokens are to be read: it ends at the next multiple of `chunk_tokens`, or

@@ -5,6 +5,7 @@ mod common;
 mod vocabularies;
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use common::{Scripted, one_hot, tokenizer};
 use model::Cancel;
@@ -50,8 +51,8 @@ struct Ran {
 }
 
 fn run(backend: Scripted, options: &TurnOptions, context: usize) -> Result<Ran, Error> {
-    let tokenizer = tokenizer();
-    let vocabulary = Vocabulary::new(&tokenizer).unwrap();
+    let tokenizer = Arc::new(tokenizer());
+    let vocabulary = Arc::new(Vocabulary::new(tokenizer.clone()).unwrap());
     let (mut session, logits) = backend.read(&prompt(), context);
     let mut events = Vec::new();
     let outcome = run_turn(&backend, &vocabulary, &mut session, logits, options, &Cancel::default(), &mut |event| {
@@ -187,8 +188,8 @@ fn limits_end_a_turn_and_withhold_open_calls() {
 
 #[test]
 fn caller_and_receiver_end_a_turn() {
-    let tokenizer = tokenizer();
-    let vocabulary = Vocabulary::new(&tokenizer).unwrap();
+    let tokenizer = Arc::new(tokenizer());
+    let vocabulary = Arc::new(Vocabulary::new(tokenizer.clone()).unwrap());
     let script = tokenizer.encode("One two three four five six seven.");
     let backend = Scripted::saying(PROMPT, script.clone(), tokenizer.eos());
     let stopped_by = |cancels: bool| {
@@ -283,8 +284,8 @@ fn a_stop_string_in_space_at_the_end_is_told() {
 /// Ctrl-C after a block that closed in unclosed reasoning made its calls.
 #[test]
 fn an_interrupted_turn_makes_no_calls() {
-    let tokenizer = tokenizer();
-    let vocabulary = Vocabulary::new(&tokenizer).unwrap();
+    let tokenizer = Arc::new(tokenizer());
+    let vocabulary = Arc::new(Vocabulary::new(tokenizer.clone()).unwrap());
     let in_reasoning = format!("Hm.{}", block(&call("now", &[])));
     let mut script = tokenizer.encode_with_control(&in_reasoning);
     let closed = script.len();
@@ -406,8 +407,8 @@ fn an_outcome_tells_what_the_session_holds() {
 /// V4 has a token for `">` and two line ends, which a header's end alone would part.
 #[test]
 fn a_forced_call_without_parameters_has_the_tokens_of_a_rendered_one() {
-    let tokenizer = vocabularies::v4();
-    let vocabulary = Vocabulary::new(&tokenizer).unwrap();
+    let tokenizer = Arc::new(vocabularies::v4());
+    let vocabulary = Arc::new(Vocabulary::new(tokenizer.clone()).unwrap());
     let prompt_options = PromptOptions { encoding: Encoding::V4_2604, mode: Mode::Chat, drop_reasoning: true };
     let system = Message::System { content: String::new(), tools: tools(), response_format: None };
     let mut messages = vec![system, Message::user("What time is it?")];
@@ -616,8 +617,8 @@ fn the_end_of_a_turn_that_owes_json_ends_its_reasoning() {
 /// The next prompt begins with the whole turn, so nothing of it is read again.
 #[test]
 fn the_next_prompt_finds_the_turn_in_the_session() {
-    let tokenizer = tokenizer();
-    let vocabulary = Vocabulary::new(&tokenizer).unwrap();
+    let tokenizer = Arc::new(tokenizer());
+    let vocabulary = Arc::new(Vocabulary::new(tokenizer.clone()).unwrap());
     let prompt_options = PromptOptions { encoding: Encoding::V4_2604, mode: Mode::Chat, drop_reasoning: true };
     let system = Message::System { content: "Help.".to_owned(), tools: tools(), response_format: None };
     let mut messages = vec![system, Message::user("How is Paris?")];

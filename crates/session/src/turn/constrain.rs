@@ -24,7 +24,7 @@ pub enum Constrain {
 }
 
 /// The tokens that force a call, none if the choice is free; exactly those of a prompt that holds this text.
-pub fn opener(vocabulary: &Vocabulary<'_>, choice: &ToolChoice, tools: Option<&[Tool]>) -> Result<Vec<u32>, Error> {
+pub fn opener(vocabulary: &Vocabulary, choice: &ToolChoice, tools: Option<&[Tool]>) -> Result<Vec<u32>, Error> {
     let name = match choice {
         ToolChoice::Auto | ToolChoice::None => return Ok(Vec::new()),
         ToolChoice::Required => None,
@@ -71,11 +71,7 @@ pub enum Constraints {
 }
 
 impl Constraints {
-    pub fn new(
-        vocabulary: &Vocabulary<'_>,
-        constrain: &Constrain,
-        tools: Option<&[Tool]>,
-    ) -> Result<Constraints, Error> {
+    pub fn new(vocabulary: &Vocabulary, constrain: &Constrain, tools: Option<&[Tool]>) -> Result<Constraints, Error> {
         match (constrain, tools) {
             (Constrain::Off, _) | (Constrain::Calls, None | Some([])) => Ok(Constraints::Off),
             (Constrain::Calls, Some(tools)) => {
@@ -101,7 +97,7 @@ impl Constraints {
     }
 
     /// Goes on past `token`; `in_reasoning` says what came before it.
-    pub fn accept(&mut self, vocabulary: &Vocabulary<'_>, token: u32, in_reasoning: bool) -> Result<(), Error> {
+    pub fn accept(&mut self, vocabulary: &Vocabulary, token: u32, in_reasoning: bool) -> Result<(), Error> {
         match self {
             Constraints::Calls { constraint, open: true, .. } => constraint.accept(token)?,
             Constraints::Calls { open, after_bracket, .. } => {

@@ -15,6 +15,7 @@ mod constrain;
 mod output;
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use model::{Backend, Cancel};
 use text::parse::{EngineFinish, Event, ParseOptions, Position, Turn};
@@ -119,19 +120,22 @@ pub struct TurnOutcome {
 /// As [`PreparedTurn::new`] and [`PreparedTurn::run`].
 pub fn run_turn<B: Backend>(
     backend: &B,
-    vocabulary: &Vocabulary<'_>,
+    vocabulary: &Arc<Vocabulary>,
     session: &mut Session<B>,
     logits: Vec<f32>,
     options: &TurnOptions,
     cancel: &Cancel,
     receive: &mut dyn FnMut(TurnEvent) -> ControlFlow<()>,
 ) -> Result<TurnOutcome, Error> {
-    PreparedTurn::new(vocabulary, options)?.run(backend, session, logits, cancel, receive)
+    PreparedTurn::new(vocabulary.clone(), options)?.run(backend, session, logits, cancel, receive)
 }
 
 /// A turn whose options are known to be good, so that a long prompt is not read in vain.
-pub struct PreparedTurn<'v> {
-    vocabulary: &'v Vocabulary<'v>,
+///
+/// [`PreparedTurn::run`] drives it on one session. Who has several turns to go on with drives them itself: [`PreparedTurn::next`]
+/// takes the logits of a turn, [`PreparedTurn::unread`] is what its session reads then, [`PreparedTurn::end`] settles it.
+pub struct PreparedTurn {
+    vocabulary: Arc<Vocabulary>,
     sampler: Sampler,
     constraints: Constraints,
     output: Output,
@@ -147,12 +151,12 @@ pub struct PreparedTurn<'v> {
     unread: usize,
 }
 
-impl<'v> PreparedTurn<'v> {
+impl PreparedTurn {
     /// Checks the options and makes everything ready.
     ///
     /// # Errors
     /// [`Error::Sampling`], [`Error::ToolChoice`], [`Error::SchemaAndCall`] and [`Error::Grammar`] if the options cannot be met.
-    pub fn new(vocabulary: &'v Vocabulary<'v>, options: &TurnOptions) -> Result<PreparedTurn<'v>, Error> {
+    pub fn new(vocabulary: Arc<Vocabulary>, options: &TurnOptions) -> Result<PreparedTurn, Error> {
         let sampler = Sampler::new(options.sampling, options.seed)?.with_bias(options.logit_bias.clone())?;
         let mut parse = options.parse.clone();
         let is_json = matches!(options.constrain, Constrain::Schema(_));
@@ -164,8 +168,8 @@ impl<'v> PreparedTurn<'v> {
         }
         let output = Output::new(&parse, options.constrain == Constrain::Calls, options.stop_strings.clone());
         Ok(PreparedTurn {
-            opener: constrain::opener(vocabulary, &options.choice, parse.tools.as_deref())?,
-            constraints: Constraints::new(vocabulary, &options.constrain, parse.tools.as_deref())?,
+            opener: constrain::opener(&vocabulary, &options.choice, parse.tools.as_deref())?,
+            constraints: Constraints::new(&vocabulary, &options.constrain, parse.tools.as_deref())?,
             output,
             vocabulary,
             sampler,
@@ -192,8 +196,7 @@ impl<'v> PreparedTurn<'v> {
         receive: &mut dyn FnMut(TurnEvent) -> ControlFlow<()>,
     ) -> Result<TurnOutcome, Error> {
         let reason = loop {
-            let room = session.room_tokens() - self.unread;
-            let next = match self.next(&logits, room, receive)? {
+            let next = match self.next(&logits, session.room_tokens(), receive)? {
                 ControlFlow::Continue(()) => self.read(backend, session, cancel),
                 ControlFlow::Break(reason) => break reason,
             };
@@ -208,14 +211,27 @@ impl<'v> PreparedTurn<'v> {
 
     /// Reads the tokens that the session has not seen; the logits after the last of them.
     fn read<B: Backend>(&mut self, backend: &B, session: &mut Session<B>, cancel: &Cancel) -> Result<Vec<f32>, Error> {
-        let unread = &self.tokens[self.tokens.len() - self.unread..];
-        let logits = session.prefill(backend, unread, B::PASS_ROWS, cancel, &mut |_| ())?;
-        self.unread = 0;
+        let logits = session.prefill(backend, self.unread(), B::PASS_ROWS, cancel, &mut |_| ())?;
+        self.was_read();
         Ok(logits)
     }
 
-    /// Chooses the next token, and puts a pending opener behind it. The session has room for `room` more.
-    fn next(
+    /// The turn's tokens that its session is to read before [`PreparedTurn::next`].
+    pub fn unread(&self) -> &[u32] {
+        &self.tokens[self.tokens.len() - self.unread..]
+    }
+
+    /// The session has read [`PreparedTurn::unread`].
+    pub fn was_read(&mut self) {
+        self.unread = 0;
+    }
+
+    /// Takes the `logits` after the session's last token: chooses the next token, and puts a pending opener behind it. The session
+    /// has room for `room` more. Breaks with the reason if that ends the turn.
+    ///
+    /// # Errors
+    /// [`Error::NoFiniteLogit`], [`Error::BiasToken`], [`Error::Grammar`].
+    pub fn next(
         &mut self,
         logits: &[f32],
         room: usize,
@@ -275,7 +291,7 @@ impl<'v> PreparedTurn<'v> {
         self.tokens.push(token);
         self.unread += 1;
         self.reasoning_tokens += usize::from(self.output.in_reasoning());
-        self.constraints.accept(self.vocabulary, token, self.output.in_reasoning())?;
+        self.constraints.accept(&self.vocabulary, token, self.output.in_reasoning())?;
         if self.constraints.has_opened() {
             self.output.announce_block();
         }
@@ -297,7 +313,7 @@ impl<'v> PreparedTurn<'v> {
     }
 
     /// Settles what the turn came to.
-    fn end(self, reason: StopReason, receive: &mut dyn FnMut(TurnEvent) -> ControlFlow<()>) -> TurnOutcome {
+    pub fn end(self, reason: StopReason, receive: &mut dyn FnMut(TurnEvent) -> ControlFlow<()>) -> TurnOutcome {
         let finish = match reason {
             StopReason::EndOfTurn(_) | StopReason::CallsClosed | StopReason::StopString => EngineFinish::Stop,
             StopReason::Runaway => EngineFinish::Runaway,

@@ -110,6 +110,10 @@ impl Backend for Scripted {
         state.len()
     }
 
+    fn fork(&self, tokens: &Vec<u32>) -> Result<Vec<u32>, Error> {
+        Ok(tokens.clone())
+    }
+
     fn export(&self, tokens: &Vec<u32>, to: &mut dyn Write) -> Result<(), Error> {
         tokens.iter().try_for_each(|token| to.write_all(&token.to_le_bytes())).map_err(Error::Export)
     }
