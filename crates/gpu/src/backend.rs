@@ -220,10 +220,18 @@ impl GpuBackend {
         self.experts.host_counts()
     }
 
-    /// Bytes of device memory: weights that every token uses, and experts or their slots.
+    /// Bytes of device memory: weights that every token uses with their tables, and experts or their slots.
     pub fn weight_bytes(&self) -> (u64, u64) {
-        let fixed = self.layers.iter().map(|layer| layer.slab.bytes).sum::<u64>() + self.head.slab.bytes;
-        (fixed, self.experts.bytes())
+        let layers = self.layers.iter().map(|layer| layer.slab.bytes).sum::<u64>();
+        let tables = self.code_book.bytes + self.experts.table.bytes;
+        (layers + self.head.slab.bytes + tables, self.experts.bytes())
+    }
+
+    /// Bytes of everything that was allocated, and of the blocks that it lies in, where wgpu counts them (Vulkan, D3D12):
+    /// of the device, and of memory that both reach.
+    pub fn allocated_bytes(&self) -> Option<[u64; 2]> {
+        let report = self.device.device.generate_allocator_report()?;
+        Some([report.total_allocated_bytes, report.total_reserved_bytes])
     }
 
     fn commands(&self) -> Commands {

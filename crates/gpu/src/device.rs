@@ -33,16 +33,38 @@ pub struct AdapterReport {
     pub workgroup_bytes: u32,
     /// Threads that run in step: fewest and most.
     pub subgroup: [u32; 2],
+    /// Its memory, if the driver says (Vulkan's do).
+    pub memory: Option<DeviceMemory>,
+    /// Whether kernels can compute with halves.
+    pub f16: bool,
+    /// Whether the time of each stage can be taken.
+    pub timestamps: bool,
     /// Edge of the cooperative matrices that `Fast` multiplies large passes with, if the adapter has such.
     pub cooperative_tile: Option<u32>,
     /// What the backend needs and the adapter lacks; empty if it can be used.
     pub lacks: Vec<String>,
 }
 
+/// Memory of an adapter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceMemory {
+    /// All there is.
+    pub total_bytes: u64,
+    /// What this process can have now, if the driver says (`VK_EXT_memory_budget`).
+    pub free_bytes: Option<u64>,
+}
+
+impl AdapterReport {
+    /// Whether its memory is the host's, so that what it takes is not there for anything else.
+    pub fn is_unified(&self) -> bool {
+        matches!(self.kind, "integrated" | "software")
+    }
+}
+
 /// Which adapter to compute on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Choice {
-    /// The first that is no software and lacks nothing.
+    /// What [`best`] finds.
     #[default]
     Hardware,
     /// The adapter of this number, whatever it is.
@@ -58,11 +80,31 @@ pub enum Checks {
     Off,
 }
 
+/// Nothing of it comes from environment variables (wgpu would read some if it were asked to).
 fn instance() -> wgpu::Instance {
     let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
     descriptor.backends = wgpu::Backends::VULKAN | wgpu::Backends::METAL | wgpu::Backends::DX12;
     descriptor.flags = wgpu::InstanceFlags::empty();
     wgpu::Instance::new(descriptor)
+}
+
+/// Whether the system shows a GPU at all. Asking its drivers costs time and memory, and some of them talk; where this says
+/// no, there is nothing but software to be found.
+#[cfg(target_os = "linux")]
+pub fn may_have_hardware() -> bool {
+    let nodes = |folder: &str| std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let is_gpu = |name: &str| {
+        let numbered = name.strip_prefix("nvidia").is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
+        numbered || ["dxg", "kgsl-3d0", "mali0", "nvgpu"].contains(&name)
+    };
+    nodes("/dev/dri").any(|node| node.file_name().to_string_lossy().starts_with("renderD"))
+        || nodes("/dev").any(|node| is_gpu(&node.file_name().to_string_lossy()))
+}
+
+/// Whether the system shows a GPU at all: it may.
+#[cfg(not(target_os = "linux"))]
+pub fn may_have_hardware() -> bool {
+    true
 }
 
 /// Every adapter that the system offers.
@@ -89,9 +131,53 @@ fn report(index: usize, adapter: &wgpu::Adapter) -> AdapterReport {
         binding_bytes: limits.max_storage_buffer_binding_size,
         workgroup_bytes: limits.max_compute_workgroup_storage_size,
         subgroup: [info.subgroup_min_size, info.subgroup_max_size],
+        memory: memory(adapter),
+        f16: adapter.features().contains(Features::SHADER_F16),
+        timestamps: adapter.features().contains(TIMESTAMPS),
         cooperative_tile: cooperative_tile(adapter),
         lacks: lacks(adapter),
     }
+}
+
+/// What the time of a stage is taken with.
+const TIMESTAMPS: Features = Features::TIMESTAMP_QUERY.union(Features::TIMESTAMP_QUERY_INSIDE_ENCODERS);
+
+/// The largest heap of the adapter's own memory, as Vulkan tells it; wgpu itself does not.
+#[cfg(not(target_vendor = "apple"))]
+fn memory(adapter: &wgpu::Adapter) -> Option<DeviceMemory> {
+    use ash::vk;
+    // SAFETY: nothing is destroyed through the guard, which ends with this function.
+    let hal = unsafe { adapter.as_hal::<wgpu::hal::api::Vulkan>() }?;
+    let instance = hal.shared_instance();
+    if vk::api_version_major(instance.instance_api_version()) == 1
+        && vk::api_version_minor(instance.instance_api_version()) < 1
+    {
+        return None;
+    }
+    let tells_budget = hal.physical_device_capabilities().supports_extension(ash::ext::memory_budget::NAME);
+    let mut budget = vk::PhysicalDeviceMemoryBudgetPropertiesEXT::default();
+    let mut properties = vk::PhysicalDeviceMemoryProperties2::default();
+    if tells_budget {
+        properties = properties.push_next(&mut budget);
+    }
+    // SAFETY: the physical device is one of this instance, which is alive; Vulkan 1.1 has the call; the one structure that
+    // is chained on is of an extension that the device has.
+    unsafe {
+        instance.raw_instance().get_physical_device_memory_properties2(hal.raw_physical_device(), &mut properties)
+    };
+    let heaps = properties.memory_properties;
+    let own = (0..heaps.memory_heap_count as usize)
+        .filter(|&i| heaps.memory_heaps[i].flags.contains(vk::MemoryHeapFlags::DEVICE_LOCAL));
+    let largest = own.max_by_key(|&i| heaps.memory_heaps[i].size)?;
+    // The budget is what the process may hold, what it holds already included.
+    let free = budget.heap_budget[largest].saturating_sub(budget.heap_usage[largest]);
+    Some(DeviceMemory { total_bytes: heaps.memory_heaps[largest].size, free_bytes: tells_budget.then_some(free) })
+}
+
+/// Metal was never run: nothing is asked of it that wgpu does not ask. Its memory is the host's.
+#[cfg(target_vendor = "apple")]
+fn memory(_: &wgpu::Adapter) -> Option<DeviceMemory> {
+    None
 }
 
 /// Edge of a tile of f16 factors with f32 sums.
@@ -155,8 +241,7 @@ impl Device {
         if !report.lacks.is_empty() {
             return Err(GpuError::Lacks { name: report.name.clone(), lacks: report.lacks.join(", ") });
         }
-        let wanted = Features::TIMESTAMP_QUERY | Features::TIMESTAMP_QUERY_INSIDE_ENCODERS;
-        let mut features = Features::IMMEDIATES | adapter.features() & (wanted | Features::SHADER_F16);
+        let mut features = Features::IMMEDIATES | adapter.features() & (TIMESTAMPS | Features::SHADER_F16);
         if report.cooperative_tile.is_some() {
             features |= Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
         }
@@ -167,7 +252,8 @@ impl Device {
             // SAFETY: the one experimental feature is cooperative matrices. Its known faults are in how kernels that
             // use it are translated; those kernels are compared with their plain twins on each adapter they are used on.
             experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
-            memory_hints: wgpu::MemoryHints::Performance,
+            // Small blocks: what is larger has memory of its own, so that a layer's slab wastes none.
+            memory_hints: wgpu::MemoryHints::MemoryUsage,
             trace: wgpu::Trace::Off,
         };
         let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))
@@ -182,7 +268,7 @@ impl Device {
         });
         let uncaptured = failure.clone();
         device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| tell(&uncaptured, error.to_string())));
-        let timestamp_ns = features.contains(wanted).then(|| queue.get_timestamp_period());
+        let timestamp_ns = features.contains(TIMESTAMPS).then(|| queue.get_timestamp_period());
         Ok(Arc::new(Device {
             device,
             queue,
@@ -261,6 +347,15 @@ impl Device {
     }
 }
 
+/// The adapter to compute on where none is named: no software, lacking nothing, discrete before integrated, then the one with
+/// the most memory, then the first.
+pub fn best(reports: &[AdapterReport]) -> Option<usize> {
+    let usable = reports.iter().enumerate().filter(|(_, report)| report.kind != "software" && report.lacks.is_empty());
+    let worth =
+        |report: &AdapterReport| (report.kind == "discrete", report.memory.map_or(0, |memory| memory.total_bytes));
+    usable.rev().max_by_key(|(_, report)| worth(report)).map(|(i, _)| i)
+}
+
 fn choose(choice: Choice, reports: &[AdapterReport]) -> Result<usize, GpuError> {
     let found = || {
         let names: Vec<String> = reports.iter().map(|r| format!("gpu:{} {} ({})", r.index, r.name, r.kind)).collect();
@@ -268,12 +363,14 @@ fn choose(choice: Choice, reports: &[AdapterReport]) -> Result<usize, GpuError> 
     };
     let index = match choice {
         Choice::Index(index) => (index < reports.len()).then_some(index),
-        Choice::Hardware => reports.iter().position(|r| r.kind != "software" && r.lacks.is_empty()),
+        Choice::Hardware => best(reports),
     };
     index.ok_or_else(|| GpuError::NoAdapter {
         wanted: match choice {
             Choice::Index(index) => format!("gpu:{index}"),
-            Choice::Hardware => "a hardware GPU that can run the kernels".to_owned(),
+            Choice::Hardware => {
+                "hardware GPU that can run the kernels (software ones are used only by number, gpu:N)".into()
+            }
         },
         found: found(),
     })
@@ -294,6 +391,9 @@ mod tests {
             binding_bytes: 1 << 27,
             workgroup_bytes: 32 << 10,
             subgroup: [8, 8],
+            memory: None,
+            f16: false,
+            timestamps: false,
             cooperative_tile: None,
             lacks: lacks.iter().map(|&what| what.to_owned()).collect(),
         }
@@ -306,6 +406,10 @@ mod tests {
         assert_eq!(choose(Choice::Index(0), &all).unwrap(), 0);
         let error = choose(Choice::Index(3), &all).unwrap_err().to_string();
         assert!(error.contains("gpu:3") && error.contains("gpu:2 integrated 2"), "{error}");
+        let mut two = vec![adapter(0, "integrated", &[]), adapter(1, "discrete", &[]), adapter(2, "discrete", &[])];
+        assert_eq!(best(&two), Some(1));
+        two[2].memory = Some(DeviceMemory { total_bytes: 1 << 30, free_bytes: None });
+        assert_eq!(best(&two), Some(2));
         let error = choose(Choice::Hardware, &all[..2]).unwrap_err().to_string();
         assert!(error.contains("gpu:0 software 0 (software)"), "{error}");
     }

@@ -91,17 +91,27 @@ impl Slabs {
     /// As many slots as `memory_bytes` hold, in slabs of at most `slab_bytes`; layers whose experts have the same size
     /// share slabs evenly. `None` if a slab would have no slot.
     pub fn plan(slot_bytes: &[u64], experts: usize, memory_bytes: u64, slab_bytes: u64) -> Option<Slabs> {
+        let all: u64 = slot_bytes.iter().map(|bytes| bytes * experts as u64).sum();
+        let slots = |size: u64| {
+            let layers = slot_bytes.iter().filter(|&&bytes| bytes == size).count();
+            // A share of the memory as large as the share of the weights.
+            let wanted = size as u128 * (experts * layers) as u128;
+            let share = (u128::from(memory_bytes) * wanted / u128::from(all)) as u64;
+            ((share / size) as usize).min(experts * layers)
+        };
+        Slabs::of_slots(slot_bytes, slots, slab_bytes)
+    }
+
+    /// For each size of an expert as many slots as `slots` says, in slabs of at most `slab_bytes`. `None` if a slab would
+    /// have no slot.
+    pub fn of_slots(slot_bytes: &[u64], slots: impl Fn(u64) -> usize, slab_bytes: u64) -> Option<Slabs> {
         let mut sizes: Vec<u64> = slot_bytes.to_vec();
         sizes.sort_unstable();
         sizes.dedup();
-        let all: u64 = slot_bytes.iter().map(|bytes| bytes * experts as u64).sum();
         let mut slabs = Slabs { of_layer: vec![0; slot_bytes.len()], slots: Vec::new(), slot_bytes: Vec::new() };
         for size in sizes {
             let layers: Vec<usize> = (0..slot_bytes.len()).filter(|&layer| slot_bytes[layer] == size).collect();
-            // A share of the memory as large as the share of the weights.
-            let wanted = size as u128 * (experts * layers.len()) as u128;
-            let share = (u128::from(memory_bytes) * wanted / u128::from(all)) as u64;
-            let slots = ((share / size) as usize).min(experts * layers.len());
+            let slots = slots(size);
             let most = (slab_bytes / size) as usize;
             let count = slots.checked_div(most)?.max(1).max(slots.div_ceil(most.max(1))).min(layers.len());
             let first = slabs.slots.len();

@@ -12,7 +12,7 @@ use minijinja::{Environment, UndefinedBehavior, Value};
 use wgpu::naga;
 
 use crate::GpuError;
-use crate::device::{Checks, Device};
+use crate::device::{AdapterReport, Checks, Device};
 
 /// Every source, by the name that includes use.
 const SOURCES: &[(&str, &str)] = &[
@@ -202,16 +202,24 @@ impl Buffer {
     /// # Errors
     /// It is more than a kernel can reach, or the device has no more.
     pub(crate) fn new(device: &Device, what: &str, bytes: u64) -> Result<Buffer, GpuError> {
-        let (bytes, limit_bytes) = (bytes.max(16).next_multiple_of(16), device.report.binding_bytes);
-        if bytes > limit_bytes {
-            let (name, what) = (device.report.name.clone(), what.to_owned());
-            return Err(GpuError::TooLarge { name, what, wanted_bytes: bytes, limit_bytes });
-        }
+        let bytes = Buffer::room(&device.report, what, bytes)?;
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
         let descriptor = wgpu::BufferDescriptor { label: Some(what), size: bytes, usage, mapped_at_creation: false };
         let raw = device.device.create_buffer(&descriptor);
         device.check()?;
         Ok(Buffer::from_raw(raw, bytes))
+    }
+
+    /// Bytes that a buffer for `bytes` has.
+    ///
+    /// # Errors
+    /// It is more than a kernel can reach.
+    pub(crate) fn room(on: &AdapterReport, what: &str, bytes: u64) -> Result<u64, GpuError> {
+        let (wanted_bytes, limit_bytes) = (bytes.max(16).next_multiple_of(16), on.binding_bytes);
+        if wanted_bytes > limit_bytes {
+            return Err(GpuError::TooLarge { name: on.name.clone(), what: what.to_owned(), wanted_bytes, limit_bytes });
+        }
+        Ok(wanted_bytes)
     }
 
     pub(crate) fn from_raw(raw: wgpu::Buffer, bytes: u64) -> Buffer {

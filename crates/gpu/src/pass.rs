@@ -37,13 +37,13 @@ pub(crate) struct Shapes {
 }
 
 impl Shapes {
-    pub(crate) fn new(
+    pub(crate) fn new<B>(
         config: &Config,
         layout: &KvLayout,
-        layers: &[LayerWeights],
+        layers: &[LayerWeights<B>],
         tiles_bytes: fn(usize, usize) -> u64,
     ) -> Shapes {
-        let most = |values: fn(&LayerWeights) -> usize| layers.iter().map(values).max().unwrap_or(0);
+        let most = |values: fn(&LayerWeights<B>) -> usize| layers.iter().map(values).max().unwrap_or(0);
         Shapes {
             config: config.clone(),
             projected: most(|layer| layer.projected),
@@ -95,57 +95,66 @@ impl Shapes {
     }
 }
 
-/// Activations of a pass of up to `rows` rows, `[rows, …]`.
-pub(crate) struct Activations {
+/// Activations of a pass of up to `rows` rows, `[rows, …]`; in buffers, or in what only counts their bytes.
+pub(crate) struct Activations<B = Buffer> {
     pub(crate) rows: usize,
     /// Position up to which attention has room.
     end: usize,
-    pub(crate) embedded: Buffer,
-    pub(crate) streams: Buffer,
+    pub(crate) embedded: B,
+    pub(crate) streams: B,
     /// `post` and mix of the hyper-connection in progress, `[S + S²]`.
-    pub(crate) hyper: Buffer,
-    pub(crate) sums: Buffer,
-    pub(crate) input: Buffer,
+    pub(crate) hyper: B,
+    pub(crate) sums: B,
+    pub(crate) input: B,
     /// Outputs of the sub-layer: attention's `[D]`, or `[1 + K, D]`.
-    pub(crate) output: Buffer,
-    pub(crate) projected: Buffer,
-    pub(crate) queries: Buffer,
-    pub(crate) heads: Buffer,
-    pub(crate) low: Buffer,
-    pub(crate) partial: Buffer,
-    pub(crate) scores: Buffer,
-    pub(crate) chosen: Buffer,
-    pub(crate) routed: Buffer,
-    pub(crate) experts: Buffer,
-    pub(crate) shares: Buffer,
-    pub(crate) shared_mid: Buffer,
-    pub(crate) mid: Buffer,
-    pub(crate) hidden: Buffer,
+    pub(crate) output: B,
+    pub(crate) projected: B,
+    pub(crate) queries: B,
+    pub(crate) heads: B,
+    pub(crate) low: B,
+    pub(crate) partial: B,
+    pub(crate) scores: B,
+    pub(crate) chosen: B,
+    pub(crate) routed: B,
+    pub(crate) experts: B,
+    pub(crate) shares: B,
+    pub(crate) shared_mid: B,
+    pub(crate) mid: B,
+    pub(crate) hidden: B,
     /// Rows with a value that is no number.
-    pub(crate) flags: Buffer,
-    pub(crate) tables: Buffer,
+    pub(crate) flags: B,
+    pub(crate) tables: B,
     /// Raw rows of a large pass.
-    pub(crate) fresh: Buffer,
+    pub(crate) fresh: B,
     /// What tiled products need, in passes of more than [`FEW_ROWS`] rows.
-    pub(crate) many: Option<ManyActivations>,
+    pub(crate) many: Option<ManyActivations<B>>,
 }
 
 /// Activations as halves, and choices grouped by expert.
-pub(crate) struct ManyActivations {
+pub(crate) struct ManyActivations<B = Buffer> {
     /// Of whatever is multiplied next; what undoes each row's factor.
-    pub(crate) halves: Buffer,
-    pub(crate) inverses: Buffer,
+    pub(crate) halves: B,
+    pub(crate) inverses: B,
     /// Of a sub-layer's input.
-    pub(crate) input_halves: Buffer,
-    pub(crate) input_inverses: Buffer,
-    pub(crate) order: Buffer,
-    pub(crate) tiles: Buffer,
+    pub(crate) input_halves: B,
+    pub(crate) input_inverses: B,
+    pub(crate) order: B,
+    pub(crate) tiles: B,
 }
 
-impl Activations {
-    fn new(device: &Device, shapes: &Shapes, rows: usize, end: usize) -> Result<Activations, GpuError> {
+/// Makes a buffer for something of so many bytes.
+pub(crate) type Make<'m, B> = dyn Fn(&str, u64) -> Result<B, GpuError> + 'm;
+
+impl<B> Activations<B> {
+    /// Room for up to `rows` rows before position `end`.
+    pub(crate) fn new(
+        make: &Make<'_, B>,
+        shapes: &Shapes,
+        rows: usize,
+        end: usize,
+    ) -> Result<Activations<B>, GpuError> {
         let c = &shapes.config;
-        let floats = |what: &str, count: usize| Buffer::new(device, what, 4 * count as u64);
+        let floats = |what: &str, count: usize| make(what, 4 * count as u64);
         let pieces = shapes.pieces(end);
         let together = shapes.attended_together(pieces, rows);
         let keys = end / 4;
@@ -176,26 +185,33 @@ impl Activations {
             tables: floats("tables", rows * (3 * c.rope_dim + 2) + 4 * c.rope_dim)?,
             fresh: floats("new rows", rows * shapes.row_words)?,
             many: (shapes.has_tiles && rows > FEW_ROWS)
-                .then(|| ManyActivations::new(device, shapes, rows))
+                .then(|| ManyActivations::new(make, shapes, rows))
                 .transpose()?,
         })
     }
 }
 
-impl ManyActivations {
-    fn new(device: &Device, shapes: &Shapes, rows: usize) -> Result<ManyActivations, GpuError> {
+impl<B> ManyActivations<B> {
+    fn new(make: &Make<'_, B>, shapes: &Shapes, rows: usize) -> Result<ManyActivations<B>, GpuError> {
         let c = &shapes.config;
-        let halves = |what: &str, width: usize| Buffer::new(device, what, 2 * (rows * width) as u64);
+        let halves = |what: &str, width: usize| make(what, 2 * (rows * width) as u64);
         let choices = rows * c.experts_used;
         Ok(ManyActivations {
             halves: halves("halves", shapes.widest())?,
-            inverses: Buffer::new(device, "factors of halves", 4 * rows as u64)?,
+            inverses: make("factors of halves", 4 * rows as u64)?,
             input_halves: halves("halves of inputs", c.d_model)?,
-            input_inverses: Buffer::new(device, "factors of inputs", 4 * rows as u64)?,
-            order: Buffer::new(device, "choices by expert", 4 * choices as u64)?,
-            tiles: Buffer::new(device, "tiles of experts", (shapes.tiles_bytes)(choices, c.experts))?,
+            input_inverses: make("factors of inputs", 4 * rows as u64)?,
+            order: make("choices by expert", 4 * choices as u64)?,
+            tiles: make("tiles of experts", (shapes.tiles_bytes)(choices, c.experts))?,
         })
     }
+}
+
+/// Rows and positions that are made room for when a pass needs so many. There are two kinds of passes: a few tokens, and
+/// prompts.
+pub(crate) fn room(rows: usize, end: usize) -> (usize, usize) {
+    let rows = if rows <= FEW_ROWS { FEW_ROWS } else { rows.next_power_of_two() };
+    (rows, end.next_power_of_two().max(4096))
 }
 
 /// Activations of passes that have ended, to be used again.
@@ -212,15 +228,14 @@ impl Pool {
         end: usize,
     ) -> Result<(Activations, bool), GpuError> {
         let mut pool = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        // Kinds of passes: a few tokens, and prompts.
-        let rows = if rows <= FEW_ROWS { FEW_ROWS } else { rows.next_power_of_two() };
-        let end = end.next_power_of_two().max(4096);
+        let (rows, end) = room(rows, end);
         if let Some(i) = pool.iter().position(|held| held.rows == rows && held.end >= end) {
             return Ok((pool.swap_remove(i), false));
         }
         let before = pool.len();
         pool.retain(|held| (held.rows <= FEW_ROWS) != (rows <= FEW_ROWS));
-        Ok((Activations::new(device, shapes, rows, end)?, pool.len() < before))
+        let make = |what: &str, bytes: u64| Buffer::new(device, what, bytes);
+        Ok((Activations::new(&make, shapes, rows, end)?, pool.len() < before))
     }
 
     fn give_back(&self, activations: Activations) {

@@ -86,21 +86,27 @@ impl LayerPlaces {
         self.main() + self.rows(tokens) * self.row
     }
 
-    fn bytes(&self, tokens: usize) -> u64 {
+    /// Bytes of a buffer with room for `tokens`.
+    pub(crate) fn bytes(&self, tokens: usize) -> u64 {
         4 * (self.index(tokens) + self.rows(tokens) * self.index_row) as u64
     }
 }
 
-/// Bytes of device memory that a session takes that may grow to `tokens`, with its checkpoints.
+/// Bytes of device memory that a session takes that may grow to `tokens`: with its checkpoints, and with the smaller buffers
+/// that it still holds while it moves into the largest.
 pub fn state_bytes(layout: &KvLayout, tokens: usize) -> u64 {
-    let places = layout.layers.iter().map(|layer| LayerPlaces::new(layer, layout.window));
     let room = room_tokens(tokens);
+    let before = if room > FIRST_TOKENS { room / 2 } else { 0 };
+    let both = |layer: &LayerLayout| {
+        let places = LayerPlaces::new(layer, layout.window);
+        places.bytes(room) + if before > 0 { places.bytes(before) } else { 0 }
+    };
     let checkpoint: u64 = checkpoint_places(layout).1;
-    places.map(|places| places.bytes(room)).sum::<u64>() + checkpoint * (MAX_CHECKPOINTS as u64 + 1)
+    layout.layers.iter().map(both).sum::<u64>() + checkpoint * (MAX_CHECKPOINTS as u64 + 1)
 }
 
 /// Tokens that are made room for when `tokens` are needed.
-fn room_tokens(tokens: usize) -> usize {
+pub(crate) fn room_tokens(tokens: usize) -> usize {
     tokens.next_power_of_two().max(FIRST_TOKENS)
 }
 

@@ -13,10 +13,10 @@ use crate::format::Format;
 use crate::kernel::Buffer;
 
 /// Bytes that are copied at once.
-const PIECE_BYTES: usize = 16 << 20;
+pub(crate) const PIECE_BYTES: usize = 16 << 20;
 
 /// Pieces at most: as many are filled or copied at the same time.
-const PIECES: usize = 6;
+pub(crate) const PIECES: usize = 6;
 
 /// Bytes that a thread puts in order at a time.
 const SHARE_BYTES: usize = 256 << 10;

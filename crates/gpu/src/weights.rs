@@ -34,9 +34,9 @@ pub(crate) struct CompressorAt {
     pub(crate) norm: At,
 }
 
-/// One layer.
-pub(crate) struct LayerWeights {
-    pub(crate) slab: Buffer,
+/// One layer; its slab is a buffer, or only the number of its bytes.
+pub(crate) struct LayerWeights<B = Buffer> {
+    pub(crate) slab: B,
     pub(crate) attention: HyperAt,
     pub(crate) experts: HyperAt,
     /// From the sub-layer's input: low-rank query, key, compressors' inputs, indexer's head weights.
@@ -67,17 +67,17 @@ pub(crate) struct LayerWeights {
 }
 
 /// The output head.
-pub(crate) struct HeadWeights {
-    pub(crate) slab: Buffer,
+pub(crate) struct HeadWeights<B = Buffer> {
+    pub(crate) slab: B,
     pub(crate) hc: HyperAt,
     pub(crate) output: Jobs,
 }
 
 /// Lays tensors out one after the other, and remembers what has to be written where.
 #[derive(Default)]
-struct Placer<'t> {
+pub(crate) struct Placer<'t> {
     /// Bytes so far.
-    bytes: u64,
+    pub(crate) bytes: u64,
     matrices: Vec<(&'t TensorRef, Matrix)>,
     /// Small tensors, as f32 or as they are.
     small: Vec<(&'t TensorRef, At)>,
@@ -230,6 +230,29 @@ pub(crate) fn load_layer(
     loaded: &mut dyn FnMut(u64),
 ) -> Result<LayerWeights, Error> {
     let (config, Layer { attention, moe }) = (&model.config, &model.tensors.layers[layer]);
+    if let Routing::Hash(table) = &moe.routing {
+        check_table(table, source, config)?;
+    }
+    let mut largest = largest_magnitude(&attention.kv_norm, source)?;
+    if let Some(compressor) = &attention.compressor {
+        largest = largest.max(largest_magnitude(&compressor.norm, source)?);
+    }
+    let what = format!("the weights of layer {layer}");
+    let write = |placer: Placer<'_>| placer.write(device, uploader, source, &what, loaded);
+    place_layer(model, layer, key_factor(largest, config.head_dim), write)
+}
+
+/// Says where everything of a layer lies; `write` makes the slab.
+///
+/// # Errors
+/// A tensor is of a type without kernels; those of `write`.
+pub(crate) fn place_layer<'t, B>(
+    model: &'t Model,
+    layer: usize,
+    key_factor: f32,
+    write: impl FnOnce(Placer<'t>) -> Result<B, Error>,
+) -> Result<LayerWeights<B>, Error> {
+    let (config, Layer { attention, moe }) = (&model.config, &model.tensors.layers[layer]);
     let mut placer = Placer::default();
     let attention_hc = placer.hyper(&attention.hc, &attention.norm);
     let experts_hc = placer.hyper(&moe.hc, &moe.norm);
@@ -276,21 +299,14 @@ pub(crate) fn load_layer(
     let route = [router, gate, up].map(|matrix| Job { matrix, x_at: 0, y_at: places.next(matrix.rows) });
     let route = placer.jobs(route.to_vec());
     let (choice, hashed) = match &moe.routing {
-        Routing::Hash(table) => {
-            check_table(table, source, config)?;
-            (placer.values(table), true)
-        }
+        Routing::Hash(table) => (placer.values(table), true),
         Routing::Bias(bias) => (placer.values(bias), false),
     };
     let shared_down = Job { matrix: placer.matrix(&moe.shared_down)?, x_at: 0, y_at: 0 };
     let shared_down = placer.jobs(vec![shared_down]);
     let (q_a_norm, kv_norm) = (placer.values(&attention.q_a_norm), placer.values(&attention.kv_norm));
     let sinks = placer.values(&attention.sinks);
-    let mut largest = largest_magnitude(&attention.kv_norm, source)?;
-    if let Some(compressor) = &attention.compressor {
-        largest = largest.max(largest_magnitude(&compressor.norm, source)?);
-    }
-    let slab = placer.write(device, uploader, source, &format!("the weights of layer {layer}"), loaded)?;
+    let slab = write(placer)?;
     let projected = project.jobs.iter().map(|job| job.matrix.rows).sum();
     Ok(LayerWeights {
         slab,
@@ -305,7 +321,7 @@ pub(crate) fn load_layer(
         q_a_norm,
         kv_norm,
         sinks,
-        key_factor: key_factor(largest, config.head_dim),
+        key_factor,
         queries,
         queried,
         output_a,
@@ -325,12 +341,19 @@ pub(crate) fn load_head(
     model: &Model,
     loaded: &mut dyn FnMut(u64),
 ) -> Result<HeadWeights, Error> {
+    place_head(model, |placer| placer.write(device, uploader, source, "the output head", loaded))
+}
+
+/// Says where everything of the output head lies; as [`place_layer`].
+pub(crate) fn place_head<'t, B>(
+    model: &'t Model,
+    write: impl FnOnce(Placer<'t>) -> Result<B, Error>,
+) -> Result<HeadWeights<B>, Error> {
     let mut placer = Placer::default();
     let hc = placer.hyper(&model.tensors.output_hc, &model.tensors.output_norm);
     let output = Job { matrix: placer.matrix(&model.tensors.output)?, x_at: 0, y_at: 0 };
     let output = placer.jobs(vec![output]);
-    let slab = placer.write(device, uploader, source, "the output head", loaded)?;
-    Ok(HeadWeights { slab, hc, output })
+    Ok(HeadWeights { slab: write(placer)?, hc, output })
 }
 
 /// Every entry of a token-to-expert table must name an expert.
