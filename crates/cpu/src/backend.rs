@@ -223,12 +223,20 @@ impl Backend for CpuBackend {
         &self.config
     }
 
+    fn passes_are_free(&self) -> bool {
+        true
+    }
+
     fn new_state(&self) -> Result<State, Error> {
         Ok(State::new(self.layout.clone()))
     }
 
     fn position(&self, state: &State) -> usize {
         state.position()
+    }
+
+    fn reach(&self, state: &State, target: usize) -> usize {
+        state.reach(target)
     }
 
     fn rewind(&self, state: &mut State, target: usize) -> usize {

@@ -304,12 +304,20 @@ impl Backend for GpuBackend {
         &self.config
     }
 
+    fn passes_are_free(&self) -> bool {
+        self.layout.precision == Precision::Exact
+    }
+
     fn new_state(&self) -> Result<GpuState, Error> {
         Ok(GpuState::new(&self.kernels, &self.layout)?)
     }
 
     fn position(&self, state: &GpuState) -> usize {
         state.position()
+    }
+
+    fn reach(&self, state: &GpuState, target: usize) -> usize {
+        state.reach(target)
     }
 
     fn rewind(&self, state: &mut GpuState, target: usize) -> usize {

@@ -301,6 +301,16 @@ impl GpuState {
         }
     }
 
+    /// See `model::Backend::reach`.
+    pub(crate) fn reach(&self, target: usize) -> usize {
+        let known = self.checkpoints.iter().map(|checkpoint| checkpoint.position);
+        if target >= self.floor {
+            target.min(self.position)
+        } else {
+            known.filter(|&at| at <= target).max().unwrap_or(0)
+        }
+    }
+
     /// Steps back; see `model::Backend::rewind`.
     pub(crate) fn rewind(&mut self, target: usize, commands: &mut Commands) -> usize {
         if target < self.floor {

@@ -118,6 +118,9 @@ pub trait Backend {
     /// The model this backend was loaded with.
     fn config(&self) -> &Config;
 
+    /// Whether no bit depends on how many rows a pass has, so that a prompt may be read in any passes.
+    fn passes_are_free(&self) -> bool;
+
     /// A session that has seen nothing.
     ///
     /// # Errors
@@ -126,6 +129,9 @@ pub trait Backend {
 
     /// Tokens that a session has seen.
     fn position(&self, state: &Self::State) -> usize;
+
+    /// Where [`Backend::rewind`] to `target` would get.
+    fn reach(&self, state: &Self::State, target: usize) -> usize;
 
     /// Steps a session back to `target` or to the nearest earlier position still known; returns the position reached.
     /// The last 64 tokens are always known, counted from the farthest the session has been since it last went farther

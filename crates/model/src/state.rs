@@ -447,6 +447,16 @@ impl State {
         self.checkpoints.remove(least_useful(&positions));
     }
 
+    /// Where [`State::rewind`] to `target` would get.
+    pub fn reach(&self, target: usize) -> usize {
+        let known = self.checkpoints.iter().map(|checkpoint| checkpoint.position);
+        if target >= self.floor {
+            target.min(self.position)
+        } else {
+            known.filter(|&at| at <= target).max().unwrap_or(0)
+        }
+    }
+
     /// Steps back to `target`, or to the nearest earlier position that is still known, and returns the position
     /// reached. Positions at or after the present one change nothing.
     pub fn rewind(&mut self, target: usize) -> usize {

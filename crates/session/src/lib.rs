@@ -6,6 +6,7 @@
 //!
 //! This crate knows no kernels and no HTTP.
 
+pub mod engine;
 mod error;
 mod generate;
 mod sampler;

@@ -17,6 +17,8 @@ type Rule = Box<dyn Fn(&[u32]) -> Vec<f32>>;
 pub struct Scripted {
     config: Config,
     rule: Rule,
+    /// A token that no pass can be computed with.
+    poison: Option<u32>,
     /// Rows of each pass so far.
     pub passes: RefCell<Vec<usize>>,
 }
@@ -24,7 +26,8 @@ pub struct Scripted {
 /// A pass: its rows, and the logits wanted.
 pub struct Pass {
     batch: Batch,
-    past: Vec<u32>,
+    /// The tokens of each session.
+    past: Vec<Vec<u32>>,
 }
 
 /// nano's tokenizer, whose control tokens have V4's names.
@@ -47,7 +50,7 @@ impl Scripted {
     /// A backend with these logits.
     pub fn new(rule: impl Fn(&[u32]) -> Vec<f32> + 'static) -> Scripted {
         let config = Model::from_gguf(&Gguf::parse("nano", NANO).unwrap()).unwrap().config;
-        Scripted { config, rule: Box::new(rule), passes: RefCell::default() }
+        Scripted { config, rule: Box::new(rule), poison: None, passes: RefCell::default() }
     }
 
     /// The same for another vocabulary than nano's.
@@ -57,18 +60,28 @@ impl Scripted {
         self
     }
 
+    /// The same, but every pass with `token` in it fails.
+    #[allow(dead_code, reason = "not every test program has passes that fail")]
+    pub fn failing_on(mut self, token: u32) -> Scripted {
+        self.poison = Some(token);
+        self
+    }
+
     /// The logits after `tokens`.
+    #[allow(dead_code, reason = "not every test program asks for them")]
     pub fn rule(&self, tokens: &[u32]) -> Vec<f32> {
         (self.rule)(tokens)
     }
 
     /// A backend that says `script` after `prompt` tokens and then ends the turn.
+    #[allow(dead_code, reason = "not every test program says a script")]
     pub fn saying(prompt: usize, script: Vec<u32>, eos: u32) -> Scripted {
         let vocab = tokenizer().vocab_size();
         Scripted::new(move |tokens| one_hot(vocab, script.get(tokens.len() - prompt).copied().unwrap_or(eos)))
     }
 
     /// A session that has read `prompt`, and the logits after it.
+    #[allow(dead_code, reason = "not every test program reads a prompt itself")]
     pub fn read(&self, prompt: &[u32], context: usize) -> (Session<Scripted>, Vec<f32>) {
         let mut session = Session::new(self, Context::new(&self.config, Some(context)).unwrap()).unwrap();
         let logits = session.prefill(self, prompt, 512, &Cancel::default(), &mut |_| ()).unwrap();
@@ -97,12 +110,20 @@ impl Backend for Scripted {
         &self.config
     }
 
+    fn passes_are_free(&self) -> bool {
+        true
+    }
+
     fn new_state(&self) -> Result<Vec<u32>, Error> {
         Ok(Vec::new())
     }
 
     fn position(&self, state: &Vec<u32>) -> usize {
         state.len()
+    }
+
+    fn reach(&self, state: &Vec<u32>, target: usize) -> usize {
+        target.min(state.len())
     }
 
     fn rewind(&self, state: &mut Vec<u32>, target: usize) -> usize {
@@ -126,7 +147,10 @@ impl Backend for Scripted {
 
     fn begin(&self, batch: Batch, states: &[&Vec<u32>]) -> Result<Pass, Error> {
         self.passes.borrow_mut().push(batch.rows().len());
-        Ok(Pass { batch, past: states[0].clone() })
+        if batch.rows().iter().any(|row| Some(row.token) == self.poison) {
+            return Err(Error::Export(std::io::Error::other("poison")));
+        }
+        Ok(Pass { batch, past: states.iter().map(|&state| state.clone()).collect() })
     }
 
     fn embed(&self, _: &mut Pass) -> Result<(), Error> {
@@ -180,9 +204,9 @@ impl Backend for Scripted {
     fn head(&self, pass: &mut Pass) -> Result<Vec<f32>, Error> {
         let (mut tokens, mut logits) = (pass.past.clone(), Vec::new());
         for row in pass.batch.rows() {
-            tokens.push(row.token);
+            tokens[row.session].push(row.token);
             if row.logits {
-                logits.extend((self.rule)(&tokens));
+                logits.extend((self.rule)(&tokens[row.session]));
             }
         }
         Ok(logits)
@@ -193,7 +217,7 @@ impl Backend for Scripted {
     }
 
     fn commit(&self, pass: Pass, states: &mut [&mut Vec<u32>]) {
-        states[0].extend(pass.batch.rows().iter().map(|row| row.token));
+        pass.batch.rows().iter().for_each(|row| states[row.session].push(row.token));
     }
 
     fn read(&self, _: &Pass, _: Activation) -> Vec<f32> {

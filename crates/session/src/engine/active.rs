@@ -1,0 +1,108 @@
+//! A request at work.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::Instant;
+
+use model::{Backend, Cancel};
+
+use super::{Ended, EngineEvent, Prompt, Usage};
+use crate::{Error, PreparedTurn, Session, Slice, StopReason};
+
+/// A request that reads its prompt or generates its turn.
+pub struct Active<'b, B: Backend> {
+    /// Its number.
+    pub id: u64,
+    /// What it reads and generates in.
+    pub session: Session<B>,
+    /// The prompt.
+    pub prompt: Prompt,
+    /// The turn, which chooses tokens once the prompt is read.
+    pub turn: PreparedTurn,
+    /// Asks it to stop.
+    pub cancel: Arc<Cancel>,
+    /// The pass over the prompt that is under way.
+    pub slice: Option<Slice<'b, B>>,
+    /// When its last slice began, by the engine's count of slices.
+    pub slice_number: u64,
+    /// What it has cost.
+    pub usage: Usage,
+    receive: Box<dyn FnMut(EngineEvent) + Send>,
+    /// When the present phase began.
+    since: Instant,
+    is_decoding: bool,
+}
+
+impl<'b, B: Backend> Active<'b, B> {
+    /// A request whose `session` holds the first tokens of its prompt; it is told so.
+    pub fn begin(id: u64, session: Session<B>, request: super::Request, queued: std::time::Duration) -> Active<'b, B> {
+        let super::Request { prompt, turn, cancel, mut receive } = request;
+        let cached_tokens = session.tokens().len();
+        let usage = Usage { prompt_tokens: prompt.tokens.len(), cached_tokens, queued, ..Usage::default() };
+        receive(EngineEvent::Begun { cached_tokens });
+        Active {
+            id,
+            session,
+            prompt,
+            turn,
+            cancel,
+            slice: None,
+            slice_number: 0,
+            usage,
+            receive,
+            since: Instant::now(),
+            is_decoding: false,
+        }
+    }
+
+    /// Whether its prompt is read.
+    pub fn is_decoding(&self) -> bool {
+        self.is_decoding
+    }
+
+    /// Tokens of the prompt that its session does not hold.
+    pub fn unread_prompt(&self) -> &[u32] {
+        &self.prompt.tokens[self.session.tokens().len()..]
+    }
+
+    /// Tells how far the prompt is read: the session's tokens, and the share of a pass of `rows` that is through.
+    pub fn tell_progress(&mut self, rows: usize, layers: usize, of_layers: usize) {
+        let tokens = self.session.tokens().len() + rows * layers / of_layers;
+        (self.receive)(EngineEvent::Read { tokens });
+    }
+
+    /// Takes the logits after the session's last token; whether the turn goes on, or why it ends.
+    pub fn advance(&mut self, logits: &[f32]) -> Result<ControlFlow<StopReason>, Error> {
+        if self.is_decoding {
+            self.turn.was_read();
+        } else {
+            self.usage.prefill = self.since.elapsed();
+            (self.since, self.is_decoding) = (Instant::now(), true);
+        }
+        let receive = &mut self.receive;
+        self.turn.next(logits, self.session.room_tokens(), &mut |event| {
+            receive(EngineEvent::Turn(event));
+            ControlFlow::Continue(())
+        })
+    }
+
+    /// Settles the turn and tells what came of it, once `keep` has the session: whoever is told may ask again at once.
+    pub fn end(mut self, reason: StopReason, keep: impl FnOnce(Session<B>, Usage)) {
+        let receive = &mut self.receive;
+        let outcome = self.turn.end(reason, &mut |event| {
+            receive(EngineEvent::Turn(event));
+            ControlFlow::Continue(())
+        });
+        self.usage.decode = self.since.elapsed();
+        self.usage.completion_tokens = outcome.tokens.len();
+        self.usage.reasoning_tokens = outcome.reasoning_tokens;
+        keep(self.session, self.usage);
+        (self.receive)(EngineEvent::Ended(Box::new(Ended { outcome, usage: self.usage })));
+    }
+
+    /// Tells that nothing more will come, once `keep` has the session.
+    pub fn fail(mut self, error: Error, keep: impl FnOnce(Session<B>)) {
+        keep(self.session);
+        (self.receive)(EngineEvent::Failed(error));
+    }
+}

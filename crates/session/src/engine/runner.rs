@@ -1,0 +1,364 @@
+//! The loop: what is computed next, for whom.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use model::{Backend, Cancel};
+
+use super::active::Active;
+use super::shelf::{self, Kind, Shelf};
+use super::{EngineEvent, Inbox, Request, Shared, Waiting};
+use crate::{Error, Session, StopReason, pass_rows, read_together};
+
+/// A session is forked or taken from another conversation for so many tokens at least.
+const LEAST_REUSED_TOKENS: usize = 32;
+/// A beginning is kept for other conversations if it has so many tokens.
+const LEAST_COMMON_TOKENS: usize = 128;
+/// Rows of a pass over a prompt while turns wait for their next token, where a backend's bits do not depend on it: its layers are
+/// short then.
+const BUSY_PASS_ROWS: usize = 64;
+
+/// The loop of an engine.
+pub struct Runner {
+    shared: Arc<Shared>,
+}
+
+impl Runner {
+    pub(super) fn new(shared: Arc<Shared>) -> Runner {
+        Runner { shared }
+    }
+
+    /// Computes on the calling thread until [`super::Engine::stop`].
+    pub fn run<B: Backend>(self, backend: &B) {
+        let _guard = Guard(&self.shared);
+        let mut work = Work::new(backend, &self.shared);
+        loop {
+            if !work.admit() {
+                break;
+            }
+            work.drop_cancelled();
+            if !work.step() {
+                work.wait();
+            }
+        }
+        work.stop();
+    }
+}
+
+/// Says so if the loop ends in a panic.
+struct Guard<'s>(&'s Shared);
+
+impl Drop for Guard<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.inbox().dead = Some("the thread that computes has panicked; its message says more".to_owned());
+        }
+    }
+}
+
+/// What the loop has in hand.
+struct Work<'b, B: Backend> {
+    backend: &'b B,
+    shared: &'b Shared,
+    shelf: Shelf<B>,
+    active: Vec<Active<'b, B>>,
+    /// Requests and slices so far.
+    count: u64,
+    /// How long prompts may be read before turns go on: as long as their last pass took.
+    reading_credit: Duration,
+}
+
+impl<'b, B: Backend> Work<'b, B> {
+    fn new(backend: &'b B, shared: &'b Shared) -> Self {
+        Work { backend, shared, shelf: Shelf::new(), active: Vec::new(), count: 0, reading_credit: Duration::ZERO }
+    }
+
+    /// Takes requests from the queue as long as there are sessions for them; false when the engine is to stop.
+    fn admit(&mut self) -> bool {
+        loop {
+            let mut inbox = self.shared.inbox();
+            if inbox.stopping {
+                return false;
+            }
+            if self.active.len() >= self.shared.options.sessions {
+                return true;
+            }
+            let Some(waiting) = inbox.waiting.pop_front() else { return true };
+            drop(inbox);
+            self.begin(waiting);
+        }
+    }
+
+    /// Finds a session for a request.
+    fn begin(&mut self, Waiting { mut request, since }: Waiting) {
+        let queued = since.elapsed();
+        match self.session_for(&request.prompt.tokens) {
+            Ok(session) => {
+                self.count += 1;
+                self.active.push(Active::begin(self.count, session, request, queued));
+            }
+            Err(error) => (request.receive)(EngineEvent::Failed(error)),
+        }
+        self.count_sessions();
+    }
+
+    /// A session that holds as much of the beginning of `tokens` as can be had.
+    fn session_for(&mut self, tokens: &[u32]) -> Result<Session<B>, Error> {
+        let busy = self.active.iter().map(|active| (shelf::reach(self.backend, &active.session, tokens).0, active.id));
+        let busy = busy.max().filter(|&(reach, _)| reach >= LEAST_REUSED_TOKENS);
+        let idle = self.shelf.best(self.backend, tokens).filter(|found| found.reach >= LEAST_REUSED_TOKENS);
+        let is_full = self.active.len() + self.shelf.conversations() >= self.shared.options.sessions;
+        let victim = self.shelf.oldest_conversation().filter(|_| is_full);
+
+        let mut session = match (idle, busy) {
+            (Some(found), busy) if busy.is_none_or(|(reach, _)| reach <= found.reach) => {
+                if found.is_continued || victim == Some(found.id) {
+                    self.shelf.take(found.id)
+                } else {
+                    victim.map(|id| self.shelf.take(id));
+                    self.with_room(|work| work.shelf.touch(found.id).fork(work.backend))?
+                }
+            }
+            (_, Some((_, id))) => {
+                victim.map(|id| self.shelf.take(id));
+                let of = |work: &Self| work.active.iter().position(|active| active.id == id).expect("it is at work");
+                self.with_room(|work| work.active[of(work)].session.fork(work.backend))?
+            }
+            _ => {
+                victim.map(|id| self.shelf.take(id));
+                self.with_room(|work| Session::new(work.backend, work.shared.options.context))?
+            }
+        };
+        session.reuse(self.backend, tokens);
+        Ok(session)
+    }
+
+    /// What `make` makes; while there is no memory for it, sessions that nobody uses make way.
+    fn with_room(&mut self, mut make: impl FnMut(&mut Self) -> Result<Session<B>, Error>) -> Result<Session<B>, Error> {
+        loop {
+            match make(self) {
+                Err(_) if self.shelf.conversations() > 0 && self.shelf.drop_any() => (),
+                made => return made,
+            }
+        }
+    }
+
+    /// Ends what nobody wants any more.
+    fn drop_cancelled(&mut self) {
+        let is_cancelled = |cancel: &Cancel| cancel.check().is_err();
+        let mut inbox = self.shared.inbox();
+        let waiting = std::mem::take(&mut inbox.waiting);
+        let (gone, left) = waiting.into_iter().partition(|waiting| is_cancelled(&waiting.request.cancel));
+        inbox.waiting = left;
+        drop(inbox);
+        fail_all(gone);
+        let ids: Vec<u64> = self.active.iter().filter(|active| is_cancelled(&active.cancel)).map(|a| a.id).collect();
+        ids.into_iter().for_each(|id| self.cancelled(id));
+    }
+
+    /// Computes what is next; false if there is nothing.
+    fn step(&mut self) -> bool {
+        let decodes = self.active.iter().any(Active::is_decoding);
+        let reads = self.active.iter().any(|active| !active.is_decoding());
+        match (decodes, reads) {
+            (false, false) => return false,
+            (true, true) if self.reading_credit.is_zero() => self.decode(),
+            (true, false) => self.decode(),
+            (_, true) => self.read_layer(),
+        }
+        true
+    }
+
+    /// Reads the next tokens of every turn that decodes, in one pass. Where that fails each is tried alone, so that the fault stays
+    /// with whose it is.
+    fn decode(&mut self) {
+        let begun = Instant::now();
+        let mut ids = Vec::new();
+        let mut parts = Vec::new();
+        let own = self.active.iter().filter(|active| active.is_decoding()).map(|active| active.cancel.clone());
+        let cancels: Vec<_> = own.collect();
+        for active in self.active.iter_mut().filter(|active| active.is_decoding()) {
+            ids.push(active.id);
+            parts.push((&mut active.session, active.turn.unread()));
+        }
+        // What others wait for is not thrown away because one of them has gone.
+        let shared = Cancel::default();
+        let cancel = if let [cancel] = &cancels[..] { cancel } else { &shared };
+        let results = match read_together(self.backend, &mut parts, cancel) {
+            Ok(logits) => logits.into_iter().map(Ok).collect(),
+            Err(error) if parts.len() == 1 => vec![Err(error)],
+            Err(_) => parts.iter_mut().map(|part| alone(self.backend, part, &shared)).collect::<Vec<_>>(),
+        };
+        for (id, result) in ids.iter().zip(results) {
+            match result {
+                Ok(logits) => self.advance(*id, &logits),
+                Err(error) => self.failed(*id, error),
+            }
+        }
+        self.reading_credit = begun.elapsed();
+        let mut stats = self.shared.stats();
+        stats.decode_passes += 1;
+        stats.decode_rows += ids.len() as u64;
+        stats.decode_time += begun.elapsed();
+    }
+
+    /// Computes a layer of the pass over a prompt that is under way, or begins one for who has waited longest.
+    fn read_layer(&mut self) {
+        let begun = Instant::now();
+        let under_way = self.active.iter().position(|active| active.slice.is_some());
+        let reading = self.active.iter().enumerate().filter(|(_, active)| !active.is_decoding());
+        let next = || reading.min_by_key(|(_, active)| (active.slice_number, active.id)).map(|(at, _)| at);
+        let at = under_way.or_else(next).expect("a prompt is being read");
+        if let Err(error) = self.read_layer_of(at) {
+            let id = self.active[at].id;
+            self.failed(id, error);
+        }
+        let took = begun.elapsed();
+        self.reading_credit = self.reading_credit.saturating_sub(took);
+        self.shared.stats().prefill_time += took;
+    }
+
+    fn read_layer_of(&mut self, at: usize) -> Result<(), Error> {
+        let rows = self.slice_rows(at);
+        let layers = self.backend.config().layers;
+        let active = &mut self.active[at];
+        let mut slice = match active.slice.take() {
+            Some(slice) => slice,
+            None => {
+                self.count += 1;
+                active.slice_number = self.count;
+                let unread = active.unread_prompt();
+                active.session.begin_slice(self.backend, unread[..rows].to_vec(), rows == unread.len())?
+            }
+        };
+        let (is_through, rows) = (slice.layer(&active.session, &active.cancel)?, slice.tokens());
+        active.tell_progress(rows, slice.layers(), layers);
+        if !is_through {
+            active.slice = Some(slice);
+            return Ok(());
+        }
+        let logits = slice.end(&mut active.session)?;
+        self.shared.stats().prefill_tokens += rows as u64;
+        self.keep_common(at);
+        if !logits.is_empty() {
+            let id = self.active[at].id;
+            self.advance(id, &logits);
+        }
+        Ok(())
+    }
+
+    /// Rows of the next pass over a prompt.
+    fn slice_rows(&self, at: usize) -> usize {
+        let is_busy = self.active.iter().any(Active::is_decoding);
+        let free = is_busy && self.backend.passes_are_free();
+        let chunk = if free { BUSY_PASS_ROWS.min(B::PASS_ROWS) } else { B::PASS_ROWS };
+        let active = &self.active[at];
+        pass_rows(active.session.tokens().len(), active.unread_prompt().len(), chunk)
+    }
+
+    /// Keeps the beginning that other conversations may share, where a pass has just ended at it.
+    fn keep_common(&mut self, at: usize) {
+        let Active { session, prompt, .. } = &self.active[at];
+        // Not more often than passes end when nothing else runs, so that what is kept does not depend on that.
+        let common = prompt.common_tokens / B::PASS_ROWS * B::PASS_ROWS;
+        let held = session.tokens();
+        if held.len() == common && common >= LEAST_COMMON_TOKENS && !self.shelf.has_common(held) {
+            // Without memory for it nothing is lost but the chance.
+            if let Ok(fork) = session.fork(self.backend) {
+                self.shelf.put(fork, Kind::Common);
+            }
+        }
+    }
+
+    /// Goes on with a turn.
+    fn advance(&mut self, id: u64, logits: &[f32]) {
+        match self.of(id).advance(logits) {
+            Ok(ControlFlow::Continue(())) => (),
+            Ok(ControlFlow::Break(reason)) => self.end(id, reason),
+            Err(error) => self.failed(id, error),
+        }
+    }
+
+    fn cancelled(&mut self, id: u64) {
+        self.shared.stats().cancelled += 1;
+        if self.of(id).is_decoding() {
+            self.end(id, StopReason::Cancelled);
+        } else {
+            self.fail(id, model::Error::Cancelled.into());
+        }
+    }
+
+    fn failed(&mut self, id: u64, error: Error) {
+        if error.is_cancelled() {
+            return self.cancelled(id);
+        }
+        self.shared.stats().failed += 1;
+        if let Error::Model(model::Error::Device(reason)) = &error {
+            self.shared.inbox().dead = Some(reason.to_string());
+        }
+        self.fail(id, error);
+    }
+
+    fn end(&mut self, id: u64, reason: StopReason) {
+        let active = self.remove(id);
+        active.end(reason, |session, usage| {
+            self.shelf.put(session, Kind::Conversation);
+            self.count_sessions();
+            let mut stats = self.shared.stats();
+            stats.ended += 1;
+            stats.cached_tokens += usage.cached_tokens as u64;
+            stats.decode_tokens += usage.completion_tokens as u64;
+        });
+    }
+
+    fn fail(&mut self, id: u64, error: Error) {
+        let active = self.remove(id);
+        active.fail(error, |session| {
+            self.shelf.put(session, Kind::Conversation);
+            self.count_sessions();
+        });
+    }
+
+    fn of(&mut self, id: u64) -> &mut Active<'b, B> {
+        self.active.iter_mut().find(|active| active.id == id).expect("it is at work")
+    }
+
+    fn remove(&mut self, id: u64) -> Active<'b, B> {
+        let at = self.active.iter().position(|active| active.id == id).expect("it is at work");
+        self.active.remove(at)
+    }
+
+    fn count_sessions(&self) {
+        let mut stats = self.shared.stats();
+        (stats.active, stats.idle_sessions) = (self.active.len(), self.shelf.conversations());
+    }
+
+    /// Sleeps until there is something to do.
+    fn wait(&mut self) {
+        let is_quiet = |inbox: &mut Inbox| inbox.waiting.is_empty() && !inbox.stopping;
+        drop(self.shared.arrived.wait_while(self.shared.inbox(), is_quiet));
+    }
+
+    /// Ends everything.
+    fn stop(mut self) {
+        while let Some(active) = self.active.first() {
+            let id = active.id;
+            self.cancelled(id);
+        }
+        fail_all(std::mem::take(&mut self.shared.inbox().waiting));
+    }
+}
+
+/// A pass for one of those whose shared pass failed.
+fn alone<B: Backend>(backend: &B, part: &mut (&mut Session<B>, &[u32]), cancel: &Cancel) -> Result<Vec<f32>, Error> {
+    let mut part = [(&mut *part.0, part.1)];
+    Ok(read_together(backend, &mut part, cancel)?.remove(0))
+}
+
+/// Tells requests that never left the queue that they will not.
+fn fail_all(waiting: impl IntoIterator<Item = Waiting>) {
+    for Waiting { request: Request { mut receive, .. }, .. } in waiting {
+        receive(EngineEvent::Failed(model::Error::Cancelled.into()));
+    }
+}
