@@ -6,9 +6,11 @@
 //!
 //! This crate knows no kernels and no HTTP.
 
+pub mod database;
 pub mod engine;
 mod error;
 mod generate;
+pub mod replay;
 mod sampler;
 mod saved;
 mod timeline;

@@ -1,0 +1,382 @@
+//! What outlives the program besides saved sessions: small records in one embedded database a folder.
+//!
+//! A [`Database`] is one file, [`FILE_NAME`], of the embedded store `redb`. Whoever has it open has the folder: a second process is
+//! told so. Its pages' checksums are checked when it is opened; a damaged file is set aside, never read.
+//!
+//! [`Records`] are named bytes of one kind, bounded in number and size; those used least recently make way for new ones. A record is
+//! on the disk when the call that puts it returns.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use redb::backends::{FileBackend, InMemoryBackend};
+use redb::{ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition, TableError, WriteTransaction};
+
+/// The database's file in its folder.
+pub const FILE_NAME: &str = "infall.redb";
+
+/// Memory for pages of the database.
+const CACHE_BYTES: usize = 32 << 20;
+
+/// Records and bytes of each kind.
+const TOTALS: TableDefinition<&str, (u64, u64)> = TableDefinition::new("totals");
+
+/// Why the database could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DatabaseError {
+    /// The folder or the file could not be opened or written.
+    #[error("{}: {source}. Choose a folder that can be written, on a disk with room", path.display())]
+    Io {
+        /// What could not.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Another process has it open.
+    #[error("{} is in use by another process: stop that one, or choose another folder", path.display())]
+    InUse {
+        /// The database.
+        path: PathBuf,
+    },
+    /// An operation failed; nothing of it was kept.
+    #[error("the database {}: {source}", path.display())]
+    Redb {
+        /// The database.
+        path: PathBuf,
+        /// Why.
+        source: redb::Error,
+    },
+    /// A record that would not leave room for any other.
+    #[error("a record of {found} bytes, expected at most {limit}: it was not kept")]
+    TooLarge {
+        /// Its bytes.
+        found: u64,
+        /// Most bytes of all records of its kind.
+        limit: u64,
+    },
+}
+
+/// A damaged file that is not used any more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SetAside {
+    /// Where it was.
+    pub path: PathBuf,
+    /// Where it is now: the same place if it could not be renamed.
+    pub now: PathBuf,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+impl fmt::Display for SetAside {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { path, now, reason } = self;
+        write!(f, "{}: {reason}. It is not used, and was set aside as {}", path.display(), now.display())
+    }
+}
+
+/// Renames a damaged file, so that it is not used again.
+pub(crate) fn set_aside(path: &Path, reason: String) -> SetAside {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".damaged");
+    let aside = PathBuf::from(name);
+    let now = fs::rename(path, &aside).map_or(path.to_owned(), |()| aside);
+    SetAside { path: path.to_owned(), now, reason }
+}
+
+/// An open database; clones are of the same.
+#[derive(Clone)]
+pub struct Database {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    /// `None`: in memory.
+    path: Option<PathBuf>,
+    /// `None` after an input or output error, until it could be opened again.
+    open: RwLock<Option<redb::Database>>,
+}
+
+impl Database {
+    /// The database in the folder `dir`; both are made if they are not there, for nobody but their owner. If the file was damaged,
+    /// what is told has happened, and the database is a new one.
+    ///
+    /// # Errors
+    /// [`DatabaseError`]: another process has it open, or the folder cannot be used.
+    pub fn open(dir: &Path) -> Result<(Database, Option<SetAside>), DatabaseError> {
+        let path = dir.join(FILE_NAME);
+        make_folder(dir).map_err(|source| DatabaseError::Io { path: dir.to_owned(), source })?;
+        let (open, aside) = match open_file(&path) {
+            Err(error) if is_damage(&error) => {
+                let aside = set_aside(&path, format!("the database is damaged ({error})"));
+                (open_file(&path), Some(aside))
+            }
+            other => (other, None),
+        };
+        let open = open.map_err(|error| explained(&path, error))?;
+        Ok((Database { shared: Arc::new(Shared { path: Some(path), open: RwLock::new(Some(open)) }) }, aside))
+    }
+
+    /// A database that ends with the program.
+    pub fn in_memory() -> Database {
+        let open =
+            redb::Builder::new().create_with_backend(InMemoryBackend::new()).expect("memory has no disk's errors");
+        Database { shared: Arc::new(Shared { path: None, open: RwLock::new(Some(open)) }) }
+    }
+
+    /// Records of one kind in this database, at most so many of at most so many bytes together, keys included.
+    pub fn records(&self, kind: &str, limits: Limits) -> Records {
+        Records {
+            database: self.clone(),
+            kind: kind.to_owned(),
+            uses: format!("{kind}.uses"),
+            limits,
+            used: Mutex::default(),
+        }
+    }
+
+    /// Puts records of any kinds, all of them or none; they are on the disk when this returns.
+    ///
+    /// # Errors
+    /// [`DatabaseError`]: nothing was put.
+    pub fn put_all(&self, puts: &[(&Records, &[u8], &[u8])]) -> Result<(), DatabaseError> {
+        for (records, key, value) in puts {
+            let (found, limit) = (bytes_of(key, value), records.limits.bytes);
+            if found > limit {
+                return Err(DatabaseError::TooLarge { found, limit });
+            }
+        }
+        self.write(|transaction| {
+            puts.iter().try_for_each(|(records, key, value)| records.insert(transaction, key, value))
+        })
+    }
+
+    /// Does `work` in one transaction, which is on the disk when this returns.
+    pub(crate) fn write<T>(
+        &self,
+        work: impl Fn(&WriteTransaction) -> Result<T, redb::Error>,
+    ) -> Result<T, DatabaseError> {
+        self.with(|open| {
+            let transaction = open.begin_write()?;
+            let result = work(&transaction)?;
+            transaction.commit()?;
+            Ok(result)
+        })
+    }
+
+    /// Does `work` on one state of the database.
+    pub(crate) fn read<T>(
+        &self,
+        work: impl Fn(&ReadTransaction) -> Result<T, redb::Error>,
+    ) -> Result<T, DatabaseError> {
+        self.with(|open| work(&open.begin_read()?))
+    }
+
+    /// Does `work`; if it fails, once more on the database opened anew: after an error of the disk `redb` refuses everything until then.
+    fn with<T>(&self, work: impl Fn(&redb::Database) -> Result<T, redb::Error>) -> Result<T, DatabaseError> {
+        let failed = |error| match &self.shared.path {
+            Some(path) => explained(path, error),
+            None => DatabaseError::Redb { path: "in memory".into(), source: error },
+        };
+        if let Some(open) = &*self.shared.open.read().unwrap_or_else(PoisonError::into_inner) {
+            match work(open) {
+                Err(error) if self.shared.path.is_none() => return Err(failed(error)),
+                Err(_) => (),
+                done => return done.map_err(failed),
+            }
+        }
+        let mut open = self.shared.open.write().unwrap_or_else(PoisonError::into_inner);
+        drop(open.take());
+        let path = self.shared.path.as_deref().expect("memory is never closed");
+        work(open.insert(open_file(path).map_err(failed)?)).map_err(failed)
+    }
+}
+
+fn open_file(path: &Path) -> Result<redb::Database, redb::Error> {
+    let file = private(OpenOptions::new().read(true).write(true).create(true)).open(path)?;
+    let mut builder = redb::Builder::new();
+    builder.set_cache_size(CACHE_BYTES).set_check_integrity_on_open(true);
+    let open = || builder.create_with_backend(FileBackend::new(file)?).map_err(redb::Error::from);
+    // Where a damaged page passes for another, the check itself may panic.
+    catch_unwind(AssertUnwindSafe(open))
+        .unwrap_or_else(|_| Err(redb::Error::Corrupted("its pages make no sense".into())))
+}
+
+/// Whether the file can never be opened again.
+fn is_damage(error: &redb::Error) -> bool {
+    use io::ErrorKind::{InvalidData, UnexpectedEof};
+    match error {
+        redb::Error::Corrupted(_) | redb::Error::UpgradeRequired(_) => true,
+        redb::Error::Io(error) => matches!(error.kind(), InvalidData | UnexpectedEof),
+        _ => false,
+    }
+}
+
+fn explained(path: &Path, error: redb::Error) -> DatabaseError {
+    let path = path.to_owned();
+    match error {
+        redb::Error::DatabaseAlreadyOpen => DatabaseError::InUse { path },
+        redb::Error::Io(source) => DatabaseError::Io { path, source },
+        source => DatabaseError::Redb { path, source },
+    }
+}
+
+/// Makes a folder that only its owner can look into. One that is there keeps its permissions.
+fn make_folder(dir: &Path) -> io::Result<()> {
+    let mut builder = fs::DirBuilder::new();
+    builder.recursive(true);
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    builder.create(dir)
+}
+
+/// Makes files that are created with `options` their owner's only.
+pub(crate) fn private(options: &mut OpenOptions) -> &mut OpenOptions {
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(options, 0o600);
+    options
+}
+
+/// Most records of one kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Records.
+    pub count: u64,
+    /// Bytes of their keys and values.
+    pub bytes: u64,
+}
+
+/// Named bytes of one kind.
+pub struct Records {
+    database: Database,
+    /// Also the name of the table: key to number of its last use, then the value.
+    kind: String,
+    /// The name of the table from number of last use to key.
+    uses: String,
+    limits: Limits,
+    /// Keys read since the last transaction; their last use is written with the next one.
+    used: Mutex<HashSet<Vec<u8>>>,
+}
+
+impl Records {
+    /// The record `key`.
+    ///
+    /// # Errors
+    /// [`DatabaseError`]: it could not be read.
+    pub fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, DatabaseError> {
+        let found = self.database.read(|transaction| match transaction.open_table(self.table()) {
+            Ok(table) => Ok(table.get(key)?.map(|value| value.value()[8..].to_vec())),
+            Err(TableError::TableDoesNotExist(_)) => Ok(None),
+            Err(error) => Err(error.into()),
+        })?;
+        if found.is_some() {
+            self.used().insert(key.to_owned());
+        }
+        Ok(found)
+    }
+
+    /// Puts a record, in the place of one with the same key. It is on the disk when this returns.
+    ///
+    /// # Errors
+    /// [`DatabaseError`]: nothing was put.
+    pub fn put(&self, key: &[u8], value: &[u8]) -> Result<(), DatabaseError> {
+        self.database.put_all(&[(self, key, value)])
+    }
+
+    /// Deletes a record; whether it was there.
+    ///
+    /// # Errors
+    /// [`DatabaseError`]: nothing was deleted.
+    pub fn delete(&self, key: &[u8]) -> Result<bool, DatabaseError> {
+        self.database.write(|transaction| self.remove(transaction, key))
+    }
+
+    fn table(&self) -> TableDefinition<'_, &'static [u8], &'static [u8]> {
+        TableDefinition::new(&self.kind)
+    }
+
+    fn uses(&self) -> TableDefinition<'_, u64, &'static [u8]> {
+        TableDefinition::new(&self.uses)
+    }
+
+    fn used(&self) -> std::sync::MutexGuard<'_, HashSet<Vec<u8>>> {
+        self.used.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn insert(&self, transaction: &WriteTransaction, key: &[u8], value: &[u8]) -> Result<(), redb::Error> {
+        for key in std::mem::take(&mut *self.used()) {
+            self.touch(transaction, &key)?;
+        }
+        self.remove(transaction, key)?;
+        self.make_room(transaction, bytes_of(key, value))?;
+        let mut uses = transaction.open_table(self.uses())?;
+        let number = next_use(&uses)?;
+        uses.insert(number, key)?;
+        let stored = [&number.to_le_bytes()[..], value].concat();
+        transaction.open_table(self.table())?.insert(key, &stored[..])?;
+        let mut totals = transaction.open_table(TOTALS)?;
+        let (count, bytes) = total(&totals, &self.kind)?;
+        totals.insert(&*self.kind, (count + 1, bytes + bytes_of(key, value)))?;
+        Ok(())
+    }
+
+    /// Makes a record the one used last.
+    fn touch(&self, transaction: &WriteTransaction, key: &[u8]) -> Result<(), redb::Error> {
+        let mut table = transaction.open_table(self.table())?;
+        let Some(mut stored) = table.get(key)?.map(|stored| stored.value().to_vec()) else { return Ok(()) };
+        let mut uses = transaction.open_table(self.uses())?;
+        uses.remove(number_in(&stored))?;
+        let number = next_use(&uses)?;
+        uses.insert(number, key)?;
+        stored[..8].copy_from_slice(&number.to_le_bytes());
+        table.insert(key, &stored[..])?;
+        Ok(())
+    }
+
+    fn remove(&self, transaction: &WriteTransaction, key: &[u8]) -> Result<bool, redb::Error> {
+        let mut table = transaction.open_table(self.table())?;
+        let Some(removed) = table.remove(key)?.map(|stored| stored.value().to_vec()) else { return Ok(false) };
+        transaction.open_table(self.uses())?.remove(number_in(&removed))?;
+        let mut totals = transaction.open_table(TOTALS)?;
+        let (count, bytes) = total(&totals, &self.kind)?;
+        totals.insert(&*self.kind, (count - 1, bytes - bytes_of(key, &removed[8..])))?;
+        Ok(true)
+    }
+
+    /// Removes the records used least recently until one of `incoming` bytes has room.
+    fn make_room(&self, transaction: &WriteTransaction, incoming: u64) -> Result<(), redb::Error> {
+        loop {
+            let (count, bytes) = total(&transaction.open_table(TOTALS)?, &self.kind)?;
+            if count < self.limits.count && bytes + incoming <= self.limits.bytes {
+                return Ok(());
+            }
+            let oldest = transaction.open_table(self.uses())?.first()?.map(|(_, key)| key.value().to_vec());
+            match oldest {
+                Some(key) => self.remove(transaction, &key)?,
+                None => return Ok(()),
+            };
+        }
+    }
+}
+
+/// What a record counts for.
+fn bytes_of(key: &[u8], value: &[u8]) -> u64 {
+    (key.len() + value.len()) as u64
+}
+
+/// The number of the last use of a stored record.
+fn number_in(stored: &[u8]) -> u64 {
+    u64::from_le_bytes(stored[..8].try_into().expect("a number stands before every value"))
+}
+
+fn next_use(uses: &impl ReadableTable<u64, &'static [u8]>) -> Result<u64, redb::Error> {
+    Ok(uses.last()?.map_or(0, |(number, _)| number.value() + 1))
+}
+
+fn total(totals: &impl ReadableTable<&'static str, (u64, u64)>, kind: &str) -> Result<(u64, u64), redb::Error> {
+    Ok(totals.get(kind)?.map_or((0, 0), |total| total.value()))
+}
