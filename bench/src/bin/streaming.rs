@@ -22,6 +22,7 @@ use bench::simulated_router::SimulatedRouter;
 use clap::{Args, Parser};
 use cpu::{CpuBackend, Pass};
 use infall::Machine;
+use infall::device::Processor;
 use infall::load::ModelFile;
 use infall::placement::{Setting, Work};
 use model::tensors::Routing;
@@ -92,8 +93,8 @@ fn stages(what: &What, out: &Path) -> Result<()> {
 /// The model as the program would load it for a session of the tokens to be run.
 fn load(what: &What) -> Result<(ModelFile, CpuBackend, Setting)> {
     let file = ModelFile::open(Some(&what.file))?;
-    let (backend, setting) =
-        file.load(&Work::new::<CpuBackend>(&what.machine, what.warm + what.tokens), &Arc::default())?;
+    let work = Work::new(&what.machine, what.warm + what.tokens);
+    let (backend, setting) = file.load(&work, &Processor, &Arc::default())?;
     println!("{}; {}", bench::machine(), setting.line());
     Ok((file, backend, setting))
 }

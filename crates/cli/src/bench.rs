@@ -10,7 +10,7 @@ use model::{Cancel, KvLayout, NoObserver, Row, forward};
 use session::{Sampler, Sampling, pass_rows};
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::device::{Device, Sweep};
+use crate::device::{Device, Sweep, on_device};
 use crate::load::{self, ModelFile};
 use crate::output::Output;
 use crate::placement::{self, Work};
@@ -20,17 +20,28 @@ use crate::terminal::{self, ReadingBar, Stream};
 use crate::{Outcome, flags, interrupt, memory};
 
 /// Runs the command. Rows of the table are printed as they are measured; after Ctrl-C the files hold those that were.
-pub fn bench<D: Device>(flags: &flags::Bench) -> anyhow::Result<Outcome> {
+pub fn bench(flags: &flags::Bench) -> anyhow::Result<Outcome> {
     let file = ModelFile::open(flags.model.as_deref())?;
     let lengths = lengths(flags, &file)?;
     let output = |path: &Option<_>| path.as_deref().map(|path| Output::new(path, file.paths())).transpose();
-    let (csv, plot) = (output(&flags.csv)?, output(&flags.plot)?);
-    let cancel = interrupt::cancel_on_interrupt()?;
+    let outputs = [output(&flags.csv)?, output(&flags.plot)?];
     let end_tokens = lengths.last().expect("there is a length") + flags.gen_tokens.get();
-    let work = Work { clones: 1, ..Work::new::<D>(&flags.machine, end_tokens) };
+    let work = Work { clones: 1, ..Work::new(&flags.machine, end_tokens) };
+    on_device!(file.device(&work)?, |on: D| measure::<D>(flags, &file, lengths, &work, &on, outputs))
+}
+
+fn measure<D: Device>(
+    flags: &flags::Bench,
+    file: &ModelFile,
+    lengths: Vec<usize>,
+    work: &Work,
+    on: &D::Adapter,
+    [csv, plot]: [Option<Output>; 2],
+) -> anyhow::Result<Outcome> {
+    let cancel = interrupt::cancel_on_interrupt()?;
     // Before weights take what memory there is.
-    let Sweep { who, bytes_per_second: sweep } = D::sweep(&work)?;
-    let (backend, setting) = file.load::<D>(&work, &cancel)?;
+    let Sweep { who, bytes_per_second: sweep } = D::sweep(on, work)?;
+    let (backend, setting) = file.load::<D>(work, on, &cancel)?;
     terminal::dim_note(&setting.line());
     Stream::Out.write(&format!(
         "{}: {} layers; {who} at {:.1} GB/s\n{}\n",
@@ -47,7 +58,7 @@ pub fn bench<D: Device>(flags: &flags::Bench) -> anyhow::Result<Outcome> {
         match timeline.measure(context_tokens, flags.gen_tokens.get()) {
             Ok(measured) => rows.push(Figures { measured, weight_bytes, sweep }),
             Err(_) if cancel.check().is_err() => break,
-            Err(error) => return Err(in_file(&file, error)),
+            Err(error) => return Err(in_file(file, error)),
         }
         Stream::Out.write(&rows.last().expect("one was measured").table_row())?;
     }
@@ -136,7 +147,7 @@ impl<D: Device> Timeline<'_, D> {
             session_bytes: self.backend.session_bytes(&self.state),
             process_bytes: memory::resident_bytes(),
             row_bytes: self.layout.read_bytes(context_tokens, top_k),
-            disk_bytes: traffic.counts.read_bytes / generated as u64,
+            disk_bytes: traffic.counts.file_bytes() / generated as u64,
             logits_xxh3: xxh3_64(&bytes),
         })
     }

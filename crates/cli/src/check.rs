@@ -17,7 +17,7 @@ use text::parse::{Finish, ParseOptions};
 use text::prompt::{AssistantMessage, Call, Encoding, Message, Mode, PromptOptions, Tool, render};
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::device::Device;
+use crate::device::{Device, on_device};
 use crate::load::ModelFile;
 use crate::placement::{Setting, Work};
 use crate::stats::Meter;
@@ -67,22 +67,25 @@ struct Check {
 }
 
 /// Runs the command.
-pub fn tool_call_quality<D: Device>(flags: &flags::ToolCallQuality) -> anyhow::Result<Outcome> {
+pub fn tool_call_quality(flags: &flags::ToolCallQuality) -> anyhow::Result<Outcome> {
     let file = ModelFile::open(flags.model.as_deref())?;
     let vocabulary = Vocabulary::new(Arc::new(file.tokenizer()?));
     let vocabulary = Arc::new(vocabulary.map_err(|error| anyhow::anyhow!("{}: {error}", file.name))?);
     let cancel = interrupt::cancel_on_interrupt()?;
-    let mut trials = Vec::new();
-    for precision in flags.precisions() {
-        let context = Context::new(&file.model.config, Some(CONTEXT_TOKENS.min(file.model.config.context_length)))?;
-        let work = Work { precision, ..Work::new::<D>(&flags.machine, context.tokens()) };
-        let (backend, setting) = file.load::<D>(&work, &cancel)?;
-        terminal::dim_note(&setting.line());
-        match attempt(&backend, &vocabulary, context, setting, &cancel) {
-            _ if cancel.check().is_err() => return Ok(Outcome::Interrupted),
-            trial => trials.push(trial?),
-        }
+    let context = Context::new(&file.model.config, Some(CONTEXT_TOKENS.min(file.model.config.context_length)))?;
+    let work = Work::new(&flags.machine, context.tokens());
+    let trials = on_device!(file.device(&work)?, |on: D| {
+        let attempt = |precision| {
+            let (backend, setting) = file.load::<D>(&Work { precision, ..work }, &on, &cancel)?;
+            terminal::dim_note(&setting.line());
+            attempt(&backend, &vocabulary, context, setting, &cancel)
+        };
+        flags.precisions().into_iter().map(attempt).collect::<anyhow::Result<Vec<_>>>()
+    });
+    if cancel.check().is_err() {
+        return Ok(Outcome::Interrupted);
     }
+    let trials = trials?;
     Stream::Out.write(&if flags.json { json_text(&file, &trials) } else { table(&trials) })?;
     let failed = trials.iter().flat_map(|trial| &trial.checks).filter(|check| !check.passed).count();
     if failed > 0 {

@@ -53,9 +53,10 @@ impl<D: Device> Engine<D> {
         tokenizer: Tokenizer,
         context: Context,
         work: &Work,
+        on: &D::Adapter,
         cancel: &Arc<Cancel>,
     ) -> anyhow::Result<Engine<D>> {
-        let (backend, setting) = file.load(work, cancel)?;
+        let (backend, setting) = file.load::<D>(work, on, cancel)?;
         if !setting.is_default() {
             terminal::dim_note(&setting.line());
         }

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use store::plan::Cache;
 use text::prompt::Encoding;
 
+use crate::device::Asked;
 use crate::sizes;
 
 const EXIT_CODES: &str = "\
@@ -53,6 +54,10 @@ pub enum Command {
     ///
     /// Reads the header only; a file that holds no more than its header will do.
     Plan(Plan),
+    /// List GPUs: what they are, what they have, and whether models can run on them
+    ///
+    /// Their numbers are those that `--device gpu:N` takes.
+    Devices(Devices),
     /// Write checksums of a model's experts beside it, which streaming then holds every read against
     ///
     /// Do it while the file is known to be right. The checksums are in a small file called like the model's (first) one
@@ -200,9 +205,10 @@ pub struct Logits {
     /// The file to write: NumPy format, float32, shape [tokens, vocabulary]
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
-    /// Tokens of one pass; changes speed and memory, never a bit of the output
-    #[arg(long, value_name = "N", default_value = "256", allow_negative_numbers = true, value_parser = positive)]
-    pub chunk: NonZeroUsize,
+    /// Tokens of one pass; changes speed and memory, never a bit of the output on the cpu (default: what suits the device,
+    /// 256 on the cpu, 2048 on a GPU)
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = positive)]
+    pub chunk: Option<NonZeroUsize>,
     /// With the low-precision roundings the weights were trained with (official), or without (plain), as some other
     /// engines compute
     #[arg(long, value_enum, default_value_t = Arithmetic::Official)]
@@ -227,6 +233,17 @@ pub struct Plan {
     #[command(flatten)]
     pub machine: Machine,
     /// Print one JSON object instead of a table
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Flags of `devices`.
+#[derive(Args)]
+pub struct Devices {
+    /// Measure how fast each can read its memory, and how fast that is filled from the host's
+    #[arg(long)]
+    pub measure: bool,
+    /// Print one JSON object instead of text
     #[arg(long)]
     pub json: bool,
 }
@@ -332,13 +349,20 @@ pub struct Machine {
     /// Read experts from the file when they are needed, even if all fit in memory (default: if they do not fit)
     #[arg(long)]
     pub stream: bool,
-    /// Room for experts when they are streamed: an amount of memory such as 8GiB, or a number of experts (default: what
-    /// memory allows)
+    /// What computes: auto, cpu, gpu (the best one), or gpu:N with a number that `infall devices` tells; auto takes a GPU if
+    /// it can hold the weights that every token uses, the context and some experts (the built-in nano stays on the cpu)
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    pub device: Asked,
+    /// Room for experts when they are streamed, of a GPU in its own memory: an amount such as 8GiB, or a number of experts
+    /// (default: what memory allows)
     #[arg(long, value_name = "BYTES|N", allow_negative_numbers = true, value_parser = sizes::cache)]
     pub cache: Option<Cache>,
-    /// Most memory for everything, such as 16GiB (default: 7/8 of what is free)
+    /// Most host memory for everything, such as 16GiB (default: 7/8 of what is free)
     #[arg(long, value_name = "BYTES", allow_negative_numbers = true, value_parser = sizes::bytes)]
     pub memory: Option<u64>,
+    /// Most memory of the GPU for everything (default: 7/8 of what its driver says is free)
+    #[arg(long, value_name = "BYTES", allow_negative_numbers = true, value_parser = sizes::bytes)]
+    pub gpu_memory: Option<u64>,
     /// Keep weights, and the room for experts, from being swapped out
     #[arg(long)]
     pub lock: bool,

@@ -7,6 +7,7 @@ mod bench;
 mod chat;
 mod check;
 pub mod device;
+mod devices;
 mod engine;
 mod figures;
 mod flags;
@@ -35,10 +36,8 @@ use std::io::ErrorKind;
 use std::process::ExitCode;
 
 use clap::Parser;
-use cpu::CpuBackend;
 
 pub use bench::median;
-use device::Device;
 pub use flags::Machine;
 use flags::{Command, Flags};
 use terminal::WriteError;
@@ -52,7 +51,7 @@ enum Outcome {
 
 /// The program.
 pub fn main() -> ExitCode {
-    match execute::<CpuBackend>(&Flags::parse().command) {
+    match execute(&Flags::parse().command) {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
         Ok(Outcome::Interrupted) => ExitCode::from(interrupt::EXIT_CODE),
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
@@ -67,16 +66,17 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Runs the command; those that compute do so on a device of this kind.
-fn execute<D: Device>(command: &Command) -> anyhow::Result<Outcome> {
+/// Runs the command.
+fn execute(command: &Command) -> anyhow::Result<Outcome> {
     match command {
-        Command::Run(flags) => run::run::<D>(flags),
-        Command::Chat(flags) => chat::chat::<D>(flags),
+        Command::Run(flags) => run::run(flags),
+        Command::Chat(flags) => chat::chat(flags),
         Command::Inspect(flags) => inspect::inspect(flags),
-        Command::Logits(flags) => logits::logits::<D>(flags),
-        Command::Check(flags::Check::ToolCallQuality(flags)) => check::tool_call_quality::<D>(flags),
-        Command::Bench(flags) => bench::bench::<D>(flags),
-        Command::Plan(flags) => plan::plan::<D>(flags),
+        Command::Logits(flags) => logits::logits(flags),
+        Command::Check(flags::Check::ToolCallQuality(flags)) => check::tool_call_quality(flags),
+        Command::Bench(flags) => bench::bench(flags),
+        Command::Plan(flags) => plan::plan(flags),
+        Command::Devices(flags) => devices::devices(flags),
         Command::Seal(flags) => seal::seal(flags),
         Command::Routes(flags::Routes::Replay(flags)) => routes::replay(flags),
     }

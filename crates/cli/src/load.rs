@@ -6,11 +6,11 @@ use std::sync::Arc;
 use cpu::{CpuBackend, Options};
 use gguf::{Gguf, Metadata};
 use model::{Cancel, Config, Model};
-use store::{ExpertExtents, Plan, Residency, Source, StoreError, TraceHeader, budget};
+use store::{ExpertExtents, Source, StoreError, TraceHeader};
 use text::{Tokenizer, TokenizerData};
 
-use crate::device::{Device, Loading};
-use crate::placement::{self, Setting, Work};
+use crate::device::{self, Chosen, Device, Loading};
+use crate::placement::{Setting, Work};
 use crate::seal;
 use crate::terminal::{self, Unit};
 
@@ -27,6 +27,7 @@ pub struct ModelFile {
     /// What the header means.
     pub model: Model,
     source: Source,
+    is_built_in: bool,
 }
 
 impl ModelFile {
@@ -49,7 +50,7 @@ impl ModelFile {
             }
         };
         let model = Model::from_gguf(&header).map_err(|error| in_file(&name, error))?;
-        Ok(ModelFile { name, header, model, source })
+        Ok(ModelFile { name, header, model, source, is_built_in: path.is_none() })
     }
 
     /// The vocabulary.
@@ -60,24 +61,32 @@ impl ModelFile {
         tokenizer(&self.name, &self.header.metadata, &self.model.config)
     }
 
+    /// The device that `work` is done on; a line tells why where that is out of the ordinary.
+    ///
+    /// # Errors
+    /// There is no such device, or it cannot run the model.
+    pub fn device(&self, work: &Work) -> anyhow::Result<Chosen> {
+        let (chosen, why) = device::choose(&self.header, &self.model, self.is_built_in, work)?;
+        why.iter().for_each(|why| terminal::dim_note(why));
+        Ok(chosen)
+    }
+
     /// Reads the weights that are to be in memory, as the plan for `work` says, and tells what it warns of and why
     /// another reader than the fastest is used where that matters.
     ///
     /// # Errors
     /// There is no plan, a read failed, a weight holds what no model can have, or `cancel` came.
-    pub fn load<D: Device>(&self, work: &Work, cancel: &Arc<Cancel>) -> anyhow::Result<(D, Setting)> {
-        let needs = placement::needs::<D>(&self.header, &self.model, work);
-        let plan = Plan::new(&needs, work.request, budget::available().as_ref())
-            .map_err(|error| anyhow::anyhow!("{}: {error}", self.name))?;
-        let is_streamed = plan.residency != Residency::Resident;
-        let checksums = if is_streamed { seal::of(self)? } else { None };
-        plan.warnings.iter().for_each(|warning| terminal::note(&format!("warning: {warning}")));
-        let loading = Loading { work, residency: plan.residency.clone(), checksums, cancel: cancel.clone() };
-        let backend = self.with_bar(|loaded| D::load(&self.model, &self.source, loading, loaded))?;
-        if let (Residency::Streamed { .. }, Some(note)) = (&plan.residency, backend.note()) {
+    pub fn load<D: Device>(&self, work: &Work, on: &D::Adapter, cancel: &Arc<Cancel>) -> anyhow::Result<(D, Setting)> {
+        let plans = D::plan(on, &self.header, &self.model, work)
+            .map_err(|error| anyhow::anyhow!("{}: {error:#}", self.name))?;
+        let checksums = if plans.read_the_file() { seal::of(self)? } else { None };
+        plans.warnings().for_each(|warning| terminal::note(&format!("warning: {warning}")));
+        let loading = Loading { work, plans: &plans, checksums, cancel: cancel.clone() };
+        let backend = self.with_bar(|loaded| D::load(on, &self.model, &self.source, loading, loaded))?;
+        if let (true, Some(note)) = (plans.read_the_file(), backend.note()) {
             terminal::dim_note(note);
         }
-        let setting = Setting::new(work.precision, &plan, &backend);
+        let setting = Setting::new(work.precision, &plans, &backend);
         Ok((backend, setting))
     }
 

@@ -3,10 +3,9 @@
 use std::io::Write;
 use std::path::Path;
 
-use cpu::PassShape;
 use model::{Cancel, NoObserver, Observer, Row, forward};
 
-use crate::device::Device;
+use crate::device::{Device, on_device};
 use crate::load::{self, ModelFile};
 use crate::output::Output;
 use crate::placement::Work;
@@ -17,15 +16,40 @@ use crate::{Outcome, flags, interrupt, npy};
 
 /// Runs the command. That the output can be written is checked before weights are loaded, but nothing is created
 /// before Ctrl-C is handled.
-pub fn logits<D: Device>(flags: &flags::Logits) -> anyhow::Result<Outcome> {
+pub fn logits(flags: &flags::Logits) -> anyhow::Result<Outcome> {
     let file = ModelFile::open(Some(&flags.model))?;
     let tokens = read_tokens(&flags.tokens, &file)?;
     let output = |path: &Path| Output::new(path, file.paths().chain([flags.tokens.as_path()]));
     let (out, routes) = (output(&flags.out)?, flags.record.routes.as_deref().map(output).transpose()?);
     let report = Report::new(&flags.stats, &file)?;
+    let outputs = Outputs { out, routes, report };
 
+    let work = Work {
+        arithmetic: flags.arithmetic.into(),
+        chunk: flags.chunk.map(usize::from),
+        all_logits: true,
+        ..Work::new(&flags.machine, tokens.len())
+    };
+    on_device!(file.device(&work)?, |on: D| compute::<D>(flags, &file, &tokens, &work, &on, outputs))
+}
+
+/// Where to write.
+struct Outputs {
+    out: Output,
+    routes: Option<Output>,
+    report: Report,
+}
+
+fn compute<D: Device>(
+    flags: &flags::Logits,
+    file: &ModelFile,
+    tokens: &[u32],
+    work: &Work,
+    on: &D::Adapter,
+    Outputs { out, routes, report }: Outputs,
+) -> anyhow::Result<Outcome> {
     let cancel = interrupt::cancel_on_interrupt()?;
-    let (backend, setting) = file.load::<D>(&work::<D>(flags, tokens.len()), &cancel)?;
+    let (backend, setting) = file.load::<D>(work, on, &cancel)?;
     terminal::dim_note(&setting.line());
     let recording = match routes {
         Some(output) => Some(Recording::begin(output, file.trace_header()?)?),
@@ -33,7 +57,7 @@ pub fn logits<D: Device>(flags: &flags::Logits) -> anyhow::Result<Outcome> {
     };
     let mut observer = recording.as_ref().map_or_else(|| Box::new(NoObserver) as _, Recording::observer);
     let meter = Meter::start(&backend);
-    match out.write(|out| write_all(flags, &backend, &tokens, &cancel, &mut *observer, out)) {
+    match out.write(|out| write_all(flags, &backend, tokens, &cancel, &mut *observer, out)) {
         Ok(()) => {
             drop(observer);
             recording.map_or(Ok(()), Recording::end)?;
@@ -49,13 +73,6 @@ pub fn logits<D: Device>(flags: &flags::Logits) -> anyhow::Result<Outcome> {
     }
 }
 
-fn work<D: Device>(flags: &flags::Logits, tokens: usize) -> Work {
-    let work = Work::new::<D>(&flags.machine, tokens);
-    let rows = flags.chunk.get().min(tokens);
-    let shape = PassShape { rows, wanted_rows: rows, ..work.shape };
-    Work { arithmetic: flags.arithmetic.into(), shape, ..work }
-}
-
 fn write_all<D: Device>(
     flags: &flags::Logits,
     backend: &D,
@@ -68,7 +85,7 @@ fn write_all<D: Device>(
     npy::write_header(out, tokens.len(), backend.config().vocab_size).map_err(unwritable())?;
     let bar = terminal::progress("computing", tokens.len() as u64, Unit::Tokens);
     let mut state = backend.new_state()?;
-    for chunk in tokens.chunks(flags.chunk.get()) {
+    for chunk in tokens.chunks(flags.chunk.map_or(D::PASS_ROWS, usize::from)) {
         let rows = (backend.position(&state)..).zip(chunk);
         let rows = rows.map(|(position, &token)| Row { session: 0, position, token, logits: true }).collect();
         let logits = forward(backend, rows, &mut [&mut state], cancel, observer)?;

@@ -4,12 +4,12 @@ use std::io::Read;
 use std::ops::ControlFlow;
 
 use model::Cancel;
-use session::{Context, Limits, Sampler, StopReason, TurnOptions, generate};
+use session::{Context, Limits, Sampler, Sampling, StopReason, TurnOptions, generate};
 use text::parse::ParseOptions;
 use text::prompt::{ControlTokens, Message, PromptOptions, render};
 use text::{Tokenizer, Utf8Stream};
 
-use crate::device::Device;
+use crate::device::{Device, on_device};
 use crate::engine::Engine;
 use crate::figures::Figures;
 use crate::load::ModelFile;
@@ -21,7 +21,7 @@ use crate::terminal::{Stream, WriteError, harmless};
 use crate::{Outcome, flags, interrupt, setup};
 
 /// Runs the command. What needs no weights is checked before they are loaded.
-pub fn run<D: Device>(flags: &flags::Run) -> anyhow::Result<Outcome> {
+pub fn run(flags: &flags::Run) -> anyhow::Result<Outcome> {
     let talk = &flags.talk;
     let prompt = prompt_text(flags)?;
     let file = ModelFile::open(talk.model.as_deref())?;
@@ -39,16 +39,40 @@ pub fn run<D: Device>(flags: &flags::Run) -> anyhow::Result<Outcome> {
     let max_tokens = talk.max_tokens.unwrap_or(usize::MAX);
     let end_tokens = tokens.len().saturating_add(max_tokens).min(context.tokens());
     let cancel = interrupt::cancel_on_interrupt()?;
-    let work = Work::new::<D>(&talk.machine, end_tokens);
-    let mut engine = Engine::<D>::load(file, tokenizer, context, &work, &cancel)?;
-    routes.map_or(Ok(()), |output| engine.record_routes(output))?;
+    let work = Work::new(&talk.machine, end_tokens);
+    let asked = Asked { flags, tokens, sampling, seed, max_tokens };
+    on_device!(file.device(&work)?, |on: D| {
+        let mut engine = Engine::<D>::load(file, tokenizer, context, &work, &on, &cancel)?;
+        routes.map_or(Ok(()), |output| engine.record_routes(output))?;
+        answer(engine, asked, sampler, &control, report, &cancel)
+    })
+}
+
+/// What the model is asked.
+struct Asked<'f> {
+    flags: &'f flags::Run,
+    tokens: Vec<u32>,
+    sampling: Sampling,
+    seed: u64,
+    max_tokens: usize,
+}
+
+fn answer<D: Device>(
+    mut engine: Engine<D>,
+    asked: Asked<'_>,
+    sampler: Sampler,
+    control: &ControlTokens,
+    report: Report,
+    cancel: &Cancel,
+) -> anyhow::Result<Outcome> {
+    let Asked { flags, tokens, sampling, seed, max_tokens } = asked;
     let figures = if flags.raw {
         let stop = control.stop_set();
-        answer_raw(&mut engine, &tokens, sampler, Limits { stop: &stop, max_tokens }, &cancel)?
+        answer_raw(&mut engine, &tokens, sampler, Limits { stop: &stop, max_tokens }, cancel)?
     } else {
-        let parse = ParseOptions { thinking: !talk.nothink, tools: None };
+        let parse = ParseOptions { thinking: !flags.talk.nothink, tools: None };
         let options = TurnOptions { parse, sampling, seed, max_tokens, ..TurnOptions::default() };
-        engine.reply(&tokens, &options, &cancel, &mut Screen::new(false))?.figures
+        engine.reply(&tokens, &options, cancel, &mut Screen::new(false))?.figures
     };
     engine.end_recording()?;
     figures.print_for_prompt(&engine, (sampling.temperature > 0.0).then_some(seed));

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use store::{CacheCounts, StoreCounts};
 
-use crate::device::Device;
+use crate::device::{Counts, Device};
 use crate::output::Output;
 use crate::placement::Setting;
 use crate::terminal::{self, WriteError, note};
@@ -20,13 +20,13 @@ pub struct Traffic {
     /// How long that took.
     pub time: Duration,
     /// What happened in the expert store.
-    pub counts: StoreCounts,
+    pub counts: Counts,
 }
 
 /// Takes the time and the counts of passes that begin now.
 pub struct Meter {
     start: Instant,
-    before: StoreCounts,
+    before: Counts,
 }
 
 impl Meter {
@@ -55,40 +55,55 @@ impl Traffic {
 
     /// One object.
     pub fn json(&self) -> Value {
-        let StoreCounts { cache, read_bytes, stall_us } = self.counts;
-        json!({
+        let Counts { slots: StoreCounts { cache, read_bytes, stall_us }, tier } = self.counts;
+        let mut object = json!({
             "tokens": self.tokens,
             "time_us": self.time.as_micros() as u64,
             "hits": cache.hits,
             "misses": cache.misses,
-            "prefetched": cache.prefetched,
-            "read_bytes": read_bytes,
+            "prefetched": tier.map_or(cache, |tier| tier.cache).prefetched,
+            "read_bytes": self.counts.file_bytes(),
             "stall_us": stall_us,
             "stall_us_per_token": self.per_token(stall_us),
-        })
+        });
+        if let Some(tier) = tier {
+            object["uploaded_bytes"] = json!(read_bytes);
+            object["host_tier"] = json!({"hits": tier.cache.hits, "misses": tier.cache.misses});
+        }
+        object
     }
 
-    fn row(&self, name: &str) -> String {
-        let Traffic { tokens, counts: StoreCounts { cache, read_bytes, stall_us }, .. } = *self;
+    /// `counts` of these tokens, under a name.
+    fn row(&self, name: &str, counts: &StoreCounts) -> String {
+        let StoreCounts { cache, read_bytes, stall_us } = *counts;
         let CacheCounts { hits, misses, prefetched, .. } = cache;
         let (read, read_each) = (terminal::bytes(read_bytes), terminal::bytes(self.per_token(read_bytes)));
-        let stall = self.per_token(stall_us);
+        let (tokens, stall) = (self.tokens, self.per_token(stall_us));
         format!("{name:<8}{tokens:>8}{hits:>10}{misses:>10}{prefetched:>11}{read:>13}{read_each:>13}{stall:>16}")
     }
 }
 
-/// Prints prefill and decode apart, where anything is read at all.
-pub fn print(setting: &Setting, prefill: &Traffic, decode: &Traffic) {
-    if setting.slots.is_none() {
-        note("experts are resident: nothing was read for them while computing");
-        return;
-    }
+/// A table with a row for prefill and one for decode.
+fn table(name: &str, brought: &str, kinds: [(&str, &Traffic); 2], counts: impl Fn(&Traffic) -> StoreCounts) {
+    let each = format!("{brought}/token");
     note(&format!(
-        "{:<8}{:>8}{:>10}{:>10}{:>11}{:>13}{:>13}{:>16}",
-        "experts", "tokens", "hits", "misses", "read ahead", "read", "read/token", "stall µs/token"
+        "{name:<8}{:>8}{:>10}{:>10}{:>11}{brought:>13}{each:>13}{:>16}",
+        "tokens", "hits", "misses", "read ahead", "stall µs/token"
     ));
-    note(&prefill.row("prefill"));
-    note(&decode.row("decode"));
+    kinds.iter().for_each(|(name, traffic)| note(&traffic.row(name, &counts(traffic))));
+}
+
+/// Prints prefill and decode apart, where anything is read at all; of a GPU its slots, then the tier behind them.
+pub fn print(setting: &Setting, prefill: &Traffic, decode: &Traffic) {
+    let kinds = [("prefill", prefill), ("decode", decode)];
+    if setting.slots.is_none() {
+        return note("experts are resident: nothing was read for them while computing");
+    }
+    if setting.host_tier.is_none() {
+        return table("experts", "read", kinds, |traffic| traffic.counts.slots);
+    }
+    table("device", "copied", kinds, |traffic| traffic.counts.slots);
+    table("host", "read", kinds, |traffic| traffic.counts.tier.unwrap_or_default());
 }
 
 /// Where to tell counts at the end of a command.

@@ -210,6 +210,11 @@ impl GpuBackend {
         self.checks
     }
 
+    /// Whether experts are streamed to the device.
+    pub fn is_streamed(&self) -> bool {
+        self.experts.is_streamed()
+    }
+
     /// How often slots of the device had what was wanted; `read_bytes` were copied into them.
     pub fn stats(&self) -> StoreCounts {
         self.experts.counts()

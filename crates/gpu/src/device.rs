@@ -260,6 +260,7 @@ impl Device {
             .map_err(|cause| GpuError::Open { name: report.name.clone(), cause: cause.to_string() })?;
         let failure = Arc::new(Mutex::new(None));
         let tell = |failure: &Arc<Mutex<Option<String>>>, what: String| {
+            let what = what.split_whitespace().collect::<Vec<_>>().join(" ");
             failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(what);
         };
         let lost = failure.clone();
@@ -294,6 +295,17 @@ impl Device {
             None => Ok(()),
             Some(what) => Err(GpuError::Failed { name: self.report.name.clone(), what: what.clone() }),
         }
+    }
+
+    /// The same after something that may fail at once, which `when` names.
+    ///
+    /// # Errors
+    /// As [`Device::check`].
+    pub(crate) fn check_after(&self, when: impl FnOnce() -> String) -> Result<(), GpuError> {
+        self.check().map_err(|error| match error {
+            GpuError::Failed { name, what } => GpuError::Failed { name, what: format!("{what} ({})", when()) },
+            error => error,
+        })
     }
 
     /// Waits until everything submitted has been executed.

@@ -206,7 +206,7 @@ impl Buffer {
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
         let descriptor = wgpu::BufferDescriptor { label: Some(what), size: bytes, usage, mapped_at_creation: false };
         let raw = device.device.create_buffer(&descriptor);
-        device.check()?;
+        device.check_after(|| format!("when {what} was to have {bytes} bytes"))?;
         Ok(Buffer::from_raw(raw, bytes))
     }
 

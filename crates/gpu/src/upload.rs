@@ -125,6 +125,7 @@ impl Uploader {
                 let descriptor =
                     wgpu::BufferDescriptor { label: Some("upload"), size, usage, mapped_at_creation: true };
                 let buffer = self.device.device.create_buffer(&descriptor);
+                self.device.check_after(|| format!("when {size} bytes were to be uploaded"))?;
                 return Ok(Piece { buffer, ready: Arc::default() });
             }
             drop(pieces);

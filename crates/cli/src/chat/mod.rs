@@ -10,10 +10,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use model::Cancel;
-use session::{Context, Sampler, StopReason};
+use session::{Context, Sampler, Sampling, StopReason};
+use text::Tokenizer;
 use text::prompt::{AssistantMessage, Call, ControlTokens, Encoding, Message};
 
-use crate::device::Device;
+use crate::device::{Device, on_device};
 use crate::engine::Engine;
 use crate::figures::{Figures, tokens};
 use crate::interrupt::Interrupts;
@@ -29,10 +30,22 @@ use lines::{Input, Lines};
 use saved::Format;
 
 /// Runs the command. What needs no weights is checked before they are loaded.
-pub fn chat<D: Device>(flags: &flags::Chat) -> anyhow::Result<Outcome> {
+pub fn chat(flags: &flags::Chat) -> anyhow::Result<Outcome> {
     let lines = Lines::new();
     let interrupts = Interrupts::new(!lines.is_interactive())?;
-    let conversation = interrupts.during(|cancel| begin::<D>(flags, cancel))?;
+    let prepared = Prepared::new(flags)?;
+    on_device!(prepared.file.device(&prepared.work)?, |on: D| {
+        let conversation = interrupts.during(|cancel| begin::<D>(flags, prepared, &on, cancel))?;
+        converse(flags, conversation, lines, interrupts)
+    })
+}
+
+fn converse<D: Device>(
+    flags: &flags::Chat,
+    conversation: Conversation<D>,
+    lines: Lines,
+    interrupts: Interrupts,
+) -> anyhow::Result<Outcome> {
     let talk = &flags.talk;
     let encoding = talk.encoding;
     let mut chat = Chat { conversation, lines, interrupts, encoding, seed: talk.seed, folds: false };
@@ -46,27 +59,53 @@ pub fn chat<D: Device>(flags: &flags::Chat) -> anyhow::Result<Outcome> {
     Ok(outcome)
 }
 
-fn begin<D: Device>(flags: &flags::Chat, cancel: &Arc<Cancel>) -> anyhow::Result<Conversation<D>> {
+/// What needs no weights.
+struct Prepared {
+    file: ModelFile,
+    tokenizer: Tokenizer,
+    context: Context,
+    instructions: Vec<Message>,
+    sampling: Sampling,
+    routes: Option<Output>,
+    work: Work,
+}
+
+impl Prepared {
+    fn new(flags: &flags::Chat) -> anyhow::Result<Prepared> {
+        let talk = &flags.talk;
+        let file = ModelFile::open(talk.model.as_deref())?;
+        let tokenizer = file.tokenizer()?;
+        ControlTokens::find(&tokenizer).map_err(|error| anyhow::anyhow!("{}: {error}", file.name))?;
+        let context = Context::new(&file.model.config, talk.context_tokens)?;
+        let most_bytes = setup::most_text_bytes(&tokenizer, context);
+        let system = setup::system(talk, most_bytes)?;
+        let tools = flags.tools.as_deref().map(|path| setup::tools(path, most_bytes)).transpose()?.unwrap_or_default();
+        let sampling = setup::sampling(talk);
+        Sampler::new(sampling, 0)?;
+        let has_instructions = system.is_some() || !tools.is_empty();
+        let content = system.unwrap_or_default();
+        let instructions = has_instructions.then_some(Message::System { content, tools, response_format: None });
+        let routes = talk.record.routes.as_deref().map(|path| Output::new(path, file.paths())).transpose()?;
+        let work = Work::new(&talk.machine, context.tokens());
+        let instructions = instructions.into_iter().collect();
+        Ok(Prepared { file, tokenizer, context, instructions, sampling, routes, work })
+    }
+}
+
+fn begin<D: Device>(
+    flags: &flags::Chat,
+    prepared: Prepared,
+    on: &D::Adapter,
+    cancel: &Arc<Cancel>,
+) -> anyhow::Result<Conversation<D>> {
+    let Prepared { file, tokenizer, context, instructions, sampling, routes, work } = prepared;
     let talk = &flags.talk;
-    let file = ModelFile::open(talk.model.as_deref())?;
-    let tokenizer = file.tokenizer()?;
-    ControlTokens::find(&tokenizer).map_err(|error| anyhow::anyhow!("{}: {error}", file.name))?;
     let encoding = setup::encoding(talk, &file);
-    let context = Context::new(&file.model.config, talk.context_tokens)?;
-    let most_bytes = setup::most_text_bytes(&tokenizer, context);
-    let system = setup::system(talk, most_bytes)?;
-    let tools = flags.tools.as_deref().map(|path| setup::tools(path, most_bytes)).transpose()?.unwrap_or_default();
-    let sampling = setup::sampling(talk);
-    Sampler::new(sampling, 0)?;
-    let instructions = Message::System { content: system.clone().unwrap_or_default(), tools, response_format: None };
-    let has_instructions = system.is_some() || !instructions.tools().is_empty();
-    let routes = talk.record.routes.as_deref().map(|path| Output::new(path, file.paths())).transpose()?;
-    let work = Work::new::<D>(&talk.machine, context.tokens());
-    let mut engine = Engine::load(file, tokenizer, context, &work, cancel)?;
+    let mut engine = Engine::load(file, tokenizer, context, &work, on, cancel)?;
     routes.map_or(Ok(()), |output| engine.record_routes(output))?;
     let mut conversation = Conversation {
         engine,
-        messages: if has_instructions { vec![instructions] } else { Vec::new() },
+        messages: instructions,
         format: Format { encoding, thinks: true, effort: None },
         sampling,
         max_tokens: talk.max_tokens.unwrap_or(usize::MAX),
