@@ -38,7 +38,7 @@ pub fn plan(flags: &flags::Plan) -> anyhow::Result<Outcome> {
 }
 
 /// The header at `path`, of a whole model or of one whose tensors are not there: only sizes are asked for.
-fn read_header(path: &Path) -> Result<Gguf, gguf::Error> {
+pub(crate) fn read_header(path: &Path) -> Result<Gguf, gguf::Error> {
     let any_length = 1 << 62;
     Gguf::open(path).or_else(|error| {
         let Ok(file) = File::open(path) else { return Err(error) };

@@ -254,3 +254,114 @@ pub(crate) fn fits(on: &AdapterReport, plans: &Plans) -> String {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use ::gpu::DeviceMemory;
+    use model::{Arithmetic, Precision};
+    use store::plan::Cache;
+
+    use super::*;
+    use crate::device::Asked;
+
+    /// A made-up card with memory of its own.
+    fn card(gib: u64) -> AdapterReport {
+        AdapterReport {
+            index: 0,
+            name: "Card".into(),
+            kind: "discrete",
+            api: "vulkan".into(),
+            driver: "1".into(),
+            buffer_bytes: 4 << 30,
+            binding_bytes: 2 << 30,
+            workgroup_bytes: 48 << 10,
+            subgroup: [32, 32],
+            memory: Some(DeviceMemory { total_bytes: gib << 30, free_bytes: Some(gib << 30) }),
+            f16: true,
+            timestamps: true,
+            cooperative_tile: Some(16),
+            lacks: Vec::new(),
+        }
+    }
+
+    fn work() -> Work {
+        Work {
+            device: Asked::Auto,
+            precision: Precision::Fast,
+            arithmetic: Arithmetic::Official,
+            context_tokens: 8192,
+            chunk: None,
+            all_logits: false,
+            threads: 1,
+            request: Request { memory_bytes: Some(16 << 30), cache: None, stream: false },
+            gpu_memory: None,
+            lock: false,
+            clones: 0,
+        }
+    }
+
+    /// The plan for Flash, of whose file only the header is read.
+    fn plan(on: &AdapterReport, work: &Work) -> anyhow::Result<Plans> {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/test-data/full/flash.header");
+        assert!(path.exists(), "{} is missing: run scripts/test-data first", path.display());
+        let header = crate::plan::read_header(&path).unwrap();
+        let model = Model::from_gguf(&header).unwrap();
+        GpuBackend::plan(on, &header, &model, work)
+    }
+
+    #[test]
+    fn a_large_card_holds_everything_and_the_host_next_to_nothing() {
+        let on = card(140);
+        let plans = plan(&on, &work()).unwrap();
+        assert!(plans.are_resident() && plans.tier.is_none() && !plans.read_the_file());
+        let [device, host] = &plans.memories[..] else { panic!("{plans:?}") };
+        assert!(device.plan.total_bytes() < 100 << 30 && host.plan.total_bytes() < 1 << 30, "{plans:?}");
+        assert!(fits(&on, &plans).ends_with("GiB of weights fit its 140.00 GiB"), "{}", fits(&on, &plans));
+    }
+
+    #[test]
+    fn a_smaller_card_has_slots_that_a_tier_of_host_memory_fills() {
+        let on = card(24);
+        let plans = plan(&on, &work()).unwrap();
+        let [device, host] = &plans.memories[..] else { panic!("{plans:?}") };
+        let (device_bytes, host_bytes) = (device.plan.total_bytes(), host.plan.total_bytes());
+        assert!(device_bytes <= 21 << 30 && device_bytes > 20 << 30, "{device_bytes}");
+        assert!(host_bytes <= 16 << 30 && host_bytes > 15 << 30, "{host_bytes}");
+        let (slabs, tier) = (plans.slabs.clone().unwrap(), plans.tier.clone().unwrap());
+        assert!(slabs.slots.iter().zip(&slabs.slot_bytes).all(|(&slots, bytes)| slots as u64 * bytes <= 2 << 30));
+        assert!(plans.slots().unwrap().slots > 1500 && tier.slots.slots > 1500 && plans.read_the_file(), "{plans:?}");
+
+        let few = Work { request: Request { cache: Some(Cache::Slots(300)), ..work().request }, ..work() };
+        assert_eq!(plan(&on, &few).unwrap().slots().unwrap().slots, 300);
+        let ample = Work { request: Request { memory_bytes: Some(1 << 40), ..work().request }, ..work() };
+        let ample = plan(&on, &ample).unwrap();
+        assert!(ample.tier.clone().unwrap().residency == Residency::Resident && !ample.read_the_file(), "{ample:?}");
+    }
+
+    #[test]
+    fn too_little_memory_is_refused_with_what_works() {
+        let error = plan(&card(4), &work()).map(|_| ()).unwrap_err();
+        let error = format!("{error:#}");
+        assert!(error.contains("memory of gpu 0, Card (Vulkan) (--gpu-memory): "), "{error}");
+        let smallest: u64 = error.split("Allow at least ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+        let with = |bytes| plan(&card(4), &Work { gpu_memory: Some(bytes), ..work() });
+        assert!(with(smallest).is_ok() && with(smallest - 1).is_err());
+        let little = Work { request: Request { memory_bytes: Some(64 << 20), ..work().request }, ..work() };
+        let error = format!("{:#}", plan(&card(24), &little).map(|_| ()).unwrap_err());
+        assert!(error.contains("host memory (--memory): "), "{error}");
+        let silent = AdapterReport { memory: None, ..card(24) };
+        let error = plan(&silent, &work()).map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains("does not say how much memory it has: give --gpu-memory"), "{error}");
+        assert!(plan(&silent, &Work { gpu_memory: Some(20 << 30), ..work() }).is_ok());
+    }
+
+    #[test]
+    fn shared_memory_has_one_plan() {
+        let on = AdapterReport { kind: "integrated", ..card(96) };
+        let plans = plan(&on, &Work { gpu_memory: Some(40 << 30), ..work() }).unwrap();
+        assert_eq!(plans.memories.len(), 1);
+        assert!(plans.memories[0].plan.total_bytes() <= 16 << 30, "the lesser of both limits holds: {plans:?}");
+        let tier = plans.tier.unwrap();
+        assert_eq!(tier.slots.slots, 12, "what experts pass through");
+    }
+}
