@@ -34,15 +34,42 @@ struct Params {
 var<immediate> p: Params;
 
 var<workgroup> queries: array<vec4<f32>, {{ 4 * vecs }}>;
-var<workgroup> keys: array<vec4<f32>, {{ 8 * vecs }}>;
-var<workgroup> dots: array<f32, 128>;
-var<workgroup> scores: array<f32, 32>;
+// Where each key begins; the highest bit says that it is one of the pass's own rows.
+var<workgroup> places: array<u32, 64>;
+// Halves of the products of 4 heads with 64 keys: [half, head, key].
+var<workgroup> dots: array<f32, 512>;
+// [head, key / 4].
+var<workgroup> scores: array<vec4<f32>, 64>;
+// Of each key, for the 4 heads.
+var<workgroup> weights: array<array<f32, 4>, 64>;
 
 {{ functions.exponential() }}
 {{ rows.scales() }}
 {{ rows.fp8() }}
 {{ rows.key_loader("session", plain, nope) }}
 {{ rows.key_loader("fresh", plain, nope) }}
+
+fn key(place: u32, v: u32) -> vec4<f32> {
+    if (place & 0x80000000u) != 0u {
+        return key_fresh(place & 0x7fffffffu, v);
+    }
+    return key_session(place, v);
+}
+
+fn place_of(number: u32, near: u32, position: u32, row: u32, listed: bool) -> u32 {
+    if number < near {
+        let at = position + 1u - near + number;
+        if at >= p.fresh {
+            return 0x80000000u | ((at - p.fresh) * {{ row_words }}u);
+        }
+        return p.ring + (at % p.ring_rows) * {{ row_words }}u;
+    }
+    var which = number - near;
+    if listed {
+        which = chosen[row * p.top_k + which];
+    }
+    return p.compressed + which * {{ row_words }}u;
+}
 
 @compute @workgroup_size(128)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
@@ -61,110 +88,89 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if begin >= count {
         return;
     }
-    let end = min(begin + 64u, count);
+    let keys = min(64u, count - begin);
     var i = thread;
     while i < {{ 4 * vecs }}u {
         queries[i] = q[row * p.q_stride + group.x * {{ 4 * vecs }}u + i];
         i += 128u;
     }
+    if thread < 64u {
+        places[thread] = place_of(begin + min(thread, keys - 1u), near, position, row, listed);
+    }
+    workgroupBarrier();
+    // A key for each two threads, which all heads are multiplied with while it is unpacked. Threads that work at the same time
+    // read the same queries.
+    {
+        let place = places[thread & 63u];
+        var v = thread >> 6u;
 {% for h in range(4) %}
-    var most{{ h }} = -3.0e38;
-    var sum{{ h }} = 0.0;
+        var dot{{ h }} = vec4<f32>(0.0);
+{% endfor %}
+        while v < {{ vecs }}u {
+            let values = key(place, v);
+{% for h in range(4) %}
+            dot{{ h }} = fma(queries[{{ h * vecs }}u + v], values, dot{{ h }});
+{% endfor %}
+            v += 2u;
+        }
+        let to = (thread >> 6u) * 256u + (thread & 63u);
+{% for h in range(4) %}
+        dots[to + {{ h * 64 }}u] = (dot{{ h }}.x + dot{{ h }}.y) + (dot{{ h }}.z + dot{{ h }}.w);
+{% endfor %}
+    }
+    workgroupBarrier();
+    if thread < 64u {
+        // Of head thread / 16, four keys.
+        let at = (thread >> 4u) * 64u + (thread & 15u) * 4u;
+        let sum = vec4<f32>(dots[at], dots[at + 1u], dots[at + 2u], dots[at + 3u])
+            + vec4<f32>(dots[at + 256u], dots[at + 257u], dots[at + 258u], dots[at + 259u]);
+        let number = vec4<u32>((thread & 15u) * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
+        scores[thread] = select(vec4<f32>(-3.0e38), sum * p.scale, number < vec4<u32>(keys));
+    }
+    workgroupBarrier();
+    // Of head thread / 32, two keys.
+    let head = thread >> 5u;
+    var high = scores[head * 16u];
+    i = 1u;
+    while i < 16u {
+        high = max(high, scores[head * 16u + i]);
+        i += 1u;
+    }
+    let most = max(max(high.x, high.y), max(high.z, high.w));
+    i = 2u * (thread & 31u);
+    while i < 2u * (thread & 31u) + 2u {
+        weights[i][head] = exp_of(scores[head * 16u + (i >> 2u)][i & 3u] - most);
+        i += 1u;
+    }
+    workgroupBarrier();
+{% for h in range(4) %}
     var out{{ h }} = vec4<f32>(0.0);
 {% endfor %}
     let mine = min(thread, {{ vecs - 1 }}u);
-    var at = begin;
-    while at < end {
-        workgroupBarrier();
-        var k = 0u;
-        while k < 8u {
-            let number = min(at + k, end - 1u);
-            if number < near {
-                let where_ = position + 1u - near + number;
-                if where_ >= p.fresh {
-                    keys[k * {{ vecs }}u + mine] = key_fresh((where_ - p.fresh) * {{ row_words }}u, mine);
-                } else {
-                    keys[k * {{ vecs }}u + mine] = key_session(p.ring + (where_ % p.ring_rows) * {{ row_words }}u, mine);
-                }
-            } else {
-                var which = number - near;
-                if listed {
-                    which = chosen[row * p.top_k + which];
-                }
-                keys[k * {{ vecs }}u + mine] = key_session(p.compressed + which * {{ row_words }}u, mine);
-            }
-            k += 1u;
-        }
-        workgroupBarrier();
-        // Four threads to each of 8 · 4 products.
-        {
-            let head = (thread >> 2u) & 3u;
-            let key = thread >> 4u;
-            var sum = vec4<f32>(0.0);
-            var v = thread & 3u;
-            while v < {{ vecs }}u {
-                sum = fma(queries[head * {{ vecs }}u + v], keys[key * {{ vecs }}u + v], sum);
-                v += 4u;
-            }
-            dots[thread] = (sum.x + sum.y) + (sum.z + sum.w);
-        }
-        workgroupBarrier();
-        if thread < 32u {
-            // Of key thread / 4, head thread % 4.
-            let d = thread * 4u;
-            let score = ((dots[d] + dots[d + 1u]) + (dots[d + 2u] + dots[d + 3u])) * p.scale;
-            scores[(thread & 3u) * 8u + (thread >> 2u)] = select(-3.0e38, score, at + (thread >> 2u) < end);
-        }
-        workgroupBarrier();
+    var k = 0u;
+    while k < keys {
+        let values = key(places[k], mine);
 {% for h in range(4) %}
-        {
-            let s = {{ h * 8 }}u;
-            let high = max(max(max(scores[s], scores[s + 1u]), max(scores[s + 2u], scores[s + 3u])),
-                max(max(scores[s + 4u], scores[s + 5u]), max(scores[s + 6u], scores[s + 7u])));
-            let now = max(most{{ h }}, high);
-            let fade = exp_of(most{{ h }} - now);
-            sum{{ h }} *= fade;
-            out{{ h }} *= fade;
-            most{{ h }} = now;
-        }
+        out{{ h }} = fma(vec4<f32>(weights[k][{{ h }}]), values, out{{ h }});
 {% endfor %}
-        // Weights, one a thread.
-        if thread < 32u {
-            let h = thread >> 3u;
-            var most = most0;
-            if h == 1u { most = most1; }
-            if h == 2u { most = most2; }
-            if h == 3u { most = most3; }
-            dots[thread] = exp_of(scores[thread] - most);
-        }
-        workgroupBarrier();
+        k += 1u;
+    }
+    let to = ((group.z * p.pieces + group.y) * {{ heads }}u + group.x * 4u) * {{ head_dim + 2 }}u;
+    if thread < {{ vecs }}u {
+{% for h in range(4) %}
+{% for i in range(4) %}
+        partial[to + {{ h * (head_dim + 2) + i }}u + 4u * thread] = out{{ h }}[{{ i }}];
+{% endfor %}
+{% endfor %}
+    }
+    if (thread & 31u) == 0u {
+        var sum = 0.0;
         k = 0u;
-        while k < 8u {
-            let key = keys[k * {{ vecs }}u + mine];
-{% for h in range(4) %}
-            {
-                let weight = dots[{{ h * 8 }}u + k];
-                sum{{ h }} += weight;
-                out{{ h }} = fma(vec4<f32>(weight), key, out{{ h }});
-            }
-{% endfor %}
+        while k < keys {
+            sum += weights[k][head];
             k += 1u;
         }
-        at += 8u;
+        partial[to + head * {{ head_dim + 2 }}u + {{ head_dim }}u] = most;
+        partial[to + head * {{ head_dim + 2 }}u + {{ head_dim + 1 }}u] = sum;
     }
-{% for h in range(4) %}
-    {
-        let to = ((group.z * p.pieces + group.y) * {{ heads }}u + group.x * 4u + {{ h }}u) * {{ head_dim + 2 }}u;
-        if thread < {{ vecs }}u {
-            partial[to + 4u * thread] = out{{ h }}.x;
-            partial[to + 4u * thread + 1u] = out{{ h }}.y;
-            partial[to + 4u * thread + 2u] = out{{ h }}.z;
-            partial[to + 4u * thread + 3u] = out{{ h }}.w;
-        }
-        if thread == 0u {
-            partial[to + {{ head_dim }}u] = most{{ h }};
-            partial[to + {{ head_dim + 1 }}u] = sum{{ h }};
-        }
-    }
-{% endfor %}
 }
