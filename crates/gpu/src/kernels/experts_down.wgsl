@@ -39,6 +39,7 @@ var<immediate> p: Params;
 {{ weights.loader(down, "slab") }}
 {{ weights.loader(shared_down, "w") }}
 {{ weights.reduction(16, 128) }}
+{{ weights.staged(1, 128) }}
 
 @compute @workgroup_size(128)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
@@ -63,18 +64,22 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% for n in range(4) %}
         let row{{ n }} = slot * p.slot + p.down + min(first + {{ n }}u, p.d - 1u) * p.stride;
 {% endfor %}
-        var c = lane;
-        while c < p.chunks {
-{% for i in range(8) %}
-            let x{{ i }} = mid[x_at + 8u * c + {{ i }}u];
-{% endfor %}
+        let chunks = p.chunks;
+        var first_chunk = 0u;
+        while first_chunk < chunks {
+{% call(r, i) weights.stage(1, 128) %}mid[x_at + {{ i }}]{% endcall %}
+            var c = lane;
+            while c < 128u && first_chunk + c < chunks {
+                {{ weights.inputs(0, 128) }}
 {% for n in range(4) %}
-            {
-                let k = load_{{ down }}_slab(row{{ n }}, p.chunks, c);
-                {{ weights.dot(down, "acc" ~ n, "k") }}
-            }
+                {
+                    let k = load_{{ down }}_slab(row{{ n }}, chunks, first_chunk + c);
+                    {{ weights.dot(down, "acc" ~ n, "k") }}
+                }
 {% endfor %}
-            c += 32u;
+                c += 32u;
+            }
+            first_chunk += 128u;
         }
     } else {
         let row = p.row0 + group.y - p.choices;
@@ -83,18 +88,22 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% for n in range(4) %}
         let row{{ n }} = p.shared_down + min(first + {{ n }}u, p.d - 1u) * p.shared_stride;
 {% endfor %}
-        var c = lane;
-        while c < p.shared_chunks {
-{% for i in range(8) %}
-            let x{{ i }} = shared_mid[x_at + 8u * c + {{ i }}u];
-{% endfor %}
+        let chunks = p.shared_chunks;
+        var first_chunk = 0u;
+        while first_chunk < chunks {
+{% call(r, i) weights.stage(1, 128) %}shared_mid[x_at + {{ i }}]{% endcall %}
+            var c = lane;
+            while c < 128u && first_chunk + c < chunks {
+                {{ weights.inputs(0, 128) }}
 {% for n in range(4) %}
-            {
-                let k = load_{{ shared_down }}_w(row{{ n }}, p.shared_chunks, c);
-                {{ weights.dot(shared_down, "acc" ~ n, "k") }}
-            }
+                {
+                    let k = load_{{ shared_down }}_w(row{{ n }}, chunks, first_chunk + c);
+                    {{ weights.dot(shared_down, "acc" ~ n, "k") }}
+                }
 {% endfor %}
-            c += 32u;
+                c += 32u;
+            }
+            first_chunk += 128u;
         }
     }
 {% for n in range(4) %}

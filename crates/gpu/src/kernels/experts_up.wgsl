@@ -38,6 +38,7 @@ var<immediate> p: Params;
 {{ weights.loader(up, "slab") }}
 {% endif %}
 {{ weights.reduction(16, 128) }}
+{{ weights.staged(1, 128) }}
 {{ functions.exponential() }}
 
 @compute @workgroup_size(128)
@@ -60,22 +61,26 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var gate_acc{{ n }} = 0.0;
     var up_acc{{ n }} = 0.0;
 {% endfor %}
-    var c = lane;
-    while c < p.chunks {
-{% for i in range(8) %}
-        let x{{ i }} = x[x_at + 8u * c + {{ i }}u];
-{% endfor %}
+    let chunks = p.chunks;
+    var first_chunk = 0u;
+    while first_chunk < chunks {
+{% call(r, i) weights.stage(1, 128) %}x[x_at + {{ i }}]{% endcall %}
+        var c = lane;
+        while c < 128u && first_chunk + c < chunks {
+            {{ weights.inputs(0, 128) }}
 {% for n in range(2) %}
-        {
-            let k = load_{{ gate }}_slab(gate{{ n }}, p.chunks, c);
-            {{ weights.dot(gate, "gate_acc" ~ n, "k") }}
-        }
-        {
-            let k = load_{{ up }}_slab(up{{ n }}, p.chunks, c);
-            {{ weights.dot(up, "up_acc" ~ n, "k") }}
-        }
+            {
+                let k = load_{{ gate }}_slab(gate{{ n }}, chunks, first_chunk + c);
+                {{ weights.dot(gate, "gate_acc" ~ n, "k") }}
+            }
+            {
+                let k = load_{{ up }}_slab(up{{ n }}, chunks, first_chunk + c);
+                {{ weights.dot(up, "up_acc" ~ n, "k") }}
+            }
 {% endfor %}
-        c += 32u;
+            c += 32u;
+        }
+        first_chunk += 128u;
     }
 {% for n in range(2) %}
     partial[((thread >> 5u) * 4u + {{ n }}u) * 32u + lane] = gate_acc{{ n }};

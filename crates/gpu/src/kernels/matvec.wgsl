@@ -5,6 +5,9 @@
 {% import "weights.wgsl" as weights with context %}
 {% set outputs = 4 %}
 {% set values = 4 * outputs * rows %}
+{# Chunks of inputs in workgroup memory at a time; for more than four rows there is no room. #}
+{%- set tile = 128 if rows == 1 else 32 %}
+{% set is_staged = rows <= 4 %}
 {{ weights.chunk_struct() }}
 
 struct Params {
@@ -35,6 +38,9 @@ var<immediate> p: Params;
 {{ weights.loader(ty, "w") }}
 {% endfor %}
 {{ weights.reduction(values, 128) }}
+{% if is_staged %}
+{{ weights.staged(rows, tile) }}
+{% endif %}
 {% if norm %}
 var<workgroup> inverse: array<f32, {{ rows }}>;
 {% endif %}
@@ -92,41 +98,49 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var acc{{ n }}_{{ r }} = 0.0;
 {% endfor %}
 {% endfor %}
-{% for ty in types %}
-    {% if not loop.first %}else {% endif %}{% if not loop.last %}if ty == {{ type_ids[ty] }}u {% endif %}{
-        var c = lane;
-        while c < chunks {
-{% if norm %}
-{% for i in range(8) %}
-            let g{{ i }} = bitcast<vec4<f32>>(w[p.norm + 8u * c + {{ i }}u]);
-{% endfor %}
+    var first_chunk = 0u;
+    while first_chunk < chunks {
+{% if is_staged %}
+{% call(r, i) weights.stage(rows, tile) %}
+{% if norm %}x[{{ "x_at" ~ r }} + {{ i }}] * inverse[{{ r }}] * bitcast<vec4<f32>>(w[p.norm + {{ i }}]){% else %}x[{{ "x_at" ~ r }} + {{ i }}]{% endif %}
+{%- endcall %}
 {% endif %}
+{% for ty in types %}
+        {% if not loop.first %}else {% endif %}{% if not loop.last %}if ty == {{ type_ids[ty] }}u {% endif %}{
+            var c = lane;
+            while {% if is_staged %}c < {{ tile }}u && {% endif %}first_chunk + c < chunks {
 {% if rows > 1 %}
 {% for n in range(outputs) %}
-            let k{{ n }} = load_{{ ty }}_w(at{{ n }}, chunks, c);
+                let k{{ n }} = load_{{ ty }}_w(at{{ n }}, chunks, first_chunk + c);
 {% endfor %}
 {% endif %}
 {% for r in range(rows) %}
-            {
+                {
+{% if is_staged %}
+                {{ weights.inputs(r, tile) }}
+{% else %}
 {% for i in range(8) %}
-                let x{{ i }} = x[x_at{{ r }} + 8u * c + {{ i }}u]{% if norm %} * inverse[{{ r }}] * g{{ i }}{% endif %};
+                    let x{{ i }} = x[x_at{{ r }} + 8u * c + {{ i }}u]{% if norm %} * inverse[{{ r }}] * bitcast<vec4<f32>>(w[p.norm + 8u * c + {{ i }}u]){% endif %};
 {% endfor %}
+{% endif %}
 {% for n in range(outputs) %}
 {% if rows > 1 %}
-                {{ weights.dot(ty, "acc" ~ n ~ "_" ~ r, "k" ~ n) }}
-{% else %}
-                {
-                    let k{{ n }} = load_{{ ty }}_w(at{{ n }}, chunks, c);
                     {{ weights.dot(ty, "acc" ~ n ~ "_" ~ r, "k" ~ n) }}
-                }
+{% else %}
+                    {
+                        let k{{ n }} = load_{{ ty }}_w(at{{ n }}, chunks, first_chunk + c);
+                        {{ weights.dot(ty, "acc" ~ n ~ "_" ~ r, "k" ~ n) }}
+                    }
 {% endif %}
 {% endfor %}
+                }
+{% endfor %}
+                c += 32u;
             }
-{% endfor %}
-            c += 32u;
         }
-    }
 {% endfor %}
+        first_chunk += {% if is_staged %}{{ tile }}u{% else %}chunks{% endif %};
+    }
 {% for n in range(outputs) %}
 {% for r in range(rows) %}
     partial[(((thread >> 5u) * {{ outputs }}u + {{ n }}u) * {{ rows }}u + {{ r }}u) * 32u + lane] = acc{{ n }}_{{ r }};

@@ -154,6 +154,37 @@ fn e2m1(codes: u32) -> vec4<f32> {
 {% endif %}
 {% endmacro %}
 
+{# Inputs in workgroup memory, `tile` chunks of `rows` rows: vector `i` of chunk `c` at `i * (tile + 1) + c`, so that threads that
+   work at the same time, each at a chunk of its own, meet no bank twice. -#}
+{% macro staged(rows, tile) %}
+var<workgroup> staged: array<vec4<f32>, {{ rows * 8 * (tile + 1) }}>;
+{% endmacro %}
+
+{# Fills them with the chunks from `first_chunk` on of `chunks`. `source(r, i)` is vector `i` of row `r`. All 128 threads run it. -#}
+{% macro stage(rows, tile) %}
+    {
+        workgroupBarrier();
+        let left = min({{ tile }}u, chunks - first_chunk) * 8u;
+{% for r in range(rows) %}
+        {
+            var i = thread;
+            while i < left {
+                staged[{{ r * 8 * (tile + 1) }}u + (i & 7u) * {{ tile + 1 }}u + (i >> 3u)] = {{ caller(r, "8u * first_chunk + i") }};
+                i += 128u;
+            }
+        }
+{% endfor %}
+        workgroupBarrier();
+    }
+{% endmacro %}
+
+{# The 32 inputs of chunk `c` of those that are staged, as `x0`..`x7`. -#}
+{% macro inputs(r, tile) %}
+{% for i in range(8) %}
+                let x{{ i }} = staged[{{ (r * 8 + i) * (tile + 1) }}u + c];
+{% endfor %}
+{% endmacro %}
+
 {# acc + chunk · x, in one order: what Exact relies on. `x0`..`x7` are the row's values. -#}
 {% macro dot(ty, acc, chunk) %}
 {
