@@ -11,8 +11,8 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use cells::{open, streamed, tokens};
-use common::{advance, load, rows, test_data};
+use cells::streamed;
+use common::{advance, export, load, open, rows, test_data, tokens};
 use cpu::{CpuBackend, Options, Pass};
 use gguf::Gguf;
 use model::{Backend, Cancel, Error, Model, NoObserver, Observer, Precision, Stage, State, forward};
@@ -53,12 +53,6 @@ fn held(backend: &CpuBackend) -> State {
     let mut state = backend.new_state().unwrap();
     advance(backend, &mut state, &tokens(MODEL, HELD));
     state
-}
-
-fn export(backend: &CpuBackend, state: &State) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    backend.export(state, &mut bytes).unwrap();
-    bytes
 }
 
 /// A copy of the session, made by saving and loading it, gives the right logits.

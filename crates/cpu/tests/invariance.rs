@@ -5,7 +5,7 @@ mod common;
 #[path = "../../quant/tests/common/levels.rs"]
 mod levels;
 
-use common::{References, advance, exact, fast, load, logits, plain, rows};
+use common::{References, advance, assert_same, distance, exact, export, fast, load, logits, plain, rows};
 use cpu::{CpuBackend, Level, Options, Pass};
 use levels::levels;
 use model::state::{CHECKPOINT_TOKENS, FREE_REWIND_TOKENS, MAX_CHECKPOINTS};
@@ -15,17 +15,6 @@ const MODEL: &str = "tiny-iq2";
 
 fn tokens() -> Vec<u32> {
     References::open(&format!("{MODEL}.refs")).tokens()
-}
-
-fn bits(logits: &[f32]) -> Vec<u32> {
-    logits.iter().map(|logit| logit.to_bits()).collect()
-}
-
-/// Fails with the first position that differs rather than with two pages of numbers.
-fn assert_same(ours: &[f32], expected: &[f32], vocab: usize, what: &str) {
-    assert_eq!(ours.len(), expected.len(), "{what}: number of logits");
-    let differ = bits(ours).iter().zip(&bits(expected)).position(|(a, b)| a != b);
-    assert_eq!(differ.map(|i| i / vocab), None, "{what}: first position with other bits");
 }
 
 /// Both precisions, each with and without the roundings of stored rows.
@@ -39,9 +28,7 @@ fn fast_is_not_exact_but_near_it() {
     for name in [MODEL, "tiny-q4", "tiny-q8", "mixed3-mixed"] {
         let tokens = &References::open(&format!("{name}.refs")).tokens()[..140];
         let [exact, fast] = [exact(), fast()].map(|options| logits(&load(name, options), tokens, &[140]));
-        let square = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>();
-        let off = square(&mut fast.iter().zip(&exact).map(|(a, b)| f64::from(a - b)));
-        let distance = (off / square(&mut exact.iter().map(|&b| f64::from(b)))).sqrt();
+        let distance = distance(&fast, &exact);
         println!("{name}: relative L2 distance {distance:.1e}");
         // Weights are random, so a choice of experts that flips moves much.
         assert!(distance > 1e-4 && distance < 0.3, "{name}: {distance:e}");
@@ -150,13 +137,11 @@ fn saving_and_loading_changes_no_bit() {
         for cut in [1, 3, 127, 128, 201, 399] {
             let mut state = backend.new_state().unwrap();
             advance(&backend, &mut state, &tokens[..cut]);
-            let mut saved = Vec::new();
-            backend.export(&state, &mut saved).unwrap();
+            let saved = export(&backend, &state);
             let mut loaded = backend.import(&mut saved.as_slice()).unwrap();
             let rest = advance(&backend, &mut loaded, &tokens[cut..]);
             assert_same(&rest, &whole[cut * vocab..], vocab, &format!("saved at {cut}"));
-            let mut again = Vec::new();
-            backend.export(&backend.import(&mut saved.as_slice()).unwrap(), &mut again).unwrap();
+            let again = export(&backend, &backend.import(&mut saved.as_slice()).unwrap());
             assert!(saved == again, "saving what was loaded gives the same bytes");
         }
     }
@@ -169,9 +154,7 @@ fn a_state_of_one_precision_is_refused_by_the_other() {
     let saved = backends.each_ref().map(|backend| {
         let mut state = backend.new_state().unwrap();
         advance(backend, &mut state, &tokens[..10]);
-        let mut bytes = Vec::new();
-        backend.export(&state, &mut bytes).unwrap();
-        bytes
+        export(backend, &state)
     });
     let [exact, fast] = &backends;
     let message = |result: Result<model::State, Error>| result.err().expect("another precision").to_string();
@@ -221,8 +204,7 @@ fn stepping_back_again_and_again_changes_no_bit() {
             assert_eq!(state.rewind(start + 2), start + 2);
         }
         // Also over a save, which must keep the free range.
-        let mut saved = Vec::new();
-        backend.export(&state, &mut saved).unwrap();
+        let saved = export(&backend, &state);
         let mut state = backend.import(&mut saved.as_slice()).unwrap();
         let target = state.position() - 60;
         assert_eq!(state.rewind(target), target);
@@ -279,17 +261,12 @@ fn a_pass_that_fails_anywhere_leaves_no_trace() {
     let (mut a, mut b) = (backend.new_state().unwrap(), backend.new_state().unwrap());
     advance(&backend, &mut a, &tokens[..125]);
     for &at in &places {
-        let saved = |state: &model::State| {
-            let mut bytes = Vec::new();
-            backend.export(state, &mut bytes).unwrap();
-            bytes
-        };
-        let before = (saved(&a), saved(&b));
+        let before = (export(&backend, &a), export(&backend, &b));
         let mut fault = Fault { at, struck: false };
         let batch = [rows(0, 125, &tokens[125..131]), rows(1, 0, &tokens[..5])].concat();
         let result = forward(&backend, batch, &mut [&mut a, &mut b], &Cancel::default(), &mut fault);
         assert!(fault.struck && result.is_err(), "{at:?} was not reached");
-        assert!(before == (saved(&a), saved(&b)), "{at:?} left a trace");
+        assert!(before == (export(&backend, &a), export(&backend, &b)), "{at:?} left a trace");
     }
     let rest = advance(&backend, &mut a, &tokens[125..200]);
     assert_same(&rest, &whole[125 * vocab..], vocab, "after all faults");
@@ -345,8 +322,7 @@ fn damaged_states_are_refused() {
     let (backend, tokens) = (load(MODEL, Options::default()), tokens());
     let mut state = backend.new_state().unwrap();
     advance(&backend, &mut state, &tokens[..150]);
-    let mut saved = Vec::new();
-    backend.export(&state, &mut saved).unwrap();
+    let saved = export(&backend, &state);
     let refuse = |bytes: &[u8]| backend.import(&mut &bytes[..]).err().expect("a damaged state").to_string();
     for cut in (0..saved.len()).step_by(saved.len() / 16) {
         refuse(&saved[..cut]);

@@ -6,8 +6,8 @@ mod common;
 
 use std::collections::BTreeSet;
 
-use cells::{AXES, CHUNK, Cell, SLOTS, Subject, THREADS, open, streamed, tokens};
-use common::{advance, load};
+use cells::{AXES, CHUNK, Cell, SLOTS, Subject, THREADS, streamed};
+use common::{advance, load, open, tokens};
 use cpu::Options;
 use model::{Backend, Precision};
 use store::Residency;

@@ -2,8 +2,8 @@
 //! cooperative matrices where the adapter has them. Factors are f16 and sums f32, so they serve `Fast` only.
 
 use minijinja::{Value, context};
+use model::{Arithmetic, Config, KvLayout, Precision};
 
-#[cfg(test)]
 use crate::device::AdapterReport;
 
 /// How `attend_many` cuts the heads of a row.
@@ -42,6 +42,20 @@ pub(crate) struct AttendMany {
 }
 
 impl AttendMany {
+    /// For a model, without cooperative matrices; `None` where it needs no such kernel, or sizes do not suit it.
+    pub(crate) fn of(config: &Config, layout: &KvLayout) -> Option<AttendMany> {
+        let Config { heads, head_dim, rope_dim, .. } = *config;
+        let suits = layout.precision == Precision::Fast && rope_dim == 64 && head_dim.is_multiple_of(128);
+        suits.then(|| AttendMany {
+            heads,
+            head_dim,
+            plain: layout.arithmetic == Arithmetic::Plain,
+            row_words: layout.layers[0].raw.row_bytes() / 4,
+            coop: false,
+            tiling: Tiling::of(heads),
+        })
+    }
+
     /// The template's values.
     pub(crate) fn context(&self) -> Value {
         let AttendMany { heads, head_dim, plain, row_words, coop, tiling } = *self;
@@ -91,9 +105,41 @@ pub(crate) fn key_factor(largest_norm_weight: f32, head_dim: usize) -> f32 {
 }
 
 /// Whether kernels with cooperative matrices run as they are written: 16 · 16 · 16, subgroups of 32.
-#[cfg(test)]
 pub(crate) fn cooperative(report: &AdapterReport) -> bool {
     report.cooperative_tile == Some(16) && report.subgroup == [32, 32]
+}
+
+/// What `index_score_many` is made for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct IndexScoreMany {
+    /// At most 64.
+    pub(crate) index_heads: usize,
+    /// Whether rows are f32 instead of FP4.
+    pub(crate) plain: bool,
+    /// Words of a stored row.
+    pub(crate) row_words: usize,
+    /// Whether cooperative matrices multiply.
+    pub(crate) coop: bool,
+}
+
+impl IndexScoreMany {
+    /// For a model, without cooperative matrices; `None` where it needs no such kernel, or sizes do not suit it.
+    pub(crate) fn of(config: &Config, layout: &KvLayout) -> Option<IndexScoreMany> {
+        let index_heads = config.index_heads;
+        let index = layout.layers.iter().find_map(|layer| layer.index.as_ref())?;
+        (layout.precision == Precision::Fast && index_heads <= 64).then(|| IndexScoreMany {
+            index_heads,
+            plain: layout.arithmetic == Arithmetic::Plain,
+            row_words: index.row.row_bytes() / 4,
+            coop: false,
+        })
+    }
+
+    /// The template's values.
+    pub(crate) fn context(&self) -> Value {
+        let IndexScoreMany { index_heads, plain, row_words, coop } = *self;
+        context! { index_heads, plain, row_words, coop }
+    }
 }
 
 /// Keys and rows of a workgroup of `index_score_many` for an indexer of `index_heads` heads, at most 64.
@@ -118,4 +164,12 @@ pub(crate) struct IndexScoreManyParams {
     pub(crate) keys: u32,
     pub(crate) stride: u32,
     pub(crate) rows: u32,
+}
+
+impl IndexScoreManyParams {
+    /// Parameters of `index_score`: all but the last.
+    pub(crate) fn of_few(&self) -> [u32; 11] {
+        let words: [u32; 12] = bytemuck::cast(*self);
+        *words.first_chunk().expect("fewer words")
+    }
 }

@@ -9,7 +9,7 @@ use model::kv::RowFormat;
 use quant::simd::level;
 
 use crate::attend_many::{
-    AttendMany, AttendManyParams, IndexScoreManyParams, Tiling, cooperative, index_tile, key_factor,
+    AttendMany, AttendManyParams, IndexScoreMany, IndexScoreManyParams, Tiling, cooperative, index_tile, key_factor,
 };
 use crate::device::{AdapterReport, Checks, Choice, Device, adapters};
 use crate::emulation::emulated;
@@ -587,7 +587,7 @@ impl IndexScene {
 
     fn context(&self, coop: bool) -> Value {
         let row_words = Self::format(self.plain).row_bytes() / 4;
-        context! { index_heads => self.heads, plain => self.plain, row_words, coop }
+        IndexScoreMany { index_heads: self.heads, plain: self.plain, row_words, coop }.context()
     }
 
     fn params(&self) -> IndexScoreManyParams {
@@ -637,9 +637,7 @@ fn index_scenes() -> Vec<IndexScene> {
 impl IndexScene {
     /// `index_score`.
     fn computed(&self, bench: &mut Bench) -> (Buffer, Vec<f32>) {
-        let params: [u32; 12] = bytemuck::cast(self.params());
-        let params: [u32; 11] = *params.first_chunk().unwrap();
-        self.run(bench, "index_score", false, &params, [32, 1])
+        self.run(bench, "index_score", false, &self.params().of_few(), [32, 1])
     }
 
     /// `index_score_many`.

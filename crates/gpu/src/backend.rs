@@ -108,6 +108,7 @@ pub struct GpuBackend {
     pool: Arc<Pool>,
     source: Source,
     note: Option<String>,
+    adapter_note: Option<String>,
     reader: &'static str,
     checks: bool,
 }
@@ -159,13 +160,14 @@ impl GpuBackend {
         };
         device.wait()?;
         source.check_unchanged()?;
-        let many = Many::new(&device, kernels.clone());
+        let (cooperative, adapter_note) = crate::self_check::cooperative(&kernels, &model.config, &layout)?;
+        let many = Many::new(kernels.clone(), cooperative);
         let shapes = Shapes::new(&model.config, &layout, &layers, Many::most_tiles_bytes);
         let embedding = &model.tensors.embedding;
         Ok(GpuBackend {
             config: model.config.clone(),
             ropes: [Rope::plain(&model.config), Rope::yarn(&model.config)],
-            kit: Kit::new(&kernels, &model.config, &layout, &layers, &experts.layouts)?,
+            kit: Kit::new(&kernels, &model.config, &layout, &layers, &experts.layouts, cooperative)?,
             embedding: Embedding {
                 source: source.clone(),
                 extent: embedding.extent,
@@ -185,6 +187,7 @@ impl GpuBackend {
             pool: Arc::default(),
             source: source.clone(),
             note,
+            adapter_note,
             reader: reader_name,
             checks: is_checked,
         })
@@ -198,6 +201,12 @@ impl GpuBackend {
     /// Why the reader that was asked for is not the one used, if so: a line for the user.
     pub fn note(&self) -> Option<&str> {
         self.note.as_deref()
+    }
+
+    /// For what the adapter's cooperative matrices are not used because its driver computes them wrongly, if so: a line for
+    /// the user.
+    pub fn adapter_note(&self) -> Option<&str> {
+        self.adapter_note.as_deref()
     }
 
     /// What experts are read with.

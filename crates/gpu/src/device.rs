@@ -135,7 +135,7 @@ fn report(index: usize, adapter: &wgpu::Adapter) -> AdapterReport {
         f16: adapter.features().contains(Features::SHADER_F16),
         timestamps: adapter.features().contains(TIMESTAMPS),
         cooperative_tile: cooperative_tile(adapter),
-        lacks: lacks(adapter),
+        lacks: lacks(adapter.features(), &limits),
     }
 }
 
@@ -192,8 +192,7 @@ fn cooperative_tile(adapter: &wgpu::Adapter) -> Option<u32> {
     adapter.cooperative_matrix_properties().iter().find(|tile| fits(tile)).map(|tile| tile.m_size)
 }
 
-fn lacks(adapter: &wgpu::Adapter) -> Vec<String> {
-    let (features, limits) = (adapter.features(), adapter.limits());
+fn lacks(features: Features, limits: &Limits) -> Vec<String> {
     let needs = [
         (features.contains(Features::IMMEDIATES), "kernel parameters (immediates)".to_owned()),
         (
@@ -409,6 +408,24 @@ mod tests {
             cooperative_tile: None,
             lacks: lacks.iter().map(|&what| what.to_owned()).collect(),
         }
+    }
+
+    #[test]
+    fn what_an_adapter_lacks_is_named() {
+        let enough = Limits { max_immediate_size: PARAMS_BYTES, ..Limits::default() };
+        let enough = Limits { max_compute_workgroup_storage_size: WORKGROUP_BYTES, ..enough };
+        assert_eq!(lacks(Features::IMMEDIATES, &enough), Vec::<String>::new());
+        let small = Limits { max_compute_workgroup_storage_size: 16 << 10, max_immediate_size: 64, ..enough };
+        let lacks = lacks(Features::empty(), &small).join(", ");
+        for what in [
+            "immediates",
+            "128 bytes of kernel parameters (it has 64)",
+            "32768 bytes of workgroup memory (it has 16384)",
+        ] {
+            assert!(lacks.contains(what), "{lacks}");
+        }
+        let text = GpuError::Lacks { name: "a card".into(), lacks }.to_string();
+        assert!(text.contains("a card lacks") && text.contains("--device cpu"), "{text}");
     }
 
     #[test]

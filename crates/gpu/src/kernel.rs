@@ -15,7 +15,7 @@ use crate::GpuError;
 use crate::device::{AdapterReport, Checks, Device};
 
 /// Every source, by the name that includes use.
-const SOURCES: &[(&str, &str)] = &[
+pub(crate) const SOURCES: &[(&str, &str)] = &[
     ("weights.wgsl", include_str!("kernels/weights.wgsl")),
     ("functions.wgsl", include_str!("kernels/functions.wgsl")),
     ("rows.wgsl", include_str!("kernels/rows.wgsl")),
@@ -44,6 +44,7 @@ const SOURCES: &[(&str, &str)] = &[
     ("copy.wgsl", include_str!("kernels/copy.wgsl")),
     ("normalise.wgsl", include_str!("kernels/normalise.wgsl")),
     ("finite.wgsl", include_str!("kernels/finite.wgsl")),
+    ("sweep.wgsl", include_str!("kernels/sweep.wgsl")),
 ];
 
 /// A source with everything filled in.
@@ -72,6 +73,8 @@ pub(crate) struct Kernel {
 /// Pipelines and bindings that were made, so that each is made once.
 pub(crate) struct Kernels {
     device: Arc<Device>,
+    /// Fills a source in: [`render`], but in tests of wrong kernels.
+    render: fn(&str, &Value) -> String,
     made: Mutex<HashMap<String, Arc<Kernel>>>,
     bound: Mutex<HashMap<BindingKey, wgpu::BindGroup>>,
 }
@@ -81,7 +84,12 @@ type BindingKey = (usize, Vec<(u64, u64)>);
 
 impl Kernels {
     pub(crate) fn new(device: Arc<Device>) -> Kernels {
-        Kernels { device, made: Mutex::default(), bound: Mutex::default() }
+        Kernels::rendered_by(device, render)
+    }
+
+    /// With sources filled in by `render`.
+    pub(crate) fn rendered_by(device: Arc<Device>, render: fn(&str, &Value) -> String) -> Kernels {
+        Kernels { device, render, made: Mutex::default(), bound: Mutex::default() }
     }
 
     /// What they run on.
@@ -99,7 +107,8 @@ impl Kernels {
         if let Some(kernel) = made.get(&key) {
             return Ok(kernel.clone());
         }
-        let kernel = Arc::new(self.make(made.len(), name, &render(&format!("{name}.wgsl"), &context), key.clone())?);
+        let kernel =
+            Arc::new(self.make(made.len(), name, &(self.render)(&format!("{name}.wgsl"), &context), key.clone())?);
         made.insert(key, kernel.clone());
         Ok(kernel)
     }

@@ -4,13 +4,14 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use minijinja::{Value, context};
-use model::{Arithmetic, Config, KvLayout, Precision};
+use model::{Arithmetic, Config, KvLayout};
 
 use crate::GpuError;
-use crate::attend_many::{AttendMany, Tiling};
+use crate::attend_many::{AttendMany, IndexScoreMany};
 use crate::experts::ExpertLayout;
 use crate::format::Format;
 use crate::kernel::{Kernel, Kernels};
+use crate::self_check::Cooperative;
 use crate::weights::LayerWeights;
 
 /// Formats of the matrices, rows together, and whether inputs are normalised.
@@ -62,6 +63,7 @@ impl Kit {
         layout: &KvLayout,
         layers: &[LayerWeights],
         experts: &[ExpertLayout],
+        cooperative: Cooperative,
     ) -> Result<Kit, GpuError> {
         let Config { streams, heads, head_dim, .. } = *config;
         let rope = config.rope_dim;
@@ -90,17 +92,11 @@ impl Kit {
                 down: get("experts_down", context! { down, shared_down, used })?,
             })
         };
-        let is_fast = layout.precision == Precision::Fast;
-        // With cooperative matrices these two gave no numbers on the one adapter that was tried (docs/performance.md).
-        let coop = false;
-        let many = AttendMany { heads, head_dim, plain, row_words, coop, tiling: Tiling::of(heads) };
-        let attend_many = (is_fast && rope == 64 && head_dim.is_multiple_of(128))
-            .then(|| Ok::<_, GpuError>((get("attend_many", many.context())?, many)))
-            .transpose()?;
-        let index_heads = config.index_heads;
-        let score_many = (is_fast && index_heads <= 64)
-            .then(|| get("index_score_many", context! { index_heads, plain, row_words => index_words, coop }))
-            .transpose()?;
+        let many = AttendMany::of(config, layout).map(|many| AttendMany { coop: cooperative.attention, ..many });
+        let attend_many =
+            many.map(|many| Ok::<_, GpuError>((get("attend_many", many.context())?, many))).transpose()?;
+        let many = IndexScoreMany::of(config, layout).map(|many| IndexScoreMany { coop: cooperative.scores, ..many });
+        let score_many = many.map(|many| get("index_score_many", many.context())).transpose()?;
         Ok(Kit {
             kernels: kernels.clone(),
             expand: get("expand", context! { streams })?,

@@ -17,6 +17,7 @@ mod matmul;
 mod measure;
 mod memory;
 mod pass;
+mod self_check;
 mod stages;
 mod state;
 mod timer;

@@ -15,10 +15,10 @@ use bytemuck::{Pod, Zeroable};
 use minijinja::{Value, context};
 
 use crate::GpuError;
-use crate::device::Device;
 use crate::format::Format;
 use crate::jobs::{Jobs, Matrix};
 use crate::kernel::{Commands, Kernels, Span};
+use crate::self_check::Cooperative;
 
 /// What a workgroup makes, and 32 threads of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,16 +106,15 @@ impl Experts<'_> {
 /// Kernels of many rows.
 pub(crate) struct Many {
     kernels: Arc<Kernels>,
-    coop: bool,
+    cooperative: Cooperative,
     products: Tile,
     experts: Tile,
 }
 
 impl Many {
-    /// With cooperative matrices, where the device has them and 32 threads always run in step.
-    pub(crate) fn new(device: &Device, kernels: Arc<Kernels>) -> Many {
-        let coop = device.report.cooperative_tile == Some(16) && device.report.subgroup == [32, 32];
-        Many { kernels, coop, products: Tile::PRODUCTS, experts: Tile::EXPERTS }
+    /// With cooperative matrices for the families of `cooperative`.
+    pub(crate) fn new(kernels: Arc<Kernels>, cooperative: Cooperative) -> Many {
+        Many { kernels, cooperative, products: Tile::PRODUCTS, experts: Tile::EXPERTS }
     }
 
     /// Makes `to` of `to.rows` rows of f32, a row every `x_stride` values (a multiple of 4).
@@ -151,7 +150,7 @@ impl Many {
         code_book: Span<'_>,
     ) -> Result<(), GpuError> {
         let formats = jobs.formats();
-        let kernel = self.kernels.get("matmul", self.products.context(self.coop, &formats))?;
+        let kernel = self.kernels.get("matmul", self.products.context(self.cooperative.products, &formats))?;
         let params = [jobs.table, x.rows as u32, x.width as u32 / 4, y_stride as u32];
         let groups = [jobs.groups(self.products.outputs as usize), (x.rows as u32).div_ceil(self.products.rows), 1];
         let buffers = with_code_book(&[slab, x.halves, x.inverses, y], &formats, code_book);
@@ -222,7 +221,7 @@ impl Many {
         assert_eq!(x.width, gate.cols, "rows hold what experts take and nothing else");
         let formats = both(gate.format, up.format);
         let more = context! { gate => gate.format.name(), up => up.format.name(), used => of.used };
-        let tile = self.experts.context(self.coop, &formats);
+        let tile = self.experts.context(self.cooperative.experts, &formats);
         let kernel = self.kernels.get("experts_up_many", context! { ..more, ..tile })?;
         let params = Params {
             slot: of.slot,
@@ -273,7 +272,7 @@ impl Many {
         let down = of.down;
         let formats = [down.format];
         let more = context! { down => down.format.name(), used => of.used };
-        let tile = self.experts.context(self.coop, &formats);
+        let tile = self.experts.context(self.cooperative.experts, &formats);
         let kernel = self.kernels.get("experts_down_many", context! { ..more, ..tile })?;
         let params = Params {
             slot: of.slot,

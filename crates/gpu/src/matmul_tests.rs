@@ -3,32 +3,13 @@
 use std::time::Instant;
 
 use super::*;
-use crate::device::{Checks, Choice, WORKGROUP_BYTES, adapters};
+use crate::device::{Checks, Choice, Device, WORKGROUP_BYTES, adapters};
 use crate::format::code_book;
 use crate::jobs::Job;
 use crate::kernel::Buffer;
-
-/// splitmix64.
-struct Random(u64);
+use crate::self_check::{EXPERTS_DISTANCE, Random, SUMS_DISTANCE};
 
 impl Random {
-    fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
-    }
-
-    /// Uniform in -1..1.
-    fn value(&mut self) -> f32 {
-        (self.bits() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-    }
-
-    fn values(&mut self, n: usize) -> Vec<f32> {
-        (0..n).map(|_| self.value()).collect()
-    }
-
     /// A row of `cols` weights as in a file: random codes under scales of a sensible size.
     fn row(&mut self, format: Format, cols: usize) -> Vec<u8> {
         let mut row: Vec<u8> = (0..format.file_row_bytes(cols)).map(|_| self.bits() as u8).collect();
@@ -100,7 +81,8 @@ impl Bench {
         let device = Device::open(choice, checks).unwrap();
         let kernels = Arc::new(Kernels::new(device.clone()));
         let commands = Commands::new(device.clone(), kernels.clone());
-        let many = Many::new(&device, kernels);
+        let has = crate::attend_many::cooperative(device.report());
+        let many = Many::new(kernels, if has { Cooperative::ALL } else { Cooperative::default() });
         Bench { device, commands, many }
     }
 
@@ -114,7 +96,7 @@ impl Bench {
         };
         println!("on {}", adapter.name);
         let mut bench = Bench::new(Choice::Index(adapter.index), Checks::On);
-        bench.many.coop = false;
+        bench.many.cooperative = Cooperative::default();
         Some(bench)
     }
 
@@ -471,12 +453,6 @@ fn choice_alone_is_the_same(bench: &mut Bench) {
     }
 }
 
-/// Factors are the same halves; only the order of their f32 sums differs.
-const SUMS_ERROR: f64 = 2e-5;
-
-/// What an activation of experts between two halves may cost, where the order of sums decides which of them it becomes.
-const MID_ERROR: f64 = 5e-4;
-
 #[test]
 fn cooperative_kernels_equal_their_plain_twins() {
     let Some(adapter) = adapters().into_iter().find(|a| a.lacks.is_empty() && a.cooperative_tile == Some(16)) else {
@@ -489,7 +465,7 @@ fn cooperative_kernels_equal_their_plain_twins() {
         [[Format::Iq2Xxs, Format::Iq2Xxs, Format::Q2K], [Format::Mxfp4; 3], [Format::Q8_0, Format::Q4K, Format::F16]];
     for checks in [Checks::Off, Checks::On] {
         let mut bench = Bench::new(Choice::Index(adapter.index), checks);
-        if !bench.many.coop {
+        if !bench.many.cooperative.products {
             println!("skipped: subgroups of {} have {:?} threads, not always 32", adapter.name, adapter.subgroup);
             return;
         }
@@ -514,7 +490,7 @@ fn cooperative_kernels_equal_their_plain_twins() {
                 println!("{products:?} {formats:?}: {:.1e}, from f64 {error:.1e}", distance(wide(&coop), wide(&plain)));
                 for (row, (coop, plain)) in coop.chunks(case.y_stride).zip(plain.chunks(case.y_stride)).enumerate() {
                     let error = distance(wide(coop), wide(plain));
-                    assert!(error < SUMS_ERROR, "{products:?} {formats:?} row {row}: {error}");
+                    assert!(error < SUMS_DISTANCE, "{products:?} {formats:?} row {row}: {error}");
                 }
                 assert!(error < HALVES_ERROR, "{products:?} {formats:?}: {error}");
             }
@@ -523,7 +499,7 @@ fn cooperative_kernels_equal_their_plain_twins() {
                 let [coop, plain] = twins(&mut bench, products, experts, |bench| layer.run(bench, 0, 230, &[4, 7]));
                 let error = distance(wide(&coop), wide(&plain));
                 println!("{experts:?} {formats:?}: {error:.1e}");
-                assert!(error < MID_ERROR, "{experts:?} {formats:?}: {error}");
+                assert!(error < EXPERTS_DISTANCE, "{experts:?} {formats:?}: {error}");
             }
         }
         row_alone_is_the_same(&mut bench);
@@ -541,9 +517,9 @@ fn twins(
     (bench.many.products, bench.many.experts) = (products, experts);
     let coop = run(bench);
     (bench.many.products, bench.many.experts) = (Tile::PRODUCTS, Tile::EXPERTS);
-    bench.many.coop = false;
+    bench.many.cooperative = Cooperative::default();
     let plain = run(bench);
-    bench.many.coop = true;
+    bench.many.cooperative = Cooperative::ALL;
     [coop, plain]
 }
 
@@ -646,7 +622,10 @@ fn measure_matmul() {
         return;
     }
     let mut bench = Bench::new(Choice::Hardware, Checks::Off);
-    println!("{} {}, cooperative: {}", bench.device.report.name, bench.device.report.driver, bench.many.coop);
+    println!(
+        "{} {}, cooperative: {}",
+        bench.device.report.name, bench.device.report.driver, bench.many.cooperative.products
+    );
     let (rows, runs) = (2048, 30);
     let mut random = Random(7);
     let shapes = [

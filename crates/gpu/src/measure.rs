@@ -55,7 +55,7 @@ fn best(bytes: u64, mut run: impl FnMut() -> Result<(), Error>) -> Result<f64, E
 
 fn read(device: Arc<Device>, memory: &Buffer) -> Result<f64, Error> {
     let kernels = Arc::new(Kernels::new(device.clone()));
-    let kernel = kernels.make(0, "sweep", include_str!("kernels/sweep.wgsl"), "sweep".into())?;
+    let kernel = kernels.get("sweep", minijinja::Value::from(()))?;
     let sums = Buffer::new(&device, "sums of a sweep", u64::from(GROUPS) * 256 * 4)?;
     // Several at a time, so that handing them over does not count.
     let sweeps = if device.report.kind == "software" { 1 } else { 8 };

@@ -264,7 +264,6 @@ pub struct GpuPass {
     pub(crate) windows: Vec<[usize; 2]>,
     /// Where tokens begin in the tables, in words.
     pub(crate) tokens: usize,
-    pub(crate) tables: Vec<u8>,
     /// Outputs of the sub-layer that ran last, a row.
     pub(crate) outputs: usize,
     pub(crate) pending: Mutex<Pending>,
@@ -282,7 +281,7 @@ pub(crate) fn windows(run: &Run, ratio: usize) -> (usize, usize) {
 impl GpuPass {
     pub(crate) fn new(
         batch: Batch,
-        commands: Commands,
+        mut commands: Commands,
         on: Activations,
         pool: std::sync::Arc<Pool>,
         ropes: &[Rope; 2],
@@ -305,6 +304,8 @@ impl GpuPass {
             pairs.iter().flat_map(|(cos, sin)| [cos.to_le_bytes(), sin.to_le_bytes()].concat()).collect();
         let tokens = tables.len() / 4;
         tables.extend(batch.rows().iter().flat_map(|row| row.token.to_le_bytes()));
+        commands.write((&on.tables, 0), &tables);
+        commands.clear(&on.flags);
         GpuPass {
             batch,
             commands: Mutex::new(commands),
@@ -313,7 +314,6 @@ impl GpuPass {
             rotations,
             windows,
             tokens,
-            tables,
             outputs: 1,
             pending: Mutex::new(Pending::Nothing),
             layer: 0,

@@ -2,7 +2,7 @@
 
 use model::{Cancel, Error, Run, SubLayer};
 
-use crate::attend_many::index_tile;
+use crate::attend_many::{AttendManyParams, IndexScoreManyParams, index_tile};
 use crate::backend::GpuBackend;
 use crate::experts::{GpuLeases, Selection};
 use crate::jobs::{Jobs, MATVEC_OUTPUTS, Matrix};
@@ -108,9 +108,7 @@ impl GpuBackend {
         let embedded = self.embedding.rows(&tokens, d)?;
         let commands = pass.commands.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner);
         let on = pass.on.as_ref().expect("a pass has its activations");
-        commands.write((&on.tables, 0), &pass.tables);
         commands.write((&on.embedded, 0), bytemuck::cast_slice(&embedded));
-        commands.clear(&on.flags);
         commands.stage("embed");
         let groups = [d.div_ceil(256) as u32, rows as u32, 1];
         commands.run(&self.kit.expand, &[on.embedded.all(), on.streams.all()], &params![d], groups);
@@ -309,29 +307,31 @@ impl GpuBackend {
             for row in (0..count).step_by(together) {
                 let (row0, rows) = (run.rows.start + row, together.min(count - row));
                 let scale = 1.0 / ((c.index_heads * c.index_head_dim) as f32).sqrt();
-                let params = params![
-                    weights.queried,
-                    c.heads * c.head_dim,
-                    weights.projected,
-                    weights.index_weights,
+                let params = IndexScoreManyParams {
+                    q_stride: weights.queried.word(),
+                    q: (c.heads * c.head_dim).word(),
+                    p_stride: weights.projected.word(),
+                    weights: weights.index_weights.word(),
                     scale,
-                    row0,
-                    run.start,
-                    run.rows.start,
-                    4_u32,
-                    at,
-                    keys,
-                ];
+                    row0: row0.word(),
+                    start: run.start.word(),
+                    run0: run.rows.start.word(),
+                    ratio: 4,
+                    keys: at.word(),
+                    stride: keys.word(),
+                    rows: rows.word(),
+                };
                 let buffers = [on.queries.all(), on.projected.all(), memory.layers[layer].all(), on.scores.all()];
                 match &self.kit.score_many {
                     Some(kernel) if self.tiled(on, pass.rows()).is_some() => {
                         let [of_keys, of_rows] = index_tile(c.index_heads);
                         let groups = [keys.div_ceil(of_keys) as u32, rows.div_ceil(of_rows) as u32, 1];
-                        let [a, b, d, e, f, g, h, i, j, k, l] = params;
-                        let params = [a, b, d, e, f, g, h, i, j, k, l, rows as u32];
                         commands.run(kernel, &buffers, &params, groups);
                     }
-                    _ => commands.run(&self.kit.score, &buffers, &params, [keys.div_ceil(32) as u32, rows as u32, 1]),
+                    _ => {
+                        let groups = [keys.div_ceil(32) as u32, rows as u32, 1];
+                        commands.run(&self.kit.score, &buffers, &params.of_few(), groups);
+                    }
                 }
                 let params = params![row0, run.start, run.rows.start, 4_u32, c.index_top_k, keys];
                 let buffers = [on.scores.all(), on.chosen.all(), on.flags.all()];
@@ -355,23 +355,23 @@ impl GpuBackend {
             let together = self.shapes.attended_together(pieces, count);
             let fresh = if count > SMALL_PASS { run.start } else { u32::MAX as usize };
             if let (Some((kernel, many)), Some(_)) = (&self.kit.attend_many, self.tiled(on, pass.rows())) {
-                let params = params![
-                    weights.queried / 4,
-                    run.rows.start,
-                    run.start,
-                    run.rows.start,
-                    c.window,
-                    state.rings(layer, count)[0],
-                    places.raw_rows,
-                    places.main(),
-                    ratio,
-                    top_k,
-                    fresh,
-                    1.0 / (c.head_dim as f32).sqrt(),
-                    weights.key_factor,
-                    weights.sinks,
-                    pass.rotations[self.rope_of(layer)],
-                ];
+                let params = AttendManyParams {
+                    q_stride: (weights.queried / 4).word(),
+                    row0: run.rows.start.word(),
+                    start: run.start.word(),
+                    run0: run.rows.start.word(),
+                    window: c.window.word(),
+                    ring: state.rings(layer, count)[0].word(),
+                    ring_rows: places.raw_rows.word(),
+                    compressed: places.main().word(),
+                    ratio: ratio.word(),
+                    top_k: top_k.word(),
+                    fresh: fresh.word(),
+                    scale: 1.0 / (c.head_dim as f32).sqrt(),
+                    key_factor: weights.key_factor,
+                    sinks: weights.sinks,
+                    rotations: pass.rotations[self.rope_of(layer)].word(),
+                };
                 let buffers = [
                     on.queries.all(),
                     memory.layers[layer].all(),

@@ -5,15 +5,13 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::path::PathBuf;
 
 use cpu::{CpuBackend, Options};
-use gguf::Gguf;
 use model::{Activation, Backend, Cancel, Error, Model, Observer, Precision, Stage, State, forward};
 use store::reader::Simulation;
 use store::{CacheCounts, ExpertExtents, ReaderKind, Residency, Source, StoreCounts};
 
-use crate::common::{References, rows, test_data};
+use crate::common::{open, rows, tokens};
 
 /// Tokens of the prompt, and of those decoded one by one after it.
 pub const PROMPT: usize = 300;
@@ -95,25 +93,6 @@ impl Cell {
 
     fn chunk(&self) -> usize {
         self.value(CHUNK).parse().unwrap_or(PROMPT)
-    }
-}
-
-/// A file's model, and where its bytes are.
-pub fn open(name: &str) -> (Model, Source) {
-    let path: PathBuf = match name {
-        "nano" => concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/nano.gguf").into(),
-        name => test_data(&format!("oracle/{name}.gguf")),
-    };
-    let file = Gguf::open(&path).unwrap();
-    let source = Source::open(file.files.iter().map(|part| (&part.path, part.bytes))).unwrap();
-    (Model::from_gguf(&file).unwrap(), source)
-}
-
-/// `count` tokens to read with a model.
-pub fn tokens(name: &str, count: usize) -> Vec<u32> {
-    match name {
-        "nano" => (0..count).map(|i| 3 + (i * i * 31 % 2000) as u32).collect(),
-        name => References::open(&format!("{name}.refs")).tokens()[..count].to_vec(),
     }
 }
 

@@ -1,11 +1,12 @@
-//! What the tests of the whole model share: the oracle's files, and short ways to run a backend.
+//! What the tests of the whole model share: the oracle's files, and short ways to run a backend. Other backends' tests
+//! include it too.
 #![allow(dead_code)]
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use cpu::{CpuBackend, Options};
 use gguf::Gguf;
-use model::{Arithmetic, Backend, Cancel, Model, NoObserver, Precision, Row, State, forward};
+use model::{Arithmetic, Backend, Cancel, Error, Model, NoObserver, Precision, Row, forward};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use store::Source;
@@ -17,11 +18,32 @@ pub fn test_data(name: &str) -> PathBuf {
     path
 }
 
-/// A model of the oracle, loaded.
+/// The model of the oracle's file `name`, or the built-in `nano`, and where its bytes are.
+pub fn open(name: &str) -> (Model, Source) {
+    match name {
+        "nano" => open_file(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/nano.gguf").as_ref()).unwrap(),
+        name => open_file(&test_data(&format!("oracle/{name}.gguf"))).unwrap(),
+    }
+}
+
+/// A file's model, and where its bytes are.
+pub fn open_file(path: &Path) -> Result<(Model, Source), Error> {
+    let file = Gguf::open(path)?;
+    let source = Source::open(file.files.iter().map(|part| (&part.path, part.bytes)))?;
+    Ok((Model::from_gguf(&file)?, source))
+}
+
+/// `count` tokens to read with a model.
+pub fn tokens(name: &str, count: usize) -> Vec<u32> {
+    match name {
+        "nano" => (0..count).map(|i| 3 + (i * i * 31 % 2000) as u32).collect(),
+        name => References::open(&format!("{name}.refs")).tokens()[..count].to_vec(),
+    }
+}
+
+/// A model loaded onto the processor.
 pub fn load(name: &str, options: Options) -> CpuBackend {
-    let file = Gguf::open(&test_data(&format!("oracle/{name}.gguf"))).unwrap();
-    let model = Model::from_gguf(&file).unwrap();
-    let source = Source::open(file.files.iter().map(|part| (&part.path, part.bytes))).unwrap();
+    let (model, source) = open(name);
     CpuBackend::load(&model, &source, options, &mut |_| {}).unwrap()
 }
 
@@ -45,16 +67,17 @@ pub fn rows(session: usize, position: usize, tokens: &[u32]) -> Vec<Row> {
 }
 
 /// Continues `state` by `tokens` in one pass; logits of all of them.
-pub fn advance(backend: &CpuBackend, state: &mut State, tokens: &[u32]) -> Vec<f32> {
+pub fn advance<B: Backend>(backend: &B, state: &mut B::State, tokens: &[u32]) -> Vec<f32> {
     if tokens.is_empty() {
         return Vec::new();
     }
-    let rows = rows(0, state.position(), tokens);
-    forward(backend, rows, &mut [state], &Cancel::default(), &mut NoObserver).unwrap()
+    let rows = rows(0, backend.position(state), tokens);
+    let logits = forward(backend, rows, &mut [state], &Cancel::default(), &mut NoObserver).unwrap();
+    backend.read_logits(logits).unwrap()
 }
 
 /// All logits of `tokens` from an empty session, in passes of the given sizes (the last size repeats).
-pub fn logits(backend: &CpuBackend, tokens: &[u32], sizes: &[usize]) -> Vec<f32> {
+pub fn logits(backend: &impl Backend, tokens: &[u32], sizes: &[usize]) -> Vec<f32> {
     let mut state = backend.new_state().unwrap();
     let (mut logits, mut at, mut sizes) = (Vec::new(), 0, sizes.iter().copied());
     let mut size = sizes.next().unwrap();
@@ -64,6 +87,30 @@ pub fn logits(backend: &CpuBackend, tokens: &[u32], sizes: &[usize]) -> Vec<f32>
         (at, size) = (end, sizes.next().unwrap_or(size));
     }
     logits
+}
+
+/// A session's bytes.
+pub fn export<B: Backend>(backend: &B, state: &B::State) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    backend.export(state, &mut bytes).unwrap();
+    bytes
+}
+
+/// Fails with the first position whose logits have other bits, rather than with two pages of numbers.
+#[track_caller]
+pub fn assert_same(ours: &[f32], expected: &[f32], vocab: usize, what: &str) {
+    assert_eq!(ours.len(), expected.len(), "{what}: number of logits");
+    let differ = ours.iter().zip(expected).position(|(a, b)| a.to_bits() != b.to_bits());
+    assert_eq!(differ.map(|i| i / vocab), None, "{what}: first position with other bits");
+}
+
+/// ‖ours − theirs‖ / ‖theirs‖.
+#[track_caller]
+pub fn distance(ours: &[f32], theirs: &[f32]) -> f64 {
+    assert_eq!(ours.len(), theirs.len(), "number of values");
+    let square = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>();
+    let off = square(&mut ours.iter().zip(theirs).map(|(a, b)| f64::from(*a) - f64::from(*b)));
+    (off / square(&mut theirs.iter().map(|&b| f64::from(b)))).sqrt()
 }
 
 /// The reference outputs of one model.

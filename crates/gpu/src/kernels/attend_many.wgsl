@@ -246,7 +246,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% endfor %}
 {% for m in range(m_tiles) %}
 {% for n in range(n_tiles) %}
-    var sum{{ m }}_{{ n }}: coop_mat16x16<f32, C>;
+    var sum{{ m }}_{{ n }} = coop_mat16x16<f32, C>();
 {% endfor %}
 {% endfor %}
 {% else %}
@@ -284,8 +284,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {{ fetch("at + 16u") }}
 {% if coop %}
         {
-            var even: coop_mat16x16<f32, C>;
-            var odd: coop_mat16x16<f32, C>;
+            var even = coop_mat16x16<f32, C>();
+            var odd = coop_mat16x16<f32, C>();
 {% for k in range(k_tiles) %}
             {
                 let key = coopLoad<coop_mat16x16<f16, B>>(&keys[part * {{ 4 * k_tiles }}u + {{ 4 * k }}u], {{ pitch }}u);

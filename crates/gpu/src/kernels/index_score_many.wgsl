@@ -171,7 +171,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% if coop %}
         {
 {% for m in range(2) %}
-            var sum{{ m }}: coop_mat16x16<f32, C>;
+            var sum{{ m }} = coop_mat16x16<f32, C>();
 {% endfor %}
 {% for k in range(8) %}
             {

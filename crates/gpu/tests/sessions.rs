@@ -1,0 +1,303 @@
+//! How rows are cut into passes, what else is in a pass, stepping back, failing in the middle, saving and moving between
+//! backends change no bit of any logit: in Exact never, in Fast as long as passes of more than 8 rows stay such.
+
+mod common;
+
+use common::{
+    PRECISIONS, advance, assert_same, distance, export, fast, in_plain, in_precision, load, logits, on_cpu, on_gpu,
+    rows, tokens,
+};
+use gpu::{GpuBackend, GpuPass};
+use model::state::CHECKPOINT_TOKENS;
+use model::{Arithmetic, Backend, Cancel, Error, NoObserver, Observer, Precision, Stage, forward};
+
+const MODEL: &str = "tiny-iq2";
+
+/// Tokens that no pass of a test should have read.
+fn wrong(tokens: &[u32]) -> Vec<u32> {
+    tokens.iter().map(|token| (token + 7) % 500).collect()
+}
+
+#[test]
+fn chunking_changes_no_bit_of_exact() {
+    let tokens = tokens(MODEL, 150);
+    // Passes that fit a ring and that do not, of as many rows as share weights and of one more, over a checkpoint.
+    let (mixed, few): (&[usize], &[usize]) = (&[65, 1, 3, 8, 9, 64], &[1, 1, 2, 66, 7, 64, 9]);
+    for (options, cuts) in [(in_precision(Precision::Exact), &[mixed, few][..]), (in_plain(Precision::Exact), &[mixed])]
+    {
+        let backend = on_gpu(MODEL, options.clone());
+        let whole = logits(&backend, &tokens, &[tokens.len()]);
+        for sizes in cuts {
+            let chunked = logits(&backend, &tokens, sizes);
+            assert_same(&chunked, &whole, 512, &format!("{:?}, passes of {sizes:?}", options.arithmetic));
+        }
+    }
+}
+
+/// A prompt's passes lie on a grid; behind them, small passes of any size give the same bits.
+#[test]
+fn small_passes_change_no_bit_of_fast() {
+    let (backend, tokens) = (on_gpu(MODEL, in_precision(Precision::Fast)), tokens(MODEL, 82));
+    let mut prompt = backend.new_state().unwrap();
+    let read = advance(&backend, &mut prompt, &tokens[..70]);
+    let saved = export(&backend, &prompt);
+    let decoded = |size: usize| -> Vec<f32> {
+        let mut state = backend.import(&mut &saved[..]).unwrap();
+        tokens[70..].chunks(size).flat_map(|chunk| advance(&backend, &mut state, chunk)).collect()
+    };
+    let expected = decoded(1);
+    for size in [2, 3, 5, 8] {
+        assert_same(&decoded(size), &expected, 512, &format!("passes of {size} after the prompt"));
+    }
+    let exact = logits(&on_gpu(MODEL, in_precision(Precision::Exact)), &tokens[..70], &[70]);
+    let distance = distance(&read, &exact);
+    assert!(distance > 1e-6 && distance < 0.3, "Fast is another computation than Exact but near it: {distance:e}");
+}
+
+#[test]
+fn other_sessions_in_a_pass_change_no_bit() {
+    for precision in PRECISIONS {
+        let (backend, tokens) = (on_gpu(MODEL, in_precision(precision)), tokens(MODEL, 100));
+        let other: Vec<u32> = tokens.iter().rev().copied().collect();
+        // Turns of more than 8 rows are such for each session alone, too.
+        let (sizes, other_sizes) = ([66, 9, 2, 3], [20, 29, 1, 5]);
+        let alone = |tokens: &[u32], sizes: &[usize]| logits(&backend, &tokens[..sizes.iter().sum()], sizes);
+        let (expected, other_expected) = (alone(&tokens, &sizes), alone(&other, &other_sizes));
+        let (mut a, mut b) = (backend.new_state().unwrap(), backend.new_state().unwrap());
+        let (mut at, mut other_at) = (0, 0);
+        for (turn, (count, other_count)) in sizes.into_iter().zip(other_sizes).enumerate() {
+            let (first, second) =
+                (rows(0, at, &tokens[at..][..count]), rows(1, other_at, &other[other_at..][..other_count]));
+            // The sessions change places in the pass from turn to turn.
+            let is_swapped = turn % 2 == 1;
+            let batch = if is_swapped { [second, first] } else { [first, second] }.concat();
+            let both = forward(&backend, batch, &mut [&mut a, &mut b], &Cancel::default(), &mut NoObserver).unwrap();
+            let (first, second) = both.split_at(512 * if is_swapped { other_count } else { count });
+            let (ours, theirs) = if is_swapped { (second, first) } else { (first, second) };
+            let what = format!("{precision:?}, turn {turn}");
+            assert_same(ours, &expected[512 * at..][..ours.len()], 512, &format!("{what}, first session"));
+            assert_same(
+                theirs,
+                &other_expected[512 * other_at..][..theirs.len()],
+                512,
+                &format!("{what}, second session"),
+            );
+            (at, other_at) = (at + count, other_at + other_count);
+        }
+    }
+}
+
+#[test]
+fn stepping_back_changes_no_bit() {
+    const RIGHT: usize = 140;
+    let (backend, tokens) = (on_gpu(MODEL, in_precision(Precision::Exact)), tokens(MODEL, RIGHT + 8));
+    let mut state = backend.new_state().unwrap();
+    let mut expected = advance(&backend, &mut state, &tokens[..CHECKPOINT_TOKENS]);
+    expected.extend(advance(&backend, &mut state, &tokens[CHECKPOINT_TOKENS..RIGHT]));
+    let mut straight_on = backend.import(&mut &export(&backend, &state)[..]).unwrap();
+    expected.extend(advance(&backend, &mut straight_on, &tokens[RIGHT..]));
+    advance(&backend, &mut state, &wrong(&tokens[..60]));
+    let saved = export(&backend, &state);
+    // 64 tokens are free from the farthest on; farther back there is the checkpoint, and the beginning.
+    for (target, expected_position) in [(140, 140), (136, 136), (135, 128), (128, 128), (127, 0)] {
+        let mut state = backend.import(&mut &saved[..]).unwrap();
+        let reached = backend.rewind(&mut state, target);
+        assert_eq!((reached, backend.position(&state)), (expected_position, expected_position), "back to {target}");
+        let next = &tokens[reached..][..8];
+        let again = advance(&backend, &mut state, next);
+        assert_same(&again, &expected[512 * reached..][..again.len()], 512, &format!("back to {target}"));
+    }
+}
+
+/// As speculation does: five tokens, of which the last three are wrong and taken back; now and then a large pass between.
+#[test]
+fn stepping_back_again_and_again_changes_no_bit() {
+    let (backend, tokens) = (on_gpu(MODEL, in_precision(Precision::Exact)), tokens(MODEL, 150));
+    let whole = logits(&backend, &tokens, &[tokens.len()]);
+    let mut state = backend.new_state().unwrap();
+    while backend.position(&state) + 70 <= tokens.len() {
+        let start = backend.position(&state);
+        let right = if start % 5 == 4 { 66 } else { 2 };
+        let draft = [&tokens[start..start + right], &wrong(&tokens[start + right..])[..3]].concat();
+        let ours = advance(&backend, &mut state, &draft);
+        let expected = &whole[512 * start..512 * (start + right)];
+        assert_same(&ours[..512 * right], expected, 512, &format!("{right} rows from {start}"));
+        assert_eq!(backend.rewind(&mut state, start + right), start + right);
+    }
+    // Also over a save, which must keep the free range.
+    let mut state = backend.import(&mut &export(&backend, &state)[..]).unwrap();
+    let target = backend.position(&state) - 60;
+    assert_eq!(backend.rewind(&mut state, target), target);
+    let rest = advance(&backend, &mut state, &tokens[target..][..9]);
+    assert_same(&rest, &whole[512 * target..][..rest.len()], 512, "after a save");
+}
+
+/// Fails after one stage of one layer.
+struct Fault {
+    at: (Option<usize>, Stage),
+    has_struck: bool,
+}
+
+impl Observer<GpuBackend> for Fault {
+    fn after(&mut self, layer: Option<usize>, stage: Stage, _: &GpuBackend, _: &GpuPass) -> Result<(), Error> {
+        if (layer, stage) == self.at {
+            self.has_struck = true;
+            return Err(Error::Cancelled);
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn a_pass_that_fails_anywhere_leaves_no_trace() {
+    for precision in PRECISIONS {
+        let (backend, tokens) = (on_gpu(MODEL, in_precision(precision)), tokens(MODEL, 136));
+        let last = backend.config().layers - 1;
+        let stages = Stage::LAYER.map(|stage| (Some(last), stage)).into_iter();
+        let (mut a, mut b) = (backend.new_state().unwrap(), backend.new_state().unwrap());
+        advance(&backend, &mut a, &tokens[..70]);
+        let before = (export(&backend, &a), export(&backend, &b));
+        // More rows than the ring in use has room for, and few.
+        let count = if precision == Precision::Fast { 66 } else { 3 };
+        for at in stages.chain([(Some(0), Stage::Project), (None, Stage::Embed), (None, Stage::Head)]) {
+            let mut fault = Fault { at, has_struck: false };
+            let batch = [rows(0, 70, &tokens[70..][..count]), rows(1, 0, &tokens[..2])].concat();
+            let result = forward(&backend, batch, &mut [&mut a, &mut b], &Cancel::default(), &mut fault);
+            assert!(fault.has_struck && result.is_err(), "{at:?} was not reached");
+            assert!(before == (export(&backend, &a), export(&backend, &b)), "{precision:?}: {at:?} left a trace");
+        }
+        let rest = advance(&backend, &mut a, &tokens[70..][..count]);
+        let expected = logits(&backend, &tokens[..70 + count], &[70, count]);
+        assert_same(&rest, &expected[512 * 70..], 512, "after all faults");
+    }
+}
+
+/// Cancels at the router of one layer, so that the next check is that of its experts.
+struct CancelAtRouter<'a>(&'a Cancel);
+
+impl Observer<GpuBackend> for CancelAtRouter<'_> {
+    fn after(&mut self, layer: Option<usize>, stage: Stage, _: &GpuBackend, _: &GpuPass) -> Result<(), Error> {
+        if (layer, stage) == (Some(1), Stage::Route) {
+            self.0.cancel();
+        }
+        assert!(layer <= Some(1), "it ran on");
+        Ok(())
+    }
+}
+
+#[test]
+fn cancelling_leaves_no_trace() {
+    let (backend, tokens) = (on_gpu(MODEL, in_precision(Precision::Exact)), tokens(MODEL, 60));
+    let mut state = backend.new_state().unwrap();
+    advance(&backend, &mut state, &tokens[..20]);
+    let (before, cancel) = (export(&backend, &state), Cancel::default());
+    let batch = rows(0, 20, &tokens[20..]);
+    let result = forward(&backend, batch, &mut [&mut state], &cancel, &mut CancelAtRouter(&cancel));
+    assert!(matches!(result, Err(Error::Cancelled)) && export(&backend, &state) == before);
+}
+
+#[test]
+fn saving_and_loading_changes_no_bit() {
+    for precision in PRECISIONS {
+        let (backend, tokens) = (on_gpu(MODEL, in_precision(precision)), tokens(MODEL, 160));
+        let mut state = backend.new_state().unwrap();
+        advance(&backend, &mut state, &tokens[..3]);
+        for count in [61, 64, 12, 20] {
+            let (saved, cut) = (export(&backend, &state), backend.position(&state));
+            let mut loaded = backend.import(&mut &saved[..]).unwrap();
+            assert!(export(&backend, &loaded) == saved, "saved at {cut}: what was loaded has other bytes");
+            let next = &tokens[cut..][..count];
+            let (ours, expected) = (advance(&backend, &mut loaded, next), advance(&backend, &mut state, next));
+            assert_same(&ours, &expected, 512, &format!("{precision:?}, saved at {cut}"));
+            // Checkpoints were saved too.
+            let reached = backend.rewind(&mut loaded, cut.saturating_sub(40));
+            let mut other = backend.import(&mut &export(&backend, &state)[..]).unwrap();
+            assert_eq!(reached, backend.rewind(&mut other, cut.saturating_sub(40)));
+            assert!(export(&backend, &loaded) == export(&backend, &other), "back to {reached} from {cut}");
+        }
+    }
+}
+
+#[test]
+fn a_fork_shares_nothing() {
+    let (backend, tokens) = (on_gpu(MODEL, in_precision(Precision::Exact)), tokens(MODEL, 80));
+    let mut state = backend.new_state().unwrap();
+    advance(&backend, &mut state, &tokens[..70]);
+    let saved = export(&backend, &state);
+    let mut fork = backend.fork(&state).unwrap();
+    assert!(export(&backend, &fork) == saved, "a fork has the same bytes");
+    advance(&backend, &mut fork, &wrong(&tokens[70..79]));
+    assert!(export(&backend, &state) == saved, "what a fork reads is left in what it was made of");
+    let mut other = backend.fork(&state).unwrap();
+    let (ours, expected) = (advance(&backend, &mut other, &tokens[70..]), advance(&backend, &mut state, &tokens[70..]));
+    assert_same(&ours, &expected, 512, "both go on alike");
+}
+
+/// A session goes to the processor and comes back with the same bytes, and both go on with it nearly alike.
+#[test]
+fn a_session_moves_between_backends() {
+    use Arithmetic::{Official, Plain};
+    for (name, arithmetic) in [(MODEL, Plain), (MODEL, Official), ("mixed3-mixed", Official)] {
+        let options = gpu::Options { arithmetic, ..in_precision(Precision::Exact) };
+        let (gpu, cpu, tokens) = (on_gpu(name, options), on_cpu(name, arithmetic), tokens(name, 300));
+        let mut here = gpu.new_state().unwrap();
+        advance(&gpu, &mut here, &tokens[..66]);
+        advance(&gpu, &mut here, &tokens[66..128]);
+        advance(&gpu, &mut here, &tokens[128..140]);
+        let saved = export(&gpu, &here);
+        let mut there = cpu.import(&mut &saved[..]).unwrap();
+        assert!(export(&cpu, &there) == saved, "{name}, {arithmetic:?}: the processor's bytes");
+        // Roundings may fall the other way, and a choice of experts with them.
+        let bound = if arithmetic == Plain { 2e-5 } else { 0.3 };
+        let near = |ours: &[f32], expected: &[f32], way: &str| {
+            let distance = distance(ours, expected);
+            println!("{name}, {arithmetic:?}, {way}: relative L2 distance {distance:.1e}");
+            assert!(distance < bound, "{name}, {arithmetic:?}, {way}: {distance:e}");
+        };
+        let next = &tokens[140..150];
+        near(&advance(&gpu, &mut here, next), &advance(&cpu, &mut there, next), "to the processor");
+        // And back: the processor's own session, and one of its checkpoints.
+        advance(&cpu, &mut there, &tokens[150..280]);
+        let saved = export(&cpu, &there);
+        let mut back = gpu.import(&mut &saved[..]).unwrap();
+        assert!(export(&gpu, &back) == saved, "{name}, {arithmetic:?}: back again");
+        let next = &tokens[280..290];
+        near(&advance(&gpu, &mut back, next), &advance(&cpu, &mut there, next), "and back");
+        assert_eq!((gpu.rewind(&mut back, 200), there.rewind(200)), (128, 128));
+        assert!(export(&gpu, &back) == export(&cpu, &there), "{name}, {arithmetic:?}: at a checkpoint");
+    }
+}
+
+/// There is room for 4,096 tokens at first. What is copied into more room stays as it was.
+#[test]
+fn a_session_that_grows_changes_no_bit() {
+    const HELD: usize = 4080;
+    let (cpu, gpu) = (load("nano", fast()), on_gpu("nano", in_precision(Precision::Fast)));
+    let (long, vocab) = (tokens("nano", HELD + 120), gpu.config().vocab_size);
+    let mut past = cpu.new_state().unwrap();
+    long[..HELD].chunks(1020).for_each(|chunk| {
+        advance(&cpu, &mut past, chunk);
+    });
+    let saved = export(&cpu, &past);
+    for counts in [&[8, 8, 8][..], &[100]] {
+        let mut grown = gpu.import(&mut &saved[..]).unwrap();
+        let bytes = grown.bytes();
+        let mut at = HELD;
+        for &count in counts {
+            advance(&gpu, &mut grown, &long[at..at + count]);
+            at += count;
+        }
+        assert!(grown.bytes() > bytes, "{} bytes, {bytes} before", grown.bytes());
+        // One that had the room from the beginning.
+        let mut roomy = gpu.import(&mut &export(&gpu, &grown)[..]).unwrap();
+        assert!(export(&gpu, &roomy) == export(&gpu, &grown));
+        let next = &long[at..at + 12];
+        let (ours, expected) = (advance(&gpu, &mut grown, next), advance(&gpu, &mut roomy, next));
+        assert_same(&ours, &expected, vocab, &format!("grown by {counts:?}"));
+        // And one that never had to be copied: nothing before the growth was lost.
+        let mut there = cpu.import(&mut &saved[..]).unwrap();
+        advance(&cpu, &mut there, &long[HELD..at]);
+        let near = distance(&ours, &advance(&cpu, &mut there, next));
+        assert!(near < 0.3, "far from the processor's: {near:e}");
+    }
+}
