@@ -112,7 +112,9 @@ impl Device for GpuBackend {
             cancel,
             ..gpu::Options::default()
         };
-        GpuBackend::load(model, source, (Choice::Index(on.index), Checks::Off), options, loaded)
+        let backend = GpuBackend::load(model, source, (Choice::Index(on.index), Checks::Off), options, loaded)?;
+        backend.adapter_note().into_iter().for_each(terminal::dim_note);
+        Ok(backend)
     }
 
     fn name(&self) -> Option<String> {
