@@ -160,8 +160,12 @@ fn what_cannot_be_had_is_refused_with_what_there_is() {
     assert!(error(&["--device", "cuda"], 2).contains("expected auto, cpu, gpu, or gpu:N"));
     assert!(error(&["--device", "cpu", "--gpu-memory", "1GiB"], 1).contains("the cpu has --memory"));
     if devices(&[]).iter().any(|device| device["kind"] != "software") {
-        println!("skipped: that a software adapter is not taken for `gpu`; this machine has a hardware GPU");
+        println!(
+            "skipped: that no GPU is told of, and that a software adapter is not taken for `gpu`; this machine has a hardware GPU"
+        );
     } else {
+        let limited = run(&["plan", "-m", model.to_str().unwrap(), "--gpu-memory", "1GiB"]);
+        assert!(limited.err.contains("device: cpu: no GPU was found for --gpu-memory"), "{}", limited.err);
         let none = error(&["--device", "gpu"], 1);
         assert!(none.contains("no hardware GPU") && none.contains("used only by its number"), "{none}");
     }

@@ -285,7 +285,7 @@ impl GpuBackend {
 }
 
 /// Sizes that kernels are made for.
-fn check_sizes(c: &Config) -> Result<(), Error> {
+pub(crate) fn check_sizes(c: &Config) -> Result<(), Error> {
     let sizes = [
         ("deepseek4.embedding_length", c.d_model, c.d_model.is_multiple_of(64), "a multiple of 64"),
         ("deepseek4.attention.head_count", c.heads, c.heads.is_multiple_of(4), "a multiple of 4"),

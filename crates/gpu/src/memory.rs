@@ -7,6 +7,7 @@ use std::cell::Cell;
 use model::{Config, Error, KvLayout, Model};
 
 use crate::GpuError;
+use crate::backend::check_sizes;
 use crate::device::AdapterReport;
 use crate::experts;
 use crate::format;
@@ -54,8 +55,9 @@ pub struct DeviceBytes {
 /// What `model` needs on an adapter.
 ///
 /// # Errors
-/// A tensor is of a type without kernels, or something does not fit into one buffer of the adapter.
+/// The model has sizes or types without kernels, or something does not fit into one buffer of the adapter.
 pub fn device_bytes(model: &Model, layout: &KvLayout, room: Room, on: &AdapterReport) -> Result<DeviceBytes, Error> {
+    check_sizes(&model.config)?;
     let layers: Vec<LayerWeights<u64>> = (0..model.config.layers)
         .map(|layer| {
             let what = format!("the weights of layer {layer}");

@@ -104,16 +104,20 @@ pub fn choose(
         Asked::Cpu => Ok((cpu, None)),
         Asked::Number(number) => named(&format!("gpu:{number}"), &|_| Some(number)),
         Asked::Gpu => named("hardware GPU that can run the kernels", &gpu::best),
-        Asked::Auto if is_built_in || !gpu::may_have_hardware() => Ok((cpu, None)),
+        Asked::Auto if is_built_in => Ok((cpu, None)),
         Asked::Auto => {
-            let reports = gpu::adapters();
+            let reports = if gpu::may_have_hardware() { gpu::adapters() } else { Vec::new() };
             let fits = |report: &AdapterReport| {
                 let plans = GpuBackend::plan(report, header, model, work)?;
                 Ok(own::fits(report, &plans))
             };
             Ok(match automatic(&reports, fits) {
                 Automatic::Gpu(index, why) => (Chosen::Gpu(Box::new(reports[index].clone())), Some(why)),
-                Automatic::Cpu(why) => (cpu, why),
+                Automatic::Cpu(why) => {
+                    let is_limited = work.gpu_memory.is_some();
+                    let none = || is_limited.then(|| "device: cpu: no GPU was found for --gpu-memory".to_owned());
+                    (cpu, why.or_else(none))
+                }
             })
         }
     }

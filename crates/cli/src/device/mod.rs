@@ -1,6 +1,6 @@
 //! What the commands ask of a backend beside the model's stages: what memory it takes, how it is loaded, what it counts.
 //!
-//! A backend joins the program by an `impl Device` here and an arm in [`choice`], where flags and the machine decide which
+//! A backend joins the program by an `impl Device` here and an arm in `choice.rs`, where flags and the machine decide which
 //! of them computes.
 
 mod choice;
