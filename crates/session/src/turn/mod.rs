@@ -60,6 +60,8 @@ pub struct TurnOptions {
     pub choice: ToolChoice,
     /// What holds the turn to a grammar.
     pub constrain: Constrain,
+    /// Whether the turn ends after its first call.
+    pub single_call: bool,
     /// Added to the logits of these tokens, -100 to 100.
     pub logit_bias: Vec<(u32, f32)>,
     /// Whether events tell log probabilities, and of how many of the likeliest tokens: at most [`Logprobs::MAX_TOP`].
@@ -76,6 +78,7 @@ impl Default for TurnOptions {
             stop_strings: Vec::new(),
             choice: ToolChoice::default(),
             constrain: Constrain::default(),
+            single_call: false,
             logit_bias: Vec::new(),
             logprobs: None,
         }
@@ -142,6 +145,7 @@ pub struct PreparedTurn {
     /// Tokens to put into the model's mouth once its reasoning is over.
     opener: Vec<u32>,
     logprobs: Option<usize>,
+    single_call: bool,
     max_tokens: usize,
     reasoning_tokens: usize,
     /// Tokens in a row that were markup and led nowhere.
@@ -174,6 +178,7 @@ impl PreparedTurn {
             vocabulary,
             sampler,
             logprobs: options.logprobs.map(|top| top.min(Logprobs::MAX_TOP)),
+            single_call: options.single_call,
             max_tokens: options.max_tokens,
             reasoning_tokens: 0,
             idle_tokens: 0,
@@ -296,6 +301,7 @@ impl PreparedTurn {
             self.output.announce_block();
         }
         let events = self.output.push(self.vocabulary.tokenizer().token_bytes(token));
+        let has_call = self.single_call && events.iter().any(|event| matches!(event, Event::CallEnd { .. }));
         self.idle_tokens = if self.output.is_idle() { self.idle_tokens + 1 } else { 0 };
         let mut events =
             std::iter::once(TurnEvent::Token { token, logprobs }).chain(events.into_iter().map(TurnEvent::Text));
@@ -304,6 +310,7 @@ impl PreparedTurn {
         }
         Ok(match self.output.position() {
             _ if self.output.is_stopped() => ControlFlow::Break(StopReason::StopString),
+            _ if has_call => ControlFlow::Break(StopReason::CallsClosed),
             Position::Done => ControlFlow::Break(StopReason::CallsClosed),
             Position::Runaway => ControlFlow::Break(StopReason::Runaway),
             _ if self.idle_tokens > MAX_IDLE_TOKENS => ControlFlow::Break(StopReason::Runaway),
