@@ -1,0 +1,124 @@
+//! What decoding several sessions in one pass gains: tokens a second of all together, and what is read for them.
+//!
+//! `cargo run --release -p infall-bench --bin streams -- FILE [--streams 1,2,4,8] [--tokens 24] [--routes ROUTES] [--memory 6GiB …]`
+//!
+//! Each session has read a prompt of its own and goes on with its likeliest tokens. The experts that one pass's rows chose are leased
+//! once for all of them: the table shows how many were chosen, and how many had to be read. Routes that were generated
+//! (`policies --generate --layers L --prompt 0 --out ROUTES`) replace what the learned routers of random weights choose, which is too even;
+//! every session is then at another position of theirs.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::Result;
+use bench::simulated_router::SimulatedRouter;
+use clap::Parser;
+use cpu::CpuBackend;
+use infall::Machine;
+use infall::load::ModelFile;
+use infall::placement::Work;
+use model::{Backend, Cancel};
+use session::{Context, Session, read_together};
+
+/// What decoding several sessions in one pass gains.
+#[derive(Parser)]
+struct Arguments {
+    /// The model, GGUF
+    file: PathBuf,
+    /// Numbers of sessions
+    #[arg(long, default_value = "1,2,4,8", value_delimiter = ',')]
+    streams: Vec<usize>,
+    /// Passes that are measured at each number
+    #[arg(long, default_value_t = 24)]
+    tokens: usize,
+    /// Tokens of each session's prompt, and one more each for the next: no two are at the same position
+    #[arg(long, default_value_t = 16)]
+    prompt: usize,
+    /// Let learned routers choose what stands in these routes, position by position
+    #[arg(long)]
+    routes: Option<PathBuf>,
+    #[command(flatten)]
+    machine: Machine,
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    let file = ModelFile::open(Some(&arguments.file))?;
+    let most = arguments.streams.iter().copied().max().unwrap_or(1);
+    let context_tokens = arguments.prompt + most + arguments.tokens * arguments.streams.len() + 1;
+    let (backend, setting) =
+        file.load::<CpuBackend>(&Work::new::<CpuBackend>(&arguments.machine, context_tokens), &Arc::default())?;
+    let backend = match &arguments.routes {
+        None => backend,
+        Some(path) => {
+            backend.with_routes(Box::new(SimulatedRouter::read(std::fs::File::open(path)?, &file.model.config)?))
+        }
+    };
+    println!("{}; {}", bench::machine(), setting.line());
+    println!(
+        "| sessions | ms a pass | tokens/s of all | against one | chosen a token | read a token | GB read a token |"
+    );
+    println!("|---|---|---|---|---|---|---|");
+    let mut one = None;
+    for &streams in &arguments.streams {
+        let row = measure(&backend, streams, &arguments, context_tokens)?;
+        let against = row.tokens_per_second / *one.get_or_insert(row.tokens_per_second / streams as f64);
+        let Row { pass_ms, tokens_per_second, chosen, read, gigabytes } = row;
+        println!(
+            "| {streams} | {pass_ms:.1} | {tokens_per_second:.2} | {against:.2} | {chosen:.0} | {read:.1} | {gigabytes:.3} |"
+        );
+    }
+    Ok(())
+}
+
+/// A line of the table.
+struct Row {
+    pass_ms: f64,
+    tokens_per_second: f64,
+    chosen: f64,
+    read: f64,
+    gigabytes: f64,
+}
+
+/// Decodes `streams` sessions together.
+fn measure(backend: &CpuBackend, streams: usize, arguments: &Arguments, context_tokens: usize) -> Result<Row> {
+    let config = backend.config();
+    let context = Context::new(config, Some(context_tokens))?;
+    let (mut sessions, mut next) = (Vec::new(), Vec::new());
+    for number in 0..streams {
+        let mut session = Session::new(backend, context)?;
+        let token = |at: usize| ((at * 7919 + number * 104_729 + 13) % (config.vocab_size - 16) + 3) as u32;
+        let prompt: Vec<u32> = (0..arguments.prompt + number).map(token).collect();
+        let logits = session.prefill(backend, &prompt, CpuBackend::PASS_ROWS, &Cancel::default(), &mut |_| ())?;
+        next.push([likeliest(&logits)]);
+        sessions.push(session);
+    }
+    // The first passes fill the slots.
+    let mut pass = |sessions: &mut [Session<CpuBackend>]| -> Result<()> {
+        let mut parts: Vec<_> = sessions.iter_mut().zip(&next).map(|(session, next)| (session, &next[..])).collect();
+        let logits = read_together(backend, &mut parts, &Cancel::default())?;
+        next = logits.iter().map(|logits| [likeliest(logits)]).collect();
+        Ok(())
+    };
+    let warm = arguments.tokens / 3;
+    (0..warm).try_for_each(|_| pass(&mut sessions))?;
+    let (before, start) = (backend.stats(), Instant::now());
+    let passes = arguments.tokens - warm;
+    (0..passes).try_for_each(|_| pass(&mut sessions))?;
+    let seconds = start.elapsed().as_secs_f64();
+    let counts = backend.stats().since(&before);
+    let tokens = (passes * streams) as f64;
+    Ok(Row {
+        pass_ms: seconds * 1e3 / passes as f64,
+        tokens_per_second: tokens / seconds,
+        chosen: (config.experts_used * config.layers) as f64,
+        read: (counts.cache.misses + counts.cache.prefetch_hits) as f64 / tokens,
+        gigabytes: counts.read_bytes as f64 / tokens / 1e9,
+    })
+}
+
+fn likeliest(logits: &[f32]) -> u32 {
+    let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
+    best.map_or(0, |(token, _)| token as u32)
+}
