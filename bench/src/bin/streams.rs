@@ -16,6 +16,7 @@ use bench::simulated_router::SimulatedRouter;
 use clap::Parser;
 use cpu::CpuBackend;
 use infall::Machine;
+use infall::device::Processor;
 use infall::load::ModelFile;
 use infall::placement::Work;
 use model::{Backend, Cancel};
@@ -47,8 +48,8 @@ fn main() -> Result<()> {
     let file = ModelFile::open(Some(&arguments.file))?;
     let most = arguments.streams.iter().copied().max().unwrap_or(1);
     let context_tokens = arguments.prompt + most + arguments.tokens * arguments.streams.len() + 1;
-    let (backend, setting) =
-        file.load::<CpuBackend>(&Work::new::<CpuBackend>(&arguments.machine, context_tokens), &Arc::default())?;
+    let work = Work { sessions: most, ..Work::new(&arguments.machine, context_tokens) };
+    let (backend, setting) = file.load::<CpuBackend>(&work, &Processor, &Arc::default())?;
     let backend = match &arguments.routes {
         None => backend,
         Some(path) => {

@@ -36,7 +36,10 @@ pub struct Work {
     pub gpu_memory: Option<u64>,
     /// Whether weights are kept from being swapped out.
     pub lock: bool,
-    /// Clones of the session that are held beside it.
+    /// Sessions that are held at the same time, each of as many tokens; their next tokens may be computed together, beside a pass
+    /// that is under way.
+    pub sessions: usize,
+    /// Clones of a session that are held beside them.
     pub clones: usize,
 }
 
@@ -54,6 +57,7 @@ impl Work {
             request: Request { memory_bytes: machine.memory, cache: machine.cache, stream: machine.stream },
             gpu_memory: machine.gpu_memory,
             lock: machine.lock,
+            sessions: 1,
             clones: 0,
         }
     }
@@ -65,8 +69,8 @@ impl Work {
 
     /// Rows of the largest pass on a device whose passes have `pass_rows`, and rows of it whose logits are wanted.
     pub fn rows(&self, pass_rows: usize) -> (usize, usize) {
-        let rows = self.chunk.unwrap_or(pass_rows).min(self.context_tokens);
-        (rows, if self.all_logits { rows } else { 1 })
+        let rows = self.chunk.unwrap_or(pass_rows).min(self.context_tokens).max(self.sessions);
+        (rows, if self.all_logits { rows } else { self.sessions })
     }
 }
 

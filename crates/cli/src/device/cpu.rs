@@ -24,8 +24,10 @@ fn needs(header: &Gguf, model: &Model, work: &Work) -> Needs {
     let extents: Vec<ExpertExtents> = model.experts.iter().map(|layer| layer.extents).collect();
     let (rows, wanted_rows) = work.rows(CpuBackend::PASS_ROWS);
     let tokens = work.context_tokens;
-    let shape = PassShape { rows, wanted_rows, end_tokens: tokens, threads: work.threads };
-    let state = StateBytes::at_most(&layout, tokens).total();
+    // Where there are several sessions, their next tokens are computed while a pass over a prompt waits.
+    let beside = if work.sessions > 1 { work.sessions } else { 0 };
+    let shape = PassShape { rows: rows + beside, wanted_rows, end_tokens: tokens, threads: work.threads };
+    let state = work.sessions * StateBytes::at_most(&layout, tokens).total();
     let clones = work.clones * StateBytes::of_clone(&layout, tokens).total();
     let [resident, streamed] = [false, true].map(|streamed| cpu::static_bytes(model, streamed));
     Needs {
@@ -103,9 +105,5 @@ impl Device for CpuBackend {
 
     fn session_bytes(&self, state: &Self::State) -> u64 {
         state.bytes().total() as u64
-    }
-
-    fn clone_state(&self, state: &Self::State) -> Result<Self::State, Error> {
-        Ok(state.clone())
     }
 }

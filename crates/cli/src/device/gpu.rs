@@ -50,7 +50,7 @@ impl Device for GpuBackend {
             program_bytes: gpu::DRIVER_BYTES + if on.is_unified() { host_bytes + way.slots.bytes } else { 0 },
             static_bytes: bytes.fixed,
             context_tokens: work.context_tokens,
-            state_bytes: bytes.session * (1 + work.clones as u64),
+            state_bytes: bytes.session * (work.sessions + work.clones) as u64,
             pass_rows: rows,
             pass_bytes: bytes.pass,
             resident_bytes: bytes.experts,
@@ -144,12 +144,6 @@ impl Device for GpuBackend {
 
     fn session_bytes(&self, state: &Self::State) -> u64 {
         state.bytes()
-    }
-
-    fn clone_state(&self, state: &Self::State) -> Result<Self::State, Error> {
-        let mut bytes = Vec::new();
-        self.export(state, &mut bytes)?;
-        self.import(&mut &bytes[..])
     }
 }
 
@@ -298,6 +292,7 @@ mod tests {
             request: Request { memory_bytes: Some(16 << 30), cache: None, stream: false },
             gpu_memory: None,
             lock: false,
+            sessions: 1,
             clones: 0,
         }
     }

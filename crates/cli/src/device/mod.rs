@@ -119,10 +119,4 @@ pub trait Device: Backend + Sized {
 
     /// Bytes that a session holds.
     fn session_bytes(&self, state: &Self::State) -> u64;
-
-    /// A second session that goes on from the same place.
-    ///
-    /// # Errors
-    /// There is no memory for it.
-    fn clone_state(&self, state: &Self::State) -> Result<Self::State, Error>;
 }
