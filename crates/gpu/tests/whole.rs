@@ -48,3 +48,12 @@ fn nano_goes_on_as_on_the_processor() {
         assert_eq!(ours, expected, "{precision:?}");
     }
 }
+
+/// Sessions are saved and loaded by a thread of their own, beside the one that computes.
+#[test]
+fn sessions_can_be_saved_by_another_thread() {
+    fn shared<T: Sync>() {}
+    fn sent<T: Send>() {}
+    shared::<GpuBackend>();
+    sent::<<GpuBackend as Backend>::State>();
+}

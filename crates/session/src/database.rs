@@ -226,7 +226,7 @@ fn explained(path: &Path, error: redb::Error) -> DatabaseError {
 }
 
 /// Makes a folder that only its owner can look into. One that is there keeps its permissions.
-fn make_folder(dir: &Path) -> io::Result<()> {
+pub(crate) fn make_folder(dir: &Path) -> io::Result<()> {
     let mut builder = fs::DirBuilder::new();
     builder.recursive(true);
     #[cfg(unix)]

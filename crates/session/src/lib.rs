@@ -13,6 +13,7 @@ mod generate;
 pub mod replay;
 mod sampler;
 mod saved;
+pub mod snapshots;
 mod timeline;
 mod turn;
 mod vocabulary;
