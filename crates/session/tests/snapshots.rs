@@ -12,7 +12,7 @@ use cpu::{CpuBackend, Options};
 use gguf::Gguf;
 use model::{Arithmetic, Backend, Cancel, Model, Precision};
 use proptest::prelude::*;
-use session::database::{Database, DatabaseError, FILE_NAME};
+use session::database::{Database, DatabaseError, FILE_NAME, Limits};
 use session::snapshots::{Binding, Kind, Saved, SnapshotWorker, Snapshots, SnapshotsError};
 use session::{Context, Session};
 use store::Source;
@@ -63,14 +63,14 @@ fn bytes(session: &Session<CpuBackend>) -> Vec<u8> {
 /// A folder as its owner has it open.
 struct Open {
     snapshots: Snapshots,
-    _database: Database,
+    database: Database,
 }
 
 impl Open {
     fn with(dir: &Path, max_bytes: u64, binding: &Binding) -> (Open, usize) {
         let (database, aside) = Database::open(dir).unwrap();
         let (snapshots, asides) = Snapshots::open(dir, max_bytes, binding, &database).unwrap();
-        (Open { snapshots, _database: database }, asides.len() + usize::from(aside.is_some()))
+        (Open { snapshots, database }, asides.len() + usize::from(aside.is_some()))
     }
 
     fn new(dir: &Path) -> Open {
@@ -574,7 +574,13 @@ fn a_full_disk_is_told_and_harms_nothing() {
         assert!(error.to_string().contains("No space left"), "{error}");
         assert_eq!(files(dir, ".partial").len(), 0);
         assert_eq!(bytes(&open.load(&tokens(100, 0)).unwrap()), bytes(&before));
+        // The database, too, tells it, and goes on when there is room.
+        let records = open.database.records("a", Limits { count: 9, bytes: 1 << 20 });
+        let error = records.put(b"large", &vec![1; (1 << 20) - 10]).unwrap_err();
+        println!("{error}");
         fs::remove_file(&filler).unwrap();
+        records.put(&[round as u8], b"small").unwrap();
+        assert!((0..=round as u8).all(|round| records.get(&[round]).unwrap().is_some()));
     }
     assert!(open.save(&session(&tokens(150, 1)), Kind::Idle).is_new, "it goes on when there is room");
     drop(open);
