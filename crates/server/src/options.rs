@@ -265,6 +265,13 @@ mod tests {
     }
 
     #[test]
+    fn the_documentation_has_the_defaults() {
+        let page = include_str!("../../../docs/server.md");
+        let listed = page.split("```toml").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+        assert_eq!(toml::from_str::<toml::Table>(listed).unwrap(), toml::Table::try_from(Options::default()).unwrap());
+    }
+
+    #[test]
     fn the_key_is_never_printed() {
         let options = Options { api_key: Some("secret".into()), ..Options::default() };
         assert!(!toml::to_string(&options).unwrap().contains("secret"));

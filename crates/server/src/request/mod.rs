@@ -281,3 +281,17 @@ pub fn read_to_count(
         _ => read(api, body, defaults, earlier),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documentation_lists_what_is_ignored() {
+        let page = include_str!("../../../../docs/server.md");
+        for (api, names) in IGNORED {
+            let row = page.lines().find(|line| line.starts_with(&format!("| {} |", api.name()))).unwrap();
+            names.iter().for_each(|name| assert!(row.contains(&format!("`{name}`")), "{name} in {row}"));
+        }
+    }
+}
