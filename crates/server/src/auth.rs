@@ -93,7 +93,7 @@ impl Origin {
 
 /// Whether a path needs no key: what says nothing of anybody's conversations.
 pub fn is_open(method: &Method, path: &str) -> bool {
-    matches!(*method, Method::GET | Method::HEAD) && matches!(path, "/" | "/health")
+    matches!(*method, Method::GET | Method::HEAD) && matches!(path, "/" | "/app.js" | "/style.css" | "/health")
 }
 
 #[cfg(test)]

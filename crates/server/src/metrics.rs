@@ -121,7 +121,7 @@ impl fmt::Debug for OfEngine {
 impl Collector for OfEngine {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let stats = self.engine.stats();
-        let Figures { expert_hits, expert_misses, read_bytes, memory_bytes } = (self.figures)();
+        let Figures { experts_hits, experts_misses, experts_read_bytes, memory_bytes } = (self.figures)();
         let gauges = [
             ("requests_waiting", "Requests that wait", stats.waiting as u64),
             ("requests_active", "Requests that read or generate", stats.active as u64),
@@ -143,9 +143,9 @@ impl Collector for OfEngine {
             ("decode_rows", "Rows of the passes that decoded", stats.decode_rows),
             ("prefill_milliseconds", "Time spent reading prompts", stats.prefill_time.as_millis() as u64),
             ("decode_milliseconds", "Time spent decoding", stats.decode_time.as_millis() as u64),
-            ("expert_hits", "Experts that were in memory when they were chosen", expert_hits),
-            ("expert_misses", "Experts that were not", expert_misses),
-            ("read_bytes", "Bytes read from disk for experts", read_bytes),
+            ("experts_hits", "Experts that were in memory when they were chosen", experts_hits),
+            ("experts_misses", "Experts that were not", experts_misses),
+            ("experts_read_bytes", "Bytes read from disk for experts", experts_read_bytes),
         ];
         for (name, help, value) in counters {
             let counter = ConstCounter::new(value);

@@ -39,6 +39,8 @@ pub struct Facts {
     pub arithmetic: String,
     /// What computes it.
     pub device: String,
+    /// Where its experts are: `resident` or `streamed`.
+    pub experts: String,
     /// The temperature where a request does not say.
     pub temperature: f32,
     /// Bytes of its file.
@@ -49,11 +51,11 @@ pub struct Facts {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Figures {
     /// Experts that were in memory when they were chosen.
-    pub expert_hits: u64,
+    pub experts_hits: u64,
     /// Experts that were not.
-    pub expert_misses: u64,
+    pub experts_misses: u64,
     /// Bytes read from disk for experts.
-    pub read_bytes: u64,
+    pub experts_read_bytes: u64,
     /// Bytes of memory in use.
     pub memory_bytes: u64,
 }

@@ -278,8 +278,12 @@ fn it_tells_of_itself() {
     assert_eq!(models["data"][0]["id"], "deepseek-v4-nano");
     assert_eq!(running.get("/v1/models/deepseek-v4-nano").json(), models["data"][0]);
     assert_eq!(running.get("/v1/models/other").status, 404);
-    assert_eq!(running.get("/props").json()["model"]["context_tokens"], 4096);
-    assert!(running.get("/").body.contains("<html"));
+    assert_eq!(running.get("/props").json()["context_tokens"], 4096);
+    for path in ["/", "/app.js", "/style.css"] {
+        let file = running.get(path);
+        assert_eq!(file.status, 200, "{path}");
+        assert!(file.header("content-security-policy").unwrap().starts_with("default-src 'none'"), "{path}");
+    }
     running.post(CHAT, &json!({"messages": [{"content": "hello"}]}));
     let metrics = running.get("/metrics").body;
     for line in ["infall_answers_total{api=\"chat\",status=\"200\"} 1", "infall_requests_ended_total 1", "# EOF"] {

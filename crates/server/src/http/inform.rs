@@ -97,16 +97,15 @@ pub async fn props(State(server): State<Arc<Server>>) -> Response {
         &json!({
             "version": env!("CARGO_PKG_VERSION"),
             "uptime_s": server.started.elapsed().as_secs(),
-            "model": {
-                "id": facts.id,
-                "name": facts.name,
-                "encoding": facts.encoding.to_string(),
-                "precision": facts.precision,
-                "arithmetic": facts.arithmetic,
-                "device": facts.device,
-                "file_bytes": facts.file_bytes,
-                "context_tokens": server.wiring.engine.context().tokens(),
-            },
+            "model": facts.id,
+            "name": facts.name,
+            "encoding": facts.encoding.to_string(),
+            "precision": facts.precision,
+            "arithmetic": facts.arithmetic,
+            "device": facts.device,
+            "experts": facts.experts,
+            "file_bytes": facts.file_bytes,
+            "context_tokens": server.wiring.engine.context().tokens(),
             "defaults": {
                 "effort": server.options.effort,
                 "temperature": sampling.temperature,
@@ -129,9 +128,9 @@ pub async fn props(State(server): State<Arc<Server>>) -> Response {
                 "decode_s": stats.decode_time.as_secs_f64(),
             },
             "figures": {
-                "expert_hits": figures.expert_hits,
-                "expert_misses": figures.expert_misses,
-                "read_bytes": figures.read_bytes,
+                "experts_hits": figures.experts_hits,
+                "experts_misses": figures.experts_misses,
+                "experts_read_bytes": figures.experts_read_bytes,
                 "memory_bytes": figures.memory_bytes,
             },
         }),
@@ -143,9 +142,33 @@ pub async fn openapi() -> Response {
     text("application/json", include_str!("../openapi.json"))
 }
 
+/// What the page may load: itself, and nothing else from anywhere.
+const PAGE_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; \
+                           base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+
 /// `GET /`.
 pub async fn page() -> Response {
-    text("text/html; charset=utf-8", include_str!("../page.html"))
+    of_page("text/html; charset=utf-8", include_str!("../page/index.html"))
+}
+
+/// `GET /app.js`.
+pub async fn script() -> Response {
+    of_page("text/javascript; charset=utf-8", include_str!("../page/app.js"))
+}
+
+/// `GET /style.css`.
+pub async fn style() -> Response {
+    of_page("text/css; charset=utf-8", include_str!("../page/style.css"))
+}
+
+/// A file of the page.
+fn of_page(kind: &'static str, file: &'static str) -> Response {
+    let mut response = text(kind, file);
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(PAGE_POLICY));
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    response
 }
 
 /// Any other path.

@@ -223,6 +223,8 @@ fn routes(server: Arc<Server>) -> Router {
         .route("/props", get(inform::props))
         .route("/openapi.json", get(inform::openapi))
         .route("/", get(inform::page))
+        .route("/app.js", get(inform::script))
+        .route("/style.css", get(inform::style))
         .fallback(inform::not_found)
         .method_not_allowed_fallback(inform::method_not_allowed)
         .layer(axum::middleware::from_fn_with_state(server.clone(), guard::guard))

@@ -100,6 +100,7 @@ impl Running {
                 precision: "exact".to_owned(),
                 arithmetic: "official".to_owned(),
                 device: "script".to_owned(),
+                experts: "resident".to_owned(),
                 temperature: 0.0,
                 file_bytes: NANO.len() as u64,
             },
