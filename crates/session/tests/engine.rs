@@ -10,11 +10,14 @@ use std::time::Duration;
 use common::{Scripted, one_hot, tokenizer};
 use cpu::CpuBackend;
 use gguf::Gguf;
-use model::{Backend, Cancel, Model, Precision};
+use model::{Arithmetic, Backend, Cancel, Model, Precision};
+use session::database::Database;
 use session::engine::{Ended, Engine, EngineEvent, EngineOptions, EngineStats, Prompt, Request, SubmitError};
+use session::snapshots::{Binding, Snapshots};
 use session::{Context, PreparedTurn, Sampling, StopReason, TurnEvent, TurnOptions, Vocabulary};
 use store::{Residency, Source};
 use text::Tokenizer;
+use text::prompt::{ControlTokens, Encoding};
 
 static NANO: &[u8] = include_bytes!("../../../models/nano.gguf");
 
@@ -33,12 +36,31 @@ struct Running {
 }
 
 impl Running {
-    fn new<B: Backend>(make: impl FnOnce() -> B + Send + 'static, sessions: usize, queue: usize) -> Running {
+    fn new<B: Backend + Sync + 'static>(
+        make: impl FnOnce() -> B + Send + 'static,
+        sessions: usize,
+        queue: usize,
+    ) -> Running
+    where
+        B::State: Send,
+    {
+        Running::with_snapshots(make, sessions, queue, None)
+    }
+
+    fn with_snapshots<B: Backend + Sync + 'static>(
+        make: impl FnOnce() -> B + Send + 'static,
+        sessions: usize,
+        queue: usize,
+        snapshots: Option<Snapshots>,
+    ) -> Running
+    where
+        B::State: Send,
+    {
         let (engine, runner, thread);
         let config = Model::from_gguf(&Gguf::parse("nano", NANO).unwrap()).unwrap().config;
         let context = Context::new(&config, Some(4096)).unwrap();
         (engine, runner) = Engine::new(EngineOptions { context, sessions, queue });
-        thread = Some(thread::spawn(move || runner.run(&make())));
+        thread = Some(thread::spawn(move || runner.run(&make(), snapshots)));
         Running { engine, vocabulary: Arc::new(Vocabulary::new(Arc::new(tokenizer())).unwrap()), thread }
     }
 
@@ -125,10 +147,16 @@ fn say(tokenizer: &Tokenizer, text: &str) -> Vec<u32> {
 fn others_change_nothing(precision: Precision, residency: fn() -> Residency) {
     let tokenizer = tokenizer();
     let long = "The quick brown fox jumps over the lazy dog and runs into the forest. ";
-    let requests: Vec<(Vec<u32>, TurnOptions)> = (0..9)
-        .map(|i| {
-            let text = format!("Number {i}. {}", long.repeat(1 + i * i % 23));
-            (say(&tokenizer, &text), options(i as u64, if i % 3 == 0 { 0.0 } else { 1.0 }, 4 + 5 * (i % 5)))
+    let stop = ControlTokens::find(&tokenizer).unwrap().stop_set();
+    let requests: Vec<(Vec<u32>, TurnOptions)> = [1, 2, 1, 45, 3, 20]
+        .into_iter()
+        .enumerate()
+        .map(|(i, length)| {
+            let text = format!("Number {i}. {}", long.repeat(length));
+            let temperature = if i % 3 == 0 { 0.0 } else { 1.0 };
+            // Nobody ends before the others begin.
+            let logit_bias = stop.iter().map(|&token| (token, -100.0)).collect();
+            (say(&tokenizer, &text), TurnOptions { logit_bias, ..options(i as u64, temperature, 20 + 15 * (i % 3)) })
         })
         .collect();
     assert!(requests.iter().any(|(prompt, _)| prompt.len() > 2 * CpuBackend::PASS_ROWS), "a prompt of several passes");
@@ -140,18 +168,16 @@ fn others_change_nothing(precision: Precision, residency: fn() -> Residency) {
             (ended.outcome.tokens, bits)
         })
         .collect();
-    for sessions in [3, 9] {
+    for sessions in [3, 6] {
         let running = Running::new(move || nano(precision, residency()), sessions, 9);
-        for round in 0..2_usize {
-            let asked: Vec<Asked> = requests.iter().map(|(prompt, options)| running.ask(prompt, options)).collect();
-            for (i, (asked, expected)) in asked.into_iter().zip(&alone).enumerate() {
-                let (ended, bits) = asked.end();
-                assert_eq!((&ended.outcome.tokens, &bits), (&expected.0, &expected.1), "{sessions} {round} {i}");
-            }
+        let asked: Vec<Asked> = requests.iter().map(|(prompt, options)| running.ask(prompt, options)).collect();
+        for (i, (asked, expected)) in asked.into_iter().zip(&alone).enumerate() {
+            let (ended, bits) = asked.end();
+            assert_eq!((&ended.outcome.tokens, &bits), (&expected.0, &expected.1), "{sessions} {i}");
         }
         let stats = running.stats();
         assert!(stats.decode_rows > stats.decode_passes, "no two turns ever shared a pass: {stats:?}");
-        assert_eq!((stats.ended, stats.active, stats.waiting), (18, 0, 0));
+        assert_eq!((stats.ended, stats.active, stats.waiting), (6, 0, 0));
     }
 }
 
@@ -309,6 +335,72 @@ fn a_turn_that_fails_takes_no_other_with_it() {
     for asked in asked {
         assert_eq!(asked.end().0.outcome.tokens, vec![5; 1000]);
     }
+}
+
+fn snapshots(dir: &std::path::Path) -> Snapshots {
+    let binding = Binding {
+        identity: 1,
+        arithmetic: Arithmetic::Official,
+        precision: Precision::Fast,
+        backend: "cpu".into(),
+        encoding: Encoding::V4_2604,
+    };
+    let (database, aside) = Database::open(dir).unwrap();
+    assert!(aside.is_none());
+    let (snapshots, asides) = Snapshots::open(dir, 1 << 30, &binding, &database).unwrap();
+    assert!(asides.is_empty());
+    snapshots
+}
+
+/// What an engine that has ended knew another goes on with: the same tokens come, and all but what is new is cached.
+#[test]
+fn a_conversation_goes_on_after_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let fast = || nano(Precision::Fast, Residency::Resident);
+    let prompt = say(&tokenizer(), &"It is a long way to the sea. ".repeat(40));
+    let begin = || Running::with_snapshots(fast, 2, 4, Some(snapshots(folder.path())));
+    let running = begin();
+    let (first, _) = running.ask(&prompt, &options(1, 1.0, 20)).end();
+    let next = [&prompt[..], &first.outcome.tokens, &say(&tokenizer(), "And then?")].concat();
+    drop(running);
+
+    let running = begin();
+    let (second, bits) = running.ask(&next, &options(2, 1.0, 20)).end();
+    let held = prompt.len() + first.outcome.tokens.len() - first.outcome.unread_tokens;
+    assert_eq!((second.usage.cached_tokens, running.stats().loaded_snapshots), (held, 1));
+    let (cold, cold_bits) = Running::new(fast, 1, 0).ask(&next, &options(2, 1.0, 20)).end();
+    assert_eq!((second.outcome.tokens, bits, cold.usage.cached_tokens), (cold.outcome.tokens, cold_bits, 0));
+}
+
+/// A conversation that pauses is on the disk soon, without a proper end.
+#[test]
+fn a_quiet_conversation_is_saved() {
+    let folder = tempfile::tempdir().unwrap();
+    let running = Running::with_snapshots(scripted, 2, 4, Some(snapshots(folder.path())));
+    running.ask(&numbers(0, 300), &options(0, 0.0, 2)).end();
+    let start = std::time::Instant::now();
+    while running.stats().saved_snapshots == 0 {
+        assert!(start.elapsed() < Duration::from_secs(30), "{:?}", running.stats());
+        thread::sleep(Duration::from_millis(50));
+    }
+    thread::sleep(Duration::from_secs(3));
+    assert_eq!(running.stats().saved_snapshots, 1, "what has not changed is not saved again");
+}
+
+/// A conversation that makes way is found again on the disk.
+#[test]
+fn a_conversation_that_made_way_comes_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let running = Running::with_snapshots(scripted, 1, 4, Some(snapshots(folder.path())));
+    let ask = |prompt: &[u32]| running.ask(prompt, &options(0, 0.0, 2)).end().0;
+    let first = ask(&numbers(1, 400));
+    ask(&numbers(2, 400));
+    while running.stats().saved_snapshots == 0 {
+        thread::sleep(Duration::from_millis(20));
+    }
+    let next = [&numbers(1, 400)[..], &first.outcome.tokens, &numbers(3, 10)].concat();
+    assert_eq!(ask(&next).usage.cached_tokens, 401);
+    assert!(running.stats().loaded_snapshots > 0);
 }
 
 /// What computes panics: everybody is told, and nobody waits for ever.

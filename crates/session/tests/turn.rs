@@ -59,7 +59,7 @@ fn run(backend: Scripted, options: &TurnOptions, context: usize) -> Result<Ran, 
         events.push(event);
         ControlFlow::Continue(())
     })?;
-    Ok(Ran { outcome, events, session, passes: backend.passes.take() })
+    Ok(Ran { outcome, events, session, passes: std::mem::take(&mut *backend.passes.lock().unwrap()) })
 }
 
 /// Runs a turn in which the model says `text`.

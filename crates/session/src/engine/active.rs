@@ -6,15 +6,16 @@ use std::time::Instant;
 
 use model::{Backend, Cancel};
 
+use super::shelf::Live;
 use super::{Ended, EngineEvent, Prompt, Usage};
-use crate::{Error, PreparedTurn, Session, Slice, StopReason};
+use crate::{Error, PreparedTurn, Slice, StopReason};
 
 /// A request that reads its prompt or generates its turn.
 pub struct Active<'b, B: Backend> {
     /// Its number.
     pub id: u64,
     /// What it reads and generates in.
-    pub session: Session<B>,
+    pub live: Live<B>,
     /// The prompt.
     pub prompt: Prompt,
     /// The turn, which chooses tokens once the prompt is read.
@@ -34,15 +35,15 @@ pub struct Active<'b, B: Backend> {
 }
 
 impl<'b, B: Backend> Active<'b, B> {
-    /// A request whose `session` holds the first tokens of its prompt; it is told so.
-    pub fn begin(id: u64, session: Session<B>, request: super::Request, queued: std::time::Duration) -> Active<'b, B> {
+    /// A request whose session holds the first tokens of its prompt; it is told so.
+    pub fn begin(id: u64, live: Live<B>, request: super::Request, queued: std::time::Duration) -> Active<'b, B> {
         let super::Request { prompt, turn, cancel, mut receive } = request;
-        let cached_tokens = session.tokens().len();
+        let cached_tokens = live.session.tokens().len();
         let usage = Usage { prompt_tokens: prompt.tokens.len(), cached_tokens, queued, ..Usage::default() };
         receive(EngineEvent::Begun { cached_tokens });
         Active {
             id,
-            session,
+            live,
             prompt,
             turn,
             cancel,
@@ -62,12 +63,12 @@ impl<'b, B: Backend> Active<'b, B> {
 
     /// Tokens of the prompt that its session does not hold.
     pub fn unread_prompt(&self) -> &[u32] {
-        &self.prompt.tokens[self.session.tokens().len()..]
+        &self.prompt.tokens[self.live.session.tokens().len()..]
     }
 
     /// Tells how far the prompt is read: the session's tokens, and the share of a pass of `rows` that is through.
     pub fn tell_progress(&mut self, rows: usize, layers: usize, of_layers: usize) {
-        let tokens = self.session.tokens().len() + rows * layers / of_layers;
+        let tokens = self.live.session.tokens().len() + rows * layers / of_layers;
         (self.receive)(EngineEvent::Read { tokens });
     }
 
@@ -80,14 +81,14 @@ impl<'b, B: Backend> Active<'b, B> {
             (self.since, self.is_decoding) = (Instant::now(), true);
         }
         let receive = &mut self.receive;
-        self.turn.next(logits, self.session.room_tokens(), &mut |event| {
+        self.turn.next(logits, self.live.session.room_tokens(), &mut |event| {
             receive(EngineEvent::Turn(event));
             ControlFlow::Continue(())
         })
     }
 
     /// Settles the turn and tells what came of it, once `keep` has the session: whoever is told may ask again at once.
-    pub fn end(mut self, reason: StopReason, keep: impl FnOnce(Session<B>, Usage)) {
+    pub fn end(mut self, reason: StopReason, keep: impl FnOnce(Live<B>, Usage)) {
         let receive = &mut self.receive;
         let outcome = self.turn.end(reason, &mut |event| {
             receive(EngineEvent::Turn(event));
@@ -96,13 +97,13 @@ impl<'b, B: Backend> Active<'b, B> {
         self.usage.decode = self.since.elapsed();
         self.usage.completion_tokens = outcome.tokens.len();
         self.usage.reasoning_tokens = outcome.reasoning_tokens;
-        keep(self.session, self.usage);
+        keep(self.live, self.usage);
         (self.receive)(EngineEvent::Ended(Box::new(Ended { outcome, usage: self.usage })));
     }
 
     /// Tells that nothing more will come, once `keep` has the session.
-    pub fn fail(mut self, error: Error, keep: impl FnOnce(Session<B>)) {
-        keep(self.session);
+    pub fn fail(mut self, error: Error, keep: impl FnOnce(Live<B>)) {
+        keep(self.live);
         (self.receive)(EngineEvent::Failed(error));
     }
 }

@@ -8,6 +8,7 @@
 //! else runs, and what several turns choose is leased once. No lock is held while anything is computed.
 
 mod active;
+mod archive;
 mod runner;
 mod shelf;
 
@@ -150,6 +151,12 @@ pub struct EngineStats {
     pub decode_passes: u64,
     /// Rows of those passes.
     pub decode_rows: u64,
+    /// Sessions that were saved.
+    pub saved_snapshots: u64,
+    /// Sessions that could not be.
+    pub failed_snapshots: u64,
+    /// Sessions that were loaded.
+    pub loaded_snapshots: u64,
     /// Time spent reading prompts.
     pub prefill_time: Duration,
     /// Time spent decoding.
@@ -175,6 +182,8 @@ struct Shared {
 struct Inbox {
     waiting: VecDeque<Waiting>,
     stopping: bool,
+    /// A session has come from the disk.
+    loaded: bool,
     /// Why nothing can be computed any more.
     dead: Option<String>,
 }

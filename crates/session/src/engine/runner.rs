@@ -2,13 +2,16 @@
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::sync::mpsc::TryRecvError;
 use std::time::{Duration, Instant};
 
 use model::{Backend, Cancel};
 
 use super::active::Active;
-use super::shelf::{self, Kind, Shelf};
+use super::archive::{self, Archive, Loading};
+use super::shelf::{self, Kind, Live, Shelf};
 use super::{EngineEvent, Inbox, Request, Shared, Waiting};
+use crate::snapshots::{self, Snapshots};
 use crate::{Error, Session, StopReason, pass_rows, read_together};
 
 /// A session is forked or taken from another conversation for so many tokens at least.
@@ -29,20 +32,26 @@ impl Runner {
         Runner { shared }
     }
 
-    /// Computes on the calling thread until [`super::Engine::stop`].
-    pub fn run<B: Backend>(self, backend: &B) {
+    /// Computes on the calling thread until [`super::Engine::stop`]. Sessions are saved to `snapshots`, if there are any, and loaded from
+    /// there, on a thread of their own; when this returns, all that was worth it is saved.
+    pub fn run<B: Backend + Sync + 'static>(self, backend: &B, snapshots: Option<Snapshots>)
+    where
+        B::State: Send,
+    {
         let _guard = Guard(&self.shared);
-        let mut work = Work::new(backend, &self.shared);
-        loop {
-            if !work.admit() {
-                break;
+        std::thread::scope(|scope| {
+            let archive = snapshots.map(|snapshots| Archive::new(scope, backend, snapshots, &self.shared));
+            let mut work = Work::new(backend, &self.shared, archive);
+            while work.admit() {
+                work.drop_cancelled();
+                work.take_loaded();
+                work.save_quiet();
+                if !work.step() {
+                    work.wait();
+                }
             }
-            work.drop_cancelled();
-            if !work.step() {
-                work.wait();
-            }
-        }
-        work.stop();
+            work.stop();
+        });
     }
 }
 
@@ -61,17 +70,35 @@ impl Drop for Guard<'_> {
 struct Work<'b, B: Backend> {
     backend: &'b B,
     shared: &'b Shared,
+    archive: Option<Archive<'b, B>>,
     shelf: Shelf<B>,
     active: Vec<Active<'b, B>>,
+    /// Requests whose sessions come from the disk.
+    loading: Vec<(Waiting, Loading<B>)>,
+    /// When quiet conversations were last looked for.
+    looked: Instant,
     /// Requests and slices so far.
     count: u64,
     /// How long prompts may be read before turns go on: as long as their last pass took.
     reading_credit: Duration,
 }
 
-impl<'b, B: Backend> Work<'b, B> {
-    fn new(backend: &'b B, shared: &'b Shared) -> Self {
-        Work { backend, shared, shelf: Shelf::new(), active: Vec::new(), count: 0, reading_credit: Duration::ZERO }
+impl<'b, B: Backend + Sync + 'static> Work<'b, B>
+where
+    B::State: Send,
+{
+    fn new(backend: &'b B, shared: &'b Shared, archive: Option<Archive<'b, B>>) -> Self {
+        Work {
+            backend,
+            shared,
+            archive,
+            shelf: Shelf::new(),
+            active: Vec::new(),
+            loading: Vec::new(),
+            looked: Instant::now(),
+            count: 0,
+            reading_credit: Duration::ZERO,
+        }
     }
 
     /// Takes requests from the queue as long as there are sessions for them; false when the engine is to stop.
@@ -81,22 +108,63 @@ impl<'b, B: Backend> Work<'b, B> {
             if inbox.stopping {
                 return false;
             }
-            if self.active.len() >= self.shared.options.sessions {
+            if self.active.len() + self.loading.len() >= self.shared.options.sessions {
                 return true;
             }
             let Some(waiting) = inbox.waiting.pop_front() else { return true };
             drop(inbox);
-            self.begin(waiting);
+            match self.load_for(&waiting.request) {
+                Some(loading) => self.loading.push((waiting, loading)),
+                None => self.begin(waiting, None),
+            }
+            self.count_sessions();
         }
     }
 
-    /// Finds a session for a request.
-    fn begin(&mut self, Waiting { mut request, since }: Waiting) {
+    /// Begins to load a session for a request, where one on the disk holds more of its prompt than any that lives.
+    fn load_for(&self, request: &Request) -> Option<Loading<B>> {
+        let (archive, tokens) = (self.archive.as_ref()?, &request.prompt.tokens);
+        let busy = self.active.iter().map(|active| shelf::reach(self.backend, &active.live.session, tokens).0);
+        let idle = self.shelf.best(self.backend, tokens).map(|found| found.reach);
+        let held = busy.chain(idle).max().unwrap_or(0);
+        archive.better(tokens, held).map(|found| archive.load(found))
+    }
+
+    /// Begins with sessions that have come from the disk; without, where that failed.
+    fn take_loaded(&mut self) {
+        self.shared.inbox().loaded = false;
+        for (waiting, loading) in std::mem::take(&mut self.loading) {
+            match loading.try_recv() {
+                Err(TryRecvError::Empty) => self.loading.push((waiting, loading)),
+                Ok(Ok(session)) => {
+                    let saved_tokens = session.tokens().len();
+                    self.begin(waiting, Some(Live { session, saved_tokens }));
+                }
+                Ok(Err(error)) => {
+                    tracing::warn!("a saved session was not used: {error}");
+                    self.begin(waiting, None);
+                }
+                Err(TryRecvError::Disconnected) => self.begin(waiting, None),
+            }
+        }
+    }
+
+    /// Finds a session for a request that brings none.
+    fn begin(&mut self, Waiting { mut request, since }: Waiting, loaded: Option<Live<B>>) {
         let queued = since.elapsed();
-        match self.session_for(&request.prompt.tokens) {
-            Ok(session) => {
+        let tokens = &request.prompt.tokens;
+        let live = match loaded {
+            Some(live) => {
+                self.make_room();
+                Ok(live)
+            }
+            None => self.session_for(tokens),
+        };
+        match live {
+            Ok(mut live) => {
+                live.reuse(self.backend, tokens);
                 self.count += 1;
-                self.active.push(Active::begin(self.count, session, request, queued));
+                self.active.push(Active::begin(self.count, live, request, queued));
             }
             Err(error) => (request.receive)(EngineEvent::Failed(error)),
         }
@@ -104,34 +172,78 @@ impl<'b, B: Backend> Work<'b, B> {
     }
 
     /// A session that holds as much of the beginning of `tokens` as can be had.
-    fn session_for(&mut self, tokens: &[u32]) -> Result<Session<B>, Error> {
-        let busy = self.active.iter().map(|active| (shelf::reach(self.backend, &active.session, tokens).0, active.id));
-        let busy = busy.max().filter(|&(reach, _)| reach >= LEAST_REUSED_TOKENS);
+    fn session_for(&mut self, tokens: &[u32]) -> Result<Live<B>, Error> {
+        let reach = |active: &Active<'_, B>| (shelf::reach(self.backend, &active.live.session, tokens).0, active.id);
+        let busy = self.active.iter().map(reach).max().filter(|&(reach, _)| reach >= LEAST_REUSED_TOKENS);
         let idle = self.shelf.best(self.backend, tokens).filter(|found| found.reach >= LEAST_REUSED_TOKENS);
-        let is_full = self.active.len() + self.shelf.conversations() >= self.shared.options.sessions;
-        let victim = self.shelf.oldest_conversation().filter(|_| is_full);
-
-        let mut session = match (idle, busy) {
+        let session = match (idle, busy) {
             (Some(found), busy) if busy.is_none_or(|(reach, _)| reach <= found.reach) => {
-                if found.is_continued || victim == Some(found.id) {
-                    self.shelf.take(found.id)
-                } else {
-                    victim.map(|id| self.shelf.take(id));
-                    self.with_room(|work| work.shelf.touch(found.id).fork(work.backend))?
+                if found.is_continued {
+                    return Ok(self.shelf.take(found.id));
                 }
+                if self.victim() == Some(found.id) {
+                    let mut live = self.shelf.take(found.id);
+                    self.save_before_loss(&mut live);
+                    return Ok(live);
+                }
+                self.make_room();
+                self.with_room(|work| work.shelf.touch(found.id).fork(work.backend))
             }
             (_, Some((_, id))) => {
-                victim.map(|id| self.shelf.take(id));
-                let of = |work: &Self| work.active.iter().position(|active| active.id == id).expect("it is at work");
-                self.with_room(|work| work.active[of(work)].session.fork(work.backend))?
+                self.make_room();
+                let at = self.active.iter().position(|active| active.id == id).expect("it is at work");
+                self.with_room(|work| work.active[at].live.session.fork(work.backend))
             }
             _ => {
-                victim.map(|id| self.shelf.take(id));
-                self.with_room(|work| Session::new(work.backend, work.shared.options.context))?
+                self.make_room();
+                self.with_room(|work| Session::new(work.backend, work.shared.options.context))
             }
         };
-        session.reuse(self.backend, tokens);
-        Ok(session)
+        session.map(Live::from)
+    }
+
+    /// The conversation that has to make way for another session.
+    fn victim(&self) -> Option<u64> {
+        let held = self.active.len() + self.shelf.conversations();
+        self.shelf.oldest_conversation().filter(|_| held >= self.shared.options.sessions)
+    }
+
+    /// Makes way for another session.
+    fn make_room(&mut self) {
+        if let Some(id) = self.victim() {
+            let live = self.shelf.take(id);
+            if let Some(archive) = &self.archive {
+                archive.save_last(live, snapshots::Kind::Evicted);
+            }
+        }
+    }
+
+    /// Saves a conversation whose end is about to be forgotten.
+    fn save_before_loss(&self, live: &mut Live<B>) {
+        if let Some(archive) = &self.archive
+            && live.unsaved_tokens() >= archive::LEAST_SAVED_TOKENS
+        {
+            archive.save_fork(self.backend, live, snapshots::Kind::Evicted);
+        }
+    }
+
+    /// Saves conversations that pause.
+    fn save_quiet(&mut self) {
+        let Some(archive) = &self.archive else { return };
+        if self.looked.elapsed() < archive::QUIET / 4 {
+            return;
+        }
+        self.looked = Instant::now();
+        for live in self.shelf.unsaved(archive::QUIET, archive::LEAST_SAVED_TOKENS) {
+            archive.save_fork(self.backend, live, snapshots::Kind::Idle);
+        }
+    }
+
+    /// Saves a session that grows without a pause.
+    fn save_grown(&mut self, id: u64) {
+        if let (Some(archive), Some(active)) = (&self.archive, self.active.iter_mut().find(|active| active.id == id)) {
+            archive.save_grown(self.backend, &mut active.live);
+        }
     }
 
     /// What `make` makes; while there is no memory for it, sessions that nobody uses make way.
@@ -180,7 +292,7 @@ impl<'b, B: Backend> Work<'b, B> {
         let cancels: Vec<_> = own.collect();
         for active in self.active.iter_mut().filter(|active| active.is_decoding()) {
             ids.push(active.id);
-            parts.push((&mut active.session, active.turn.unread()));
+            parts.push((&mut active.live.session, active.turn.unread()));
         }
         // What others wait for is not thrown away because one of them has gone.
         let shared = Cancel::default();
@@ -195,6 +307,7 @@ impl<'b, B: Backend> Work<'b, B> {
                 Ok(logits) => self.advance(*id, &logits),
                 Err(error) => self.failed(*id, error),
             }
+            self.save_grown(*id);
         }
         self.reading_credit = begun.elapsed();
         let mut stats = self.shared.stats();
@@ -229,20 +342,21 @@ impl<'b, B: Backend> Work<'b, B> {
                 self.count += 1;
                 active.slice_number = self.count;
                 let unread = active.unread_prompt();
-                active.session.begin_slice(self.backend, unread[..rows].to_vec(), rows == unread.len())?
+                active.live.session.begin_slice(self.backend, unread[..rows].to_vec(), rows == unread.len())?
             }
         };
-        let (is_through, rows) = (slice.layer(&active.session, &active.cancel)?, slice.tokens());
+        let (is_through, rows) = (slice.layer(&active.live.session, &active.cancel)?, slice.tokens());
         active.tell_progress(rows, slice.layers(), layers);
         if !is_through {
             active.slice = Some(slice);
             return Ok(());
         }
-        let logits = slice.end(&mut active.session)?;
+        let logits = slice.end(&mut active.live.session)?;
         self.shared.stats().prefill_tokens += rows as u64;
         self.keep_common(at);
+        let id = self.active[at].id;
+        self.save_grown(id);
         if !logits.is_empty() {
-            let id = self.active[at].id;
             self.advance(id, &logits);
         }
         Ok(())
@@ -254,19 +368,23 @@ impl<'b, B: Backend> Work<'b, B> {
         let free = is_busy && self.backend.passes_are_free();
         let chunk = if free { BUSY_PASS_ROWS.min(B::PASS_ROWS) } else { B::PASS_ROWS };
         let active = &self.active[at];
-        pass_rows(active.session.tokens().len(), active.unread_prompt().len(), chunk)
+        pass_rows(active.live.session.tokens().len(), active.unread_prompt().len(), chunk)
     }
 
     /// Keeps the beginning that other conversations may share, where a pass has just ended at it.
     fn keep_common(&mut self, at: usize) {
-        let Active { session, prompt, .. } = &self.active[at];
+        let Active { live: Live { session, .. }, prompt, .. } = &self.active[at];
         // Not more often than passes end when nothing else runs, so that what is kept does not depend on that.
         let common = prompt.common_tokens / B::PASS_ROWS * B::PASS_ROWS;
         let held = session.tokens();
         if held.len() == common && common >= LEAST_COMMON_TOKENS && !self.shelf.has_common(held) {
             // Without memory for it nothing is lost but the chance.
             if let Ok(fork) = session.fork(self.backend) {
-                self.shelf.put(fork, Kind::Common);
+                let mut live = Live::from(fork);
+                if let Some(archive) = &self.archive {
+                    archive.save_fork(self.backend, &mut live, snapshots::Kind::Common);
+                }
+                self.shelf.put(live, Kind::Common);
             }
         }
     }
@@ -302,8 +420,8 @@ impl<'b, B: Backend> Work<'b, B> {
 
     fn end(&mut self, id: u64, reason: StopReason) {
         let active = self.remove(id);
-        active.end(reason, |session, usage| {
-            self.shelf.put(session, Kind::Conversation);
+        active.end(reason, |live, usage| {
+            self.shelf.put(live, Kind::Conversation);
             self.count_sessions();
             let mut stats = self.shared.stats();
             stats.ended += 1;
@@ -314,8 +432,8 @@ impl<'b, B: Backend> Work<'b, B> {
 
     fn fail(&mut self, id: u64, error: Error) {
         let active = self.remove(id);
-        active.fail(error, |session| {
-            self.shelf.put(session, Kind::Conversation);
+        active.fail(error, |live| {
+            self.shelf.put(live, Kind::Conversation);
             self.count_sessions();
         });
     }
@@ -331,13 +449,19 @@ impl<'b, B: Backend> Work<'b, B> {
 
     fn count_sessions(&self) {
         let mut stats = self.shared.stats();
-        (stats.active, stats.idle_sessions) = (self.active.len(), self.shelf.conversations());
+        stats.active = self.active.len() + self.loading.len();
+        stats.idle_sessions = self.shelf.conversations();
     }
 
     /// Sleeps until there is something to do.
     fn wait(&mut self) {
-        let is_quiet = |inbox: &mut Inbox| inbox.waiting.is_empty() && !inbox.stopping;
-        drop(self.shared.arrived.wait_while(self.shared.inbox(), is_quiet));
+        let is_full = self.active.len() + self.loading.len() >= self.shared.options.sessions;
+        let is_quiet = |inbox: &mut Inbox| (inbox.waiting.is_empty() || is_full) && !inbox.stopping && !inbox.loaded;
+        match &self.archive {
+            None => drop(self.shared.arrived.wait_while(self.shared.inbox(), is_quiet)),
+            // There may be something to save by then.
+            Some(_) => drop(self.shared.arrived.wait_timeout_while(self.shared.inbox(), archive::QUIET / 4, is_quiet)),
+        }
     }
 
     /// Ends everything.
@@ -346,7 +470,11 @@ impl<'b, B: Backend> Work<'b, B> {
             let id = active.id;
             self.cancelled(id);
         }
+        fail_all(self.loading.drain(..).map(|(waiting, _)| waiting));
         fail_all(std::mem::take(&mut self.shared.inbox().waiting));
+        while let (Some(archive), Some(id)) = (&self.archive, self.shelf.oldest_conversation()) {
+            archive.save_last(self.shelf.take(id), snapshots::Kind::Shutdown);
+        }
     }
 }
 

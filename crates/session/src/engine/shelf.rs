@@ -1,5 +1,7 @@
 //! Sessions that nobody computes with: conversations that may go on, and beginnings that many share.
 
+use std::time::{Duration, Instant};
+
 use model::Backend;
 
 use crate::Session;
@@ -16,11 +18,41 @@ pub enum Kind {
     Common,
 }
 
+/// A session, and how much of it is on the disk.
+pub struct Live<B: Backend> {
+    /// The session.
+    pub session: Session<B>,
+    /// How many tokens it had when it was saved last.
+    pub saved_tokens: usize,
+}
+
+impl<B: Backend> Live<B> {
+    /// Steps back to where `tokens` can be read from.
+    pub fn reuse(&mut self, backend: &B, tokens: &[u32]) {
+        let reached = self.session.reuse(backend, tokens);
+        if reached < self.saved_tokens {
+            self.saved_tokens = 0;
+        }
+    }
+
+    /// Tokens that are not on the disk.
+    pub fn unsaved_tokens(&self) -> usize {
+        self.session.tokens().len() - self.saved_tokens
+    }
+}
+
+impl<B: Backend> From<Session<B>> for Live<B> {
+    fn from(session: Session<B>) -> Live<B> {
+        Live { session, saved_tokens: 0 }
+    }
+}
+
 /// A session on the shelf.
 struct Idle<B: Backend> {
     id: u64,
-    session: Session<B>,
+    live: Live<B>,
     kind: Kind,
+    since: Instant,
     /// The shelf's clock when it was used last.
     used: u64,
 }
@@ -54,12 +86,12 @@ impl<B: Backend> Shelf<B> {
     }
 
     /// Puts a session on the shelf. Of beginnings the one that was used least lately makes way if there are too many.
-    pub fn put(&mut self, session: Session<B>, kind: Kind) {
-        if session.tokens().is_empty() {
+    pub fn put(&mut self, live: Live<B>, kind: Kind) {
+        if live.session.tokens().is_empty() {
             return;
         }
         self.clock += 1;
-        self.idle.push(Idle { id: self.clock, session, kind, used: self.clock });
+        self.idle.push(Idle { id: self.clock, live, kind, since: Instant::now(), used: self.clock });
         if self.idle.iter().filter(|idle| idle.kind == Kind::Common).count() > COMMON_SESSIONS {
             self.drop_oldest(Kind::Common);
         }
@@ -68,7 +100,7 @@ impl<B: Backend> Shelf<B> {
     /// The session of which the most tokens can be kept; among equals the one that loses nothing, then the latest.
     pub fn best(&self, backend: &B, tokens: &[u32]) -> Option<Found> {
         let found = self.idle.iter().map(|idle| {
-            let (reach, is_continued) = reach(backend, &idle.session, tokens);
+            let (reach, is_continued) = reach(backend, &idle.live.session, tokens);
             let is_continued = is_continued && idle.kind == Kind::Conversation;
             (reach, is_continued, idle.used, idle.id)
         });
@@ -78,13 +110,20 @@ impl<B: Backend> Shelf<B> {
 
     /// Whether a beginning of exactly `tokens` is kept.
     pub fn has_common(&self, tokens: &[u32]) -> bool {
-        self.idle.iter().any(|idle| idle.kind == Kind::Common && idle.session.tokens() == tokens)
+        self.idle.iter().any(|idle| idle.kind == Kind::Common && idle.live.session.tokens() == tokens)
     }
 
     /// Takes the session `id` off the shelf.
-    pub fn take(&mut self, id: u64) -> Session<B> {
+    pub fn take(&mut self, id: u64) -> Live<B> {
         let at = self.idle.iter().position(|idle| idle.id == id).expect("an id that was found");
-        self.idle.remove(at).session
+        self.idle.remove(at).live
+    }
+
+    /// The conversations that nobody has gone on with for `quiet`, and of which `tokens` at least are not on the disk.
+    pub fn unsaved(&mut self, quiet: Duration, tokens: usize) -> impl Iterator<Item = &mut Live<B>> {
+        let is_quiet = move |idle: &&mut Idle<B>| idle.kind == Kind::Conversation && idle.since.elapsed() >= quiet;
+        let lives = self.idle.iter_mut().filter(is_quiet).map(|idle| &mut idle.live);
+        lives.filter(move |live| live.unsaved_tokens() >= tokens)
     }
 
     /// The session `id`, which is being used now.
@@ -92,7 +131,7 @@ impl<B: Backend> Shelf<B> {
         self.clock += 1;
         let idle = self.idle.iter_mut().find(|idle| idle.id == id).expect("an id that was found");
         idle.used = self.clock;
-        &idle.session
+        &idle.live.session
     }
 
     /// The conversation that was used least lately.

@@ -1,7 +1,7 @@
 //! A backend whose logits a test writes itself, so that a turn goes exactly as the test wants.
 
-use std::cell::RefCell;
 use std::io::{Read, Write};
+use std::sync::Mutex;
 
 use gguf::Gguf;
 use model::{Activation, Backend, Batch, Cancel, Config, Error, Model, SubLayer};
@@ -11,7 +11,7 @@ use text::{Tokenizer, TokenizerData};
 static NANO: &[u8] = include_bytes!("../../../../models/nano.gguf");
 
 /// Says after any tokens which logits follow.
-type Rule = Box<dyn Fn(&[u32]) -> Vec<f32>>;
+type Rule = Box<dyn Fn(&[u32]) -> Vec<f32> + Send + Sync>;
 
 /// Runs no model: a session's state is its tokens, and the logits are the test's.
 pub struct Scripted {
@@ -20,7 +20,7 @@ pub struct Scripted {
     /// A token that no pass can be computed with.
     poison: Option<u32>,
     /// Rows of each pass so far.
-    pub passes: RefCell<Vec<usize>>,
+    pub passes: Mutex<Vec<usize>>,
 }
 
 /// A pass: its rows, and the logits wanted.
@@ -48,9 +48,9 @@ pub fn tokenizer() -> Tokenizer {
 
 impl Scripted {
     /// A backend with these logits.
-    pub fn new(rule: impl Fn(&[u32]) -> Vec<f32> + 'static) -> Scripted {
+    pub fn new(rule: impl Fn(&[u32]) -> Vec<f32> + Send + Sync + 'static) -> Scripted {
         let config = Model::from_gguf(&Gguf::parse("nano", NANO).unwrap()).unwrap().config;
-        Scripted { config, rule: Box::new(rule), poison: None, passes: RefCell::default() }
+        Scripted { config, rule: Box::new(rule), poison: None, passes: Mutex::default() }
     }
 
     /// The same for another vocabulary than nano's.
@@ -85,7 +85,7 @@ impl Scripted {
     pub fn read(&self, prompt: &[u32], context: usize) -> (Session<Scripted>, Vec<f32>) {
         let mut session = Session::new(self, Context::new(&self.config, Some(context)).unwrap()).unwrap();
         let logits = session.prefill(self, prompt, 512, &Cancel::default(), &mut |_| ()).unwrap();
-        self.passes.borrow_mut().clear();
+        self.passes.lock().unwrap().clear();
         (session, logits)
     }
 }
@@ -136,17 +136,22 @@ impl Backend for Scripted {
     }
 
     fn export(&self, tokens: &Vec<u32>, to: &mut dyn Write) -> Result<(), Error> {
-        tokens.iter().try_for_each(|token| to.write_all(&token.to_le_bytes())).map_err(Error::Export)
+        let words = std::iter::once(tokens.len() as u32).chain(tokens.iter().copied());
+        words.into_iter().try_for_each(|word| to.write_all(&word.to_le_bytes())).map_err(Error::Export)
     }
 
     fn import(&self, from: &mut dyn Read) -> Result<Vec<u32>, Error> {
-        let mut bytes = Vec::new();
-        from.read_to_end(&mut bytes).expect("a test's reader gives what it has");
-        Ok(bytes.as_chunks().0.iter().map(|&token| u32::from_le_bytes(token)).collect())
+        let mut word = || {
+            let mut bytes = [0; 4];
+            from.read_exact(&mut bytes).expect("a test's reader gives what it has");
+            u32::from_le_bytes(bytes)
+        };
+        let count = word();
+        Ok((0..count).map(|_| word()).collect())
     }
 
     fn begin(&self, batch: Batch, states: &[&Vec<u32>]) -> Result<Pass, Error> {
-        self.passes.borrow_mut().push(batch.rows().len());
+        self.passes.lock().unwrap().push(batch.rows().len());
         if batch.rows().iter().any(|row| Some(row.token) == self.poison) {
             return Err(Error::Export(std::io::Error::other("poison")));
         }
