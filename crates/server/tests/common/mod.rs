@@ -109,7 +109,7 @@ impl Running {
         let shutdown = Shutdown::new();
         let asked = shutdown.clone();
         let threads = vec![
-            thread::spawn(move || runner.run(&model())),
+            thread::spawn(move || runner.run(&model(), None)),
             thread::spawn(move || server::serve(wiring, options, listener, &asked).unwrap()),
         ];
         Running { address, engine, shutdown, threads }
