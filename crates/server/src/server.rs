@@ -14,6 +14,8 @@ use crate::responses_store::ResponseStore;
 use crate::trace::Trace;
 use crate::wiring::Wiring;
 
+/// Most bodies of more than a megabyte that are in memory at a time; the others wait.
+const LARGE_BODIES: usize = 8;
 /// Most requests that are parsed and tokenized at a time; the others wait.
 const PREPARING: usize = 4;
 
@@ -37,6 +39,8 @@ pub struct Server {
     pub is_loopback: bool,
     /// Held while a request is prepared.
     pub preparing: Semaphore,
+    /// Held while a large body is read and prepared.
+    pub large_bodies: Semaphore,
     /// When the server started.
     pub started: Instant,
 }
@@ -72,6 +76,7 @@ impl Server {
             key,
             is_loopback,
             preparing: Semaphore::new(PREPARING),
+            large_bodies: Semaphore::new(LARGE_BODIES),
             started: Instant::now(),
         })
     }

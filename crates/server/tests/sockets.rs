@@ -168,6 +168,16 @@ fn bad_http_and_bad_json_are_answered() {
 }
 
 #[test]
+fn a_large_body_is_taken_up_to_the_limit() {
+    let running = Running::new(Options::default());
+    let body = |bytes: usize| json!({"messages": [{"content": "hello"}], "user": "x".repeat(bytes)}).to_string();
+    assert_eq!(running.ask("POST", CHAT, &[], body(60 << 20).as_bytes()).status, 200);
+    let refused = running.ask("POST", CHAT, &[], body(64 << 20).as_bytes());
+    assert_eq!(refused.status, 413);
+    assert_eq!(refused.json()["error"]["type"], "request_too_large");
+}
+
+#[test]
 fn connections_are_kept_alive() {
     let running = Running::new(Options::default());
     let mut socket = running.connect();

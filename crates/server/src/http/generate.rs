@@ -54,7 +54,9 @@ pub async fn count_responses(State(server): State<Arc<Server>>, request: Request
 
 async fn count(api: Api, server: Arc<Server>, body: Body, answer: fn(usize) -> Value) -> Response {
     let counted = async {
-        let bytes = super::body(&server, body).await?;
+        let (bytes, _room) = super::body(&server, body).await?;
+        // Nobody closes the semaphore.
+        let _turn = server.preparing.acquire().await.ok();
         let server = server.clone();
         blocking(move || {
             let earlier = |id: &str| server.responses.chain(id);
@@ -83,7 +85,7 @@ struct Work {
 /// Reads, translates and submits a request.
 async fn begin(api: Api, server: &Arc<Server>, body: Body) -> Result<Work, ApiError> {
     let arrived = Instant::now();
-    let bytes = super::body(server, body).await?;
+    let (bytes, _room) = super::body(server, body).await?;
     // Nobody closes the semaphore.
     let _turn = server.preparing.acquire().await.ok();
     let server = server.clone();

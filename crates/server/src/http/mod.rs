@@ -23,7 +23,7 @@ use hyper_util::service::TowerToHyperService;
 use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, SemaphorePermit, watch};
 use tokio_io_timeout::TimeoutStream;
 use tokio_rustls::TlsAcceptor;
 
@@ -252,21 +252,28 @@ fn error(path: &str, error: &ApiError) -> Response {
     response
 }
 
-/// A request's body, within the limits of size and time.
-async fn body(server: &Server, body: Body) -> Result<Bytes, ApiError> {
+/// Bodies up to so many bytes are read by whoever sends them; for a larger one there must be room ([`Server::large_bodies`]).
+const SMALL_BODY_BYTES: usize = 1 << 20;
+
+/// A request's body, within the limits of size and time, and its share of the room for large ones.
+async fn body(server: &Server, body: Body) -> Result<(Bytes, Option<SemaphorePermit<'_>>), ApiError> {
     let limits = &server.options.limits;
     let too_large = || ApiError::new(413, format!("the body has more than {} bytes, the limit", limits.body_bytes));
     let read = async {
-        let mut bytes = Vec::new();
+        let (mut bytes, mut room) = (Vec::new(), None);
         let mut chunks = body.into_data_stream();
         while let Some(chunk) = chunks.next().await {
             let chunk = chunk.map_err(|error| ApiError::new(400, format!("the body broke off: {error}")))?;
             if bytes.len() + chunk.len() > limits.body_bytes {
                 return Err(too_large());
             }
+            if room.is_none() && bytes.len() + chunk.len() > SMALL_BODY_BYTES {
+                // Nobody closes the semaphore.
+                room = server.large_bodies.acquire().await.ok();
+            }
             bytes.extend_from_slice(&chunk);
         }
-        Ok(Bytes::from(bytes))
+        Ok((Bytes::from(bytes), room))
     };
     let limit = Duration::from_secs(limits.body_s);
     let too_slow = |_| ApiError::new(408, format!("the body did not come within {} s, the limit", limits.body_s));
