@@ -1,6 +1,7 @@
 //! Every command and flag. Help, and what docs/cli.md says, come from here.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -44,6 +45,11 @@ pub enum Command {
     /// Answers stream to standard output, reasoning dimmed above them. `/help` lists what can be typed besides messages.
     /// Where standard input is no terminal, each line of it is a message or a command.
     Chat(Chat),
+    /// Serve a model to programs that speak OpenAI's or Anthropic's API, and a page to talk with it
+    ///
+    /// Listens at 127.0.0.1 unless told otherwise; off loopback it asks for an API key. Conversations are recognised and go on where they
+    /// ended, after a restart too if there is a --snapshot-dir. docs/server.md shows how programs are set up.
+    Serve(Serve),
     /// Show what a model file holds and whether it can be run
     ///
     /// Exits with 1 if the file would be refused.
@@ -102,6 +108,65 @@ pub struct Chat {
     /// Go on with a conversation that `/save` wrote; what it holds is not read again
     #[arg(long, value_name = "FILE", conflicts_with_all = ["system", "tools"])]
     pub load: Option<PathBuf>,
+}
+
+/// Flags of `serve`. A configuration file has the same and more, by the names that --print-config shows; flags win.
+#[derive(Args)]
+pub struct Serve {
+    #[command(flatten)]
+    pub machine: Machine,
+    /// GGUF file of a DeepSeek V4 model; of a split model, any part (default: the built-in nano, a small test model)
+    #[arg(short, long, value_name = "FILE")]
+    pub model: Option<PathBuf>,
+    /// Prompt format of the weights: v4-2604 (April 2026) or v4-0731 (31 July 2026) (default: v4-0731 if the file's name
+    /// contains 0731, else v4-2604)
+    #[arg(long, value_name = "ENCODING")]
+    pub encoding: Option<Encoding>,
+    /// Address to listen at (default: 127.0.0.1)
+    #[arg(long, value_name = "ADDRESS")]
+    pub host: Option<IpAddr>,
+    /// Port to listen at; 0 takes any that is free (default: 8000)
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub port: Option<u16>,
+    /// Key that clients must show; other users of the machine can see it here, which --api-key-file avoids
+    #[arg(long, value_name = "KEY", conflicts_with = "api_key_file")]
+    pub api_key: Option<String>,
+    /// File that holds the key
+    #[arg(long, value_name = "FILE")]
+    pub api_key_file: Option<PathBuf>,
+    /// Tokens of context of each session (default: 131072, or what the model was made for)
+    #[arg(long = "ctx", value_name = "N", allow_negative_numbers = true, value_parser = whole::<usize>)]
+    pub context_tokens: Option<usize>,
+    /// Conversations that are held in memory, and answered at the same time (default: 4)
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = positive)]
+    pub sessions: Option<NonZeroUsize>,
+    /// Requests that may wait for one of them (default: 64)
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = whole::<usize>)]
+    pub queue: Option<usize>,
+    /// Folder in which conversations are kept, so that they go on after a restart
+    #[arg(long, value_name = "DIR")]
+    pub snapshot_dir: Option<PathBuf>,
+    /// Most bytes of it (default: 8GiB)
+    #[arg(long, value_name = "BYTES", allow_negative_numbers = true, value_parser = sizes::bytes)]
+    pub snapshot_dir_max: Option<u64>,
+    /// Let pages of this origin use the server from a browser, or of all with `*`; can be given more than once
+    #[arg(long, value_name = "ORIGIN")]
+    pub cors: Vec<String>,
+    /// Certificate to serve HTTPS with, PEM; needs --tls-key
+    #[arg(long, value_name = "FILE")]
+    pub tls_certificate: Option<PathBuf>,
+    /// Its private key, PEM
+    #[arg(long, value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
+    /// Write requests, prompts and answers to this file in full
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
+    /// Configuration file, TOML
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Print the configuration that would be used, as a configuration file, and end
+    #[arg(long)]
+    pub print_config: bool,
 }
 
 /// Flags of the commands that talk with a model.

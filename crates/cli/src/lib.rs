@@ -27,6 +27,7 @@ mod routes;
 mod run;
 mod screen;
 mod seal;
+mod serve;
 mod setup;
 mod sizes;
 mod stats;
@@ -71,6 +72,7 @@ fn execute(command: &Command) -> anyhow::Result<Outcome> {
     match command {
         Command::Run(flags) => run::run(flags),
         Command::Chat(flags) => chat::chat(flags),
+        Command::Serve(flags) => serve::serve(flags),
         Command::Inspect(flags) => inspect::inspect(flags),
         Command::Logits(flags) => logits::logits(flags),
         Command::Check(flags::Check::ToolCallQuality(flags)) => check::tool_call_quality(flags),

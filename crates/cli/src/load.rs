@@ -124,6 +124,14 @@ impl ModelFile {
         Ok(model::trace_header(&self.model, self.source.identity()?))
     }
 
+    /// Which files these are, by their sizes and samples of them.
+    ///
+    /// # Errors
+    /// A read failed.
+    pub(crate) fn identity(&self) -> Result<u128, StoreError> {
+        self.source.identity()
+    }
+
     /// Where it is, for what must not be written over.
     pub(crate) fn paths(&self) -> impl Iterator<Item = &Path> {
         self.header.files.iter().map(|part| part.path.as_path())
