@@ -31,9 +31,9 @@ impl Key {
 }
 
 /// Whether a request to a server on loopback names it by a name of loopback, or by one that is allowed. A page whose name was
-/// made to point here (DNS rebinding) calls it by its own.
+/// made to point here (DNS rebinding) calls it by its own. A request that names several hosts must name good ones only.
 pub fn is_host_allowed(headers: &HeaderMap, uri: &Uri, allowed: &[String]) -> bool {
-    let header = headers.get(header::HOST).map(|host| host.to_str().unwrap_or("?"));
+    let named = headers.get_all(header::HOST).into_iter().map(|host| host.to_str().unwrap_or("?"));
     let is_good = |host: &str| {
         let name = without_port(host);
         let is_loopback = name.trim_matches(['[', ']']).parse().is_ok_and(|address: IpAddr| address.is_loopback());
@@ -41,7 +41,7 @@ pub fn is_host_allowed(headers: &HeaderMap, uri: &Uri, allowed: &[String]) -> bo
             || name.eq_ignore_ascii_case("localhost")
             || allowed.iter().any(|other| name.eq_ignore_ascii_case(other))
     };
-    header.into_iter().chain(uri.host()).all(is_good)
+    named.chain(uri.host()).all(is_good)
 }
 
 /// A host without its port.
@@ -134,6 +134,8 @@ mod tests {
         for host in ["evil.example", "evil.example:8000", "localhost.evil.example", "10.0.0.1", "", "[::2]:1"] {
             assert!(!is_allowed(host), "{host}");
         }
+        let two = headers(&[("host", "localhost"), ("host", "evil.example")]);
+        assert!(!is_host_allowed(&two, &Uri::from_static("/"), &[]));
         let absolute = Uri::from_static("http://evil.example/");
         assert!(!is_host_allowed(&headers(&[("host", "localhost")]), &absolute, &[]));
     }
