@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::{Body, Bytes};
+use axum::body::{Body, Bytes, HttpBody};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::Response;
 use axum::routing::{get, post};
@@ -259,6 +259,10 @@ const SMALL_BODY_BYTES: usize = 1 << 20;
 async fn body(server: &Server, body: Body) -> Result<(Bytes, Option<SemaphorePermit<'_>>), ApiError> {
     let limits = &server.options.limits;
     let too_large = || ApiError::new(413, format!("the body has more than {} bytes, the limit", limits.body_bytes));
+    // A length that was announced is believed, so that nobody sends all of it to learn that it is too much.
+    if body.size_hint().lower() > limits.body_bytes as u64 {
+        return Err(too_large());
+    }
     let read = async {
         let (mut bytes, mut room) = (Vec::new(), None);
         let mut chunks = body.into_data_stream();
