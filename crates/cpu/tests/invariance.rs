@@ -9,7 +9,7 @@ use common::{References, advance, assert_same, distance, exact, export, fast, lo
 use cpu::{CpuBackend, Level, Options, Pass};
 use levels::levels;
 use model::state::{CHECKPOINT_TOKENS, FREE_REWIND_TOKENS, MAX_CHECKPOINTS};
-use model::{Arithmetic, Backend, Cancel, Error, NoObserver, Observer, Stage, forward};
+use model::{Arithmetic, Backend, Cancel, Error, Forward, NoObserver, Observer, Stage, forward};
 
 const MODEL: &str = "tiny-iq2";
 
@@ -125,6 +125,28 @@ fn other_sessions_in_a_pass_change_no_bit() {
         assert_same(&together, &alone[..together.len()], vocab, "first session");
         assert_same(&other_together, &other_alone[..other_together.len()], vocab, "second session");
         assert!(together.len() == alone.len() && other_together.len() > vocab * 256);
+    }
+}
+
+/// A prompt is read while another session goes on between the layers, as the engine does.
+#[test]
+fn passes_between_the_layers_of_a_pass_change_no_bit() {
+    for options in [exact(), fast()] {
+        let (backend, tokens) = (load(MODEL, options), tokens());
+        let vocab = backend.config().vocab_size;
+        let (ours, theirs) = tokens.split_at(200);
+        let (expected, expected_between) = (logits(&backend, ours, &[200]), logits(&backend, theirs, &[200]));
+        let (mut a, mut b) = (backend.new_state().unwrap(), backend.new_state().unwrap());
+        let (mut between, mut next) = (Vec::new(), theirs.chunks(3));
+        let mut pass = Forward::begin(&backend, rows(0, 0, ours), &[&a], &mut NoObserver).unwrap();
+        while !pass.is_through() {
+            pass.layer(&[&a], &Cancel::default(), &mut NoObserver).unwrap();
+            between.extend(advance(&backend, &mut b, next.next().unwrap()));
+        }
+        let logits = pass.end(&mut [&mut a], &mut NoObserver).unwrap();
+        assert_same(&logits, &expected, vocab, "the prompt");
+        assert_same(&between, &expected_between[..between.len()], vocab, "between");
+        assert_eq!(a.position(), 200);
     }
 }
 

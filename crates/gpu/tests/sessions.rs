@@ -9,7 +9,7 @@ use common::{
 };
 use gpu::{GpuBackend, GpuPass};
 use model::state::CHECKPOINT_TOKENS;
-use model::{Arithmetic, Backend, Cancel, Error, NoObserver, Observer, Precision, Stage, forward};
+use model::{Arithmetic, Backend, Cancel, Error, Forward, NoObserver, Observer, Precision, Stage, forward};
 
 const MODEL: &str = "tiny-iq2";
 
@@ -84,6 +84,29 @@ fn other_sessions_in_a_pass_change_no_bit() {
             );
             (at, other_at) = (at + count, other_at + other_count);
         }
+    }
+}
+
+/// A prompt is read while another session goes on between the layers, as the engine does.
+#[test]
+fn passes_between_the_layers_of_a_pass_change_no_bit() {
+    for precision in PRECISIONS {
+        let (backend, tokens) = (on_gpu(MODEL, in_precision(precision)), tokens(MODEL, 60));
+        let (ours, theirs) = (&tokens[..40], &tokens[40..]);
+        let expected = [logits(&backend, ours, &[40]), logits(&backend, theirs, &[12, 1, 1, 1, 1, 1, 1, 1, 1])];
+        let (mut a, mut b) = (backend.new_state().unwrap(), backend.new_state().unwrap());
+        let mut between = advance(&backend, &mut b, &theirs[..12]);
+        let mut next = 12;
+        let mut pass = Forward::begin(&backend, rows(0, 0, ours), &[&a], &mut NoObserver).unwrap();
+        while !pass.is_through() {
+            pass.layer(&[&a], &Cancel::default(), &mut NoObserver).unwrap();
+            between.extend(advance(&backend, &mut b, &theirs[next..][..1]));
+            next += 1;
+        }
+        let logits = pass.end(&mut [&mut a], &mut NoObserver).unwrap();
+        assert_same(&logits, &expected[0], 512, &format!("{precision:?}, the prompt"));
+        assert_same(&between, &expected[1][..between.len()], 512, &format!("{precision:?}, between"));
+        assert!(next > 12);
     }
 }
 

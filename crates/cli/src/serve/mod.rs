@@ -28,6 +28,9 @@ use crate::{Outcome, flags, memory};
 
 /// Tokens of a session where nothing is said: what coding agents use, at a bounded cost of memory.
 const CONTEXT_TOKENS: usize = 131_072;
+/// Layers of the two models that were published (docs/spec/model.md).
+const FLASH_LAYERS: usize = 43;
+const PRO_LAYERS: usize = 61;
 /// Beginnings that are kept beside the sessions (the engine's own limit): forks, which take less than sessions.
 const COMMON_SESSIONS: usize = 4;
 
@@ -154,9 +157,15 @@ impl Start {
 
     fn facts(&self, setting: &Setting) -> Facts {
         let is_built_in = self.config.model.is_none();
+        let (id, name) = match (is_built_in, self.file.model.config.layers) {
+            (true, _) => ("infall-nano", "the built-in nano"),
+            (false, FLASH_LAYERS) => ("deepseek-v4-flash", "DeepSeek V4 Flash"),
+            (false, PRO_LAYERS) => ("deepseek-v4-pro", "DeepSeek V4 PRO"),
+            (false, _) => ("deepseek-v4", "a DeepSeek V4 of another size"),
+        };
         Facts {
-            id: if is_built_in { "infall-nano" } else { "deepseek-v4-flash" }.into(),
-            name: if is_built_in { "the built-in nano" } else { "DeepSeek V4 Flash" }.into(),
+            id: id.into(),
+            name: name.into(),
             encoding: self.encoding,
             precision: setting.precision.into(),
             arithmetic: "official".into(),
