@@ -1,4 +1,4 @@
-//! JSON from strangers: at most [`MAX_DEPTH`] levels, no key twice, and lone surrogates as U+FFFD.
+//! JSON from strangers: at most [`MAX_DEPTH`] levels and [`MAX_VALUES`] values, no key twice, and lone surrogates as U+FFFD.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -9,19 +9,49 @@ use serde_json::{Map, Number, Value};
 
 /// Most levels of arrays and objects inside each other.
 pub const MAX_DEPTH: usize = 256;
+/// Most values in a text. In memory each takes a hundred bytes or more, however short it is.
+pub const MAX_VALUES: usize = 1_000_000;
 
-/// Reads one JSON value.
+/// A text within the limits, ready to be parsed.
+pub struct Checked<'a> {
+    text: Cow<'a, str>,
+    values: usize,
+}
+
+/// Looks through a text without making anything of it.
 ///
 /// # Errors
-/// What is wrong with the text, and where.
-pub fn parse(bytes: &[u8]) -> Result<Value, String> {
+/// If it is not UTF-8, or beyond a limit.
+pub fn check(bytes: &[u8]) -> Result<Checked<'_>, String> {
     let text = std::str::from_utf8(bytes).map_err(|error| format!("the body is not UTF-8: {error}"))?;
-    let text = repaired(text)?;
-    let mut deserializer = serde_json::Deserializer::from_str(&text);
-    deserializer.disable_recursion_limit();
-    let Unique(value) = Unique::deserialize(&mut deserializer).map_err(|error| bad_json(&error))?;
-    deserializer.end().map_err(|error| bad_json(&error))?;
-    Ok(value)
+    repaired(text)
+}
+
+impl Checked<'_> {
+    /// How many values there are at most; none is missed, and an empty array or object counts for one too many.
+    pub fn values(&self) -> usize {
+        self.values
+    }
+
+    /// Reads the one value that the text is.
+    ///
+    /// # Errors
+    /// What is wrong with the text, and where.
+    pub fn parse(&self) -> Result<Value, String> {
+        let mut deserializer = serde_json::Deserializer::from_str(&self.text);
+        deserializer.disable_recursion_limit();
+        let Unique(value) = Unique::deserialize(&mut deserializer).map_err(|error| bad_json(&error))?;
+        deserializer.end().map_err(|error| bad_json(&error))?;
+        Ok(value)
+    }
+}
+
+/// Checks and reads one JSON value.
+///
+/// # Errors
+/// As [`check`] and [`Checked::parse`].
+pub fn parse(bytes: &[u8]) -> Result<Value, String> {
+    check(bytes)?.parse()
 }
 
 fn bad_json(error: &serde_json::Error) -> String {
@@ -31,10 +61,10 @@ fn bad_json(error: &serde_json::Error) -> String {
 /// The text without lone surrogates.
 ///
 /// # Errors
-/// If it is nested too deeply.
-fn repaired(text: &str) -> Result<Cow<'_, str>, String> {
+/// If it is nested too deeply, or has too many values: the first one, and one for every comma and opening bracket at most.
+fn repaired(text: &str) -> Result<Checked<'_>, String> {
     let bytes = text.as_bytes();
-    let (mut depth, mut in_string, mut at) = (0_usize, false, 0);
+    let (mut depth, mut values, mut in_string, mut at) = (0_usize, 1, false, 0);
     let mut repairs = Vec::new();
     while at < bytes.len() {
         match bytes[at] {
@@ -47,17 +77,21 @@ fn repaired(text: &str) -> Result<Cow<'_, str>, String> {
                     at += 5;
                 }
             },
-            b'[' | b'{' if !in_string => depth += 1,
+            b'[' | b'{' if !in_string => (depth, values) = (depth + 1, values + 1),
+            b',' if !in_string => values += 1,
             b']' | b'}' if !in_string => depth = depth.saturating_sub(1),
             _ => {}
         }
         if depth > MAX_DEPTH {
             return Err(format!("the body is nested more than {MAX_DEPTH} levels deep at byte {at}"));
         }
+        if values > MAX_VALUES {
+            return Err(format!("the body has more than {MAX_VALUES} values, the limit: put long data into strings"));
+        }
         at += 1;
     }
     if repairs.is_empty() {
-        return Ok(Cow::Borrowed(text));
+        return Ok(Checked { text: Cow::Borrowed(text), values });
     }
     let (mut whole, mut from) = (String::with_capacity(text.len()), 0);
     for at in repairs {
@@ -66,7 +100,7 @@ fn repaired(text: &str) -> Result<Cow<'_, str>, String> {
         from = at + 6;
     }
     whole.push_str(&text[from..]);
-    Ok(Cow::Owned(whole))
+    Ok(Checked { text: Cow::Owned(whole), values })
 }
 
 /// What an escape that names half a character begins.
@@ -208,6 +242,15 @@ mod tests {
     fn a_key_twice_is_refused_at_every_level() {
         let error = parse(br#"{"a": [{"b": 1, "b": 2}]}"#).unwrap_err();
         assert!(error.contains("\"b\" stands twice"), "{error}");
+    }
+
+    #[test]
+    fn values_are_limited_before_they_take_memory() {
+        let zeros = |count: usize| format!("[0{}]", ",0".repeat(count - 1));
+        assert_eq!(check(b"[{\"a,[\": 1, \"b\": [2]}]").unwrap().values(), 5);
+        check(zeros(MAX_VALUES - 1).as_bytes()).unwrap();
+        assert!(parse(zeros(MAX_VALUES).as_bytes()).unwrap_err().contains("more than 1000000 values"));
+        check(format!("\"{}\"", ",".repeat(MAX_VALUES)).as_bytes()).unwrap();
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What all requests share.
 
+use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use session::Sampling;
@@ -7,6 +8,8 @@ use text::prompt::Mode;
 use tokio::sync::Semaphore;
 
 use crate::auth::Key;
+use crate::http::body::Room;
+use crate::json;
 use crate::metrics::Metrics;
 use crate::options::{Options, OptionsError};
 use crate::request::Defaults;
@@ -14,8 +17,8 @@ use crate::responses_store::ResponseStore;
 use crate::trace::Trace;
 use crate::wiring::Wiring;
 
-/// Most bodies of more than a megabyte that are in memory at a time; the others wait.
-const LARGE_BODIES: usize = 8;
+/// Most bytes of bodies of more than a megabyte that are in memory at a time; the others wait.
+const LARGE_BODIES_BYTES: usize = 512 << 20;
 /// Most requests that are parsed and tokenized at a time; the others wait.
 const PREPARING: usize = 4;
 
@@ -38,9 +41,11 @@ pub struct Server {
     /// Whether the server listens at a loopback address.
     pub is_loopback: bool,
     /// Held while a request is prepared.
-    pub preparing: Semaphore,
-    /// Held while a large body is read and prepared.
-    pub large_bodies: Semaphore,
+    pub preparing: Arc<Semaphore>,
+    /// Held for each value of a request that is prepared: all of them together have as many as one may have.
+    pub values: Semaphore,
+    /// Held while a large body is received and prepared.
+    pub large_bodies: Room,
     /// When the server started.
     pub started: Instant,
 }
@@ -75,8 +80,9 @@ impl Server {
             trace,
             key,
             is_loopback,
-            preparing: Semaphore::new(PREPARING),
-            large_bodies: Semaphore::new(LARGE_BODIES),
+            preparing: Arc::new(Semaphore::new(PREPARING)),
+            values: Semaphore::new(json::MAX_VALUES),
+            large_bodies: Room::new(LARGE_BODIES_BYTES),
             started: Instant::now(),
         })
     }

@@ -178,6 +178,25 @@ fn a_large_body_is_taken_up_to_the_limit() {
 }
 
 #[test]
+fn slow_senders_of_large_bodies_hold_up_nobody() {
+    let running = Running::new(Options::default());
+    let head = format!("POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n", 60 << 20);
+    let slow: Vec<_> = (0..10)
+        .map(|_| {
+            let mut socket = running.connect();
+            socket.write_all(head.as_bytes()).unwrap();
+            socket.write_all(&vec![b' '; 2 << 20]).unwrap();
+            socket
+        })
+        .collect();
+    let begun = Instant::now();
+    let body = json!({"messages": [{"content": "hello"}], "user": "x".repeat(2 << 20)});
+    assert_eq!(running.post(CHAT, &body).status, 200);
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    drop(slow);
+}
+
+#[test]
 fn connections_are_kept_alive() {
     let running = Running::new(Options::default());
     let mut socket = running.connect();

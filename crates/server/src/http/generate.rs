@@ -10,8 +10,10 @@ use axum::http::{HeaderValue, header};
 use axum::response::Response;
 use serde_json::{Value, json};
 use text::parse::Finish;
+use tokio::runtime::Handle;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 
+use super::body;
 use crate::error::ApiError;
 use crate::frame::Frame;
 use crate::generation::{Generation, Happening, blocking};
@@ -53,23 +55,37 @@ pub async fn count_responses(State(server): State<Arc<Server>>, request: Request
 }
 
 async fn count(api: Api, server: Arc<Server>, body: Body, answer: fn(usize) -> Value) -> Response {
-    let counted = async {
-        let (bytes, _room) = super::body(&server, body).await?;
-        // Nobody closes the semaphore.
-        let _turn = server.preparing.acquire().await.ok();
-        let server = server.clone();
-        blocking(move || {
-            let earlier = |id: &str| server.responses.chain(id);
-            let body = bounded::parse(&bytes).map_err(|message| ApiError::new(400, message))?;
-            let mut conversation = request::read_to_count(api, body, &server.defaults, &earlier)?;
-            Ok(prepare::prompt(&mut conversation, &server.wiring)?.tokens.len())
-        })
-        .await
-    };
+    let counted = prepared(&server, body, move |server, _, body| {
+        let earlier = |id: &str| server.responses.chain(id);
+        let mut conversation = request::read_to_count(api, body, &server.defaults, &earlier)?;
+        Ok(prepare::prompt(&mut conversation, &server.wiring)?.tokens.len())
+    });
     match counted.await {
         Ok(tokens) => super::json(200, &answer(tokens)),
         Err(error) => super::error(api.path(), &error),
     }
+}
+
+/// Receives a body and makes something of it when its turn comes. A client that leaves ends the wait, not the work: the body's
+/// room and its turn are therefore given back by the work itself.
+async fn prepared<T: Send + 'static>(
+    server: &Arc<Server>,
+    body: Body,
+    work: impl FnOnce(&Arc<Server>, &[u8], Value) -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let (bytes, share) = body::receive(&server.large_bodies, &server.options.limits, body).await?;
+    // Nobody closes the semaphores.
+    let turn = server.preparing.clone().acquire_owned().await.ok();
+    let server = server.clone();
+    blocking(move || {
+        let _held = (share, turn);
+        let bad = |message| ApiError::new(400, message);
+        let text = bounded::check(&bytes).map_err(bad)?;
+        let values = server.values.acquire_many(text.values() as u32);
+        let _values = Handle::current().block_on(values).ok();
+        work(&server, &bytes, text.parse().map_err(bad)?)
+    })
+    .await
 }
 
 /// A request that the engine has taken.
@@ -85,13 +101,8 @@ struct Work {
 /// Reads, translates and submits a request.
 async fn begin(api: Api, server: &Arc<Server>, body: Body) -> Result<Work, ApiError> {
     let arrived = Instant::now();
-    let (bytes, _room) = super::body(server, body).await?;
-    // Nobody closes the semaphore.
-    let _turn = server.preparing.acquire().await.ok();
-    let server = server.clone();
-    blocking(move || {
+    prepared(server, body, move |server, bytes, body| {
         let earlier = |id: &str| server.responses.chain(id);
-        let body = bounded::parse(&bytes).map_err(|message| ApiError::new(400, message))?;
         let conversation = request::read(api, body, &server.defaults, &earlier)?;
         let about = About {
             model: conversation.model.clone().unwrap_or_else(|| server.wiring.facts.id.clone()),
@@ -105,13 +116,13 @@ async fn begin(api: Api, server: &Arc<Server>, body: Body) -> Result<Work, ApiEr
         let trace = server.trace.is_some().then(|| Entry {
             id: reply.id().to_owned(),
             path: api.path(),
-            request: String::from_utf8_lossy(&bytes).into_owned(),
+            request: String::from_utf8_lossy(bytes).into_owned(),
             prompt: generation.prompt_text(),
             prompt_tokens: generation.prompt_tokens(),
             ..Entry::default()
         });
         let id = reply.id().to_owned();
-        let record = Record { server, api, id, arrived, has_text: false, is_over: false, trace };
+        let record = Record { server: server.clone(), api, id, arrived, has_text: false, is_over: false, trace };
         Ok(Work { generation, reply, record, is_stream, stored })
     })
     .await

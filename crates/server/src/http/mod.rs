@@ -1,5 +1,6 @@
 //! Everything with sockets.
 
+pub mod body;
 mod generate;
 mod guard;
 mod inform;
@@ -12,18 +13,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::{Body, Bytes, HttpBody};
+use axum::body::Body;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::Response;
 use axum::routing::{get, post};
-use futures_util::StreamExt;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
-use tokio::sync::{Semaphore, SemaphorePermit, watch};
+use tokio::sync::{Semaphore, watch};
 use tokio_io_timeout::TimeoutStream;
 use tokio_rustls::TlsAcceptor;
 
@@ -250,36 +250,4 @@ fn error(path: &str, error: &ApiError) -> Response {
         _ => None,
     };
     response
-}
-
-/// Bodies up to so many bytes are read by whoever sends them; for a larger one there must be room ([`Server::large_bodies`]).
-const SMALL_BODY_BYTES: usize = 1 << 20;
-
-/// A request's body, within the limits of size and time, and its share of the room for large ones.
-async fn body(server: &Server, body: Body) -> Result<(Bytes, Option<SemaphorePermit<'_>>), ApiError> {
-    let limits = &server.options.limits;
-    let too_large = || ApiError::new(413, format!("the body has more than {} bytes, the limit", limits.body_bytes));
-    // A length that was announced is believed, so that nobody sends all of it to learn that it is too much.
-    if body.size_hint().lower() > limits.body_bytes as u64 {
-        return Err(too_large());
-    }
-    let read = async {
-        let (mut bytes, mut room) = (Vec::new(), None);
-        let mut chunks = body.into_data_stream();
-        while let Some(chunk) = chunks.next().await {
-            let chunk = chunk.map_err(|error| ApiError::new(400, format!("the body broke off: {error}")))?;
-            if bytes.len() + chunk.len() > limits.body_bytes {
-                return Err(too_large());
-            }
-            if room.is_none() && bytes.len() + chunk.len() > SMALL_BODY_BYTES {
-                // Nobody closes the semaphore.
-                room = server.large_bodies.acquire().await.ok();
-            }
-            bytes.extend_from_slice(&chunk);
-        }
-        Ok((Bytes::from(bytes), room))
-    };
-    let limit = Duration::from_secs(limits.body_s);
-    let too_slow = |_| ApiError::new(408, format!("the body did not come within {} s, the limit", limits.body_s));
-    tokio::time::timeout(limit, read).await.map_err(too_slow)?
 }
