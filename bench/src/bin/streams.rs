@@ -47,7 +47,7 @@ fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let file = ModelFile::open(Some(&arguments.file))?;
     let most = arguments.streams.iter().copied().max().unwrap_or(1);
-    let context_tokens = arguments.prompt + most + arguments.tokens * arguments.streams.len() + 1;
+    let context_tokens = arguments.prompt + most + arguments.tokens + 1;
     let work = Work { sessions: most, ..Work::new(&arguments.machine, context_tokens) };
     let (backend, setting) = file.load::<CpuBackend>(&work, &Processor, &Arc::default())?;
     let backend = match &arguments.routes {
@@ -61,10 +61,10 @@ fn main() -> Result<()> {
         "| sessions | ms a pass | tokens/s of all | against one | chosen a token | read a token | GB read a token |"
     );
     println!("|---|---|---|---|---|---|---|");
-    let mut one = None;
+    let one = measure(&backend, 1, &arguments, context_tokens)?.tokens_per_second;
     for &streams in &arguments.streams {
         let row = measure(&backend, streams, &arguments, context_tokens)?;
-        let against = row.tokens_per_second / *one.get_or_insert(row.tokens_per_second / streams as f64);
+        let against = row.tokens_per_second / one;
         let Row { pass_ms, tokens_per_second, chosen, read, gigabytes } = row;
         println!(
             "| {streams} | {pass_ms:.1} | {tokens_per_second:.2} | {against:.2} | {chosen:.0} | {read:.1} | {gigabytes:.3} |"

@@ -30,6 +30,21 @@ pub enum GpuError {
         /// What the driver said.
         cause: String,
     },
+    /// The device has no room for something more; what it has stays good.
+    #[error(
+        "{name} has no memory left: {what} was to have {wanted_bytes} bytes ({cause}). Ask for less with --gpu-memory or a smaller \
+             --ctx, or end other programs that use it"
+    )]
+    Memory {
+        /// The adapter.
+        name: String,
+        /// What it is.
+        what: String,
+        /// Its size.
+        wanted_bytes: u64,
+        /// What the driver said.
+        cause: String,
+    },
     /// The device failed, was lost, or ran out of memory.
     #[error(
         "{name} failed: {what}. Nothing it computed since was used. If memory is short, ask for less with \
@@ -72,6 +87,9 @@ pub enum GpuError {
 
 impl From<GpuError> for model::Error {
     fn from(error: GpuError) -> model::Error {
-        model::Error::Device(Box::new(error))
+        match error {
+            GpuError::Memory { .. } | GpuError::TooLarge { .. } => model::Error::DeviceMemory(Box::new(error)),
+            _ => model::Error::Device(Box::new(error)),
+        }
     }
 }

@@ -214,7 +214,13 @@ impl Buffer {
         let bytes = Buffer::room(&device.report, what, bytes)?;
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
         let descriptor = wgpu::BufferDescriptor { label: Some(what), size: bytes, usage, mapped_at_creation: false };
+        // In a scope of its own, so that a device without room for this stays good for everything else.
+        let scope = device.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
         let raw = device.device.create_buffer(&descriptor);
+        if let Some(cause) = pollster::block_on(scope.pop()) {
+            let (name, what) = (device.report.name.clone(), what.to_owned());
+            return Err(GpuError::Memory { name, what, wanted_bytes: bytes, cause: cause.to_string() });
+        }
         device.check_after(|| format!("when {what} was to have {bytes} bytes"))?;
         Ok(Buffer::from_raw(raw, bytes))
     }

@@ -93,18 +93,22 @@ fn passes_between_the_layers_of_a_pass_change_no_bit() {
     for precision in PRECISIONS {
         let (backend, tokens) = (on_gpu(MODEL, in_precision(precision)), tokens(MODEL, 60));
         let (ours, theirs) = (&tokens[..40], &tokens[40..]);
-        let expected = [logits(&backend, ours, &[40]), logits(&backend, theirs, &[12, 1, 1, 1, 1, 1, 1, 1, 1])];
+        let expected = [logits(&backend, ours, &[10, 30]), logits(&backend, theirs, &[12, 1, 1, 1, 1, 1, 1, 1, 1])];
         let (mut a, mut b) = (backend.new_state().unwrap(), backend.new_state().unwrap());
+        advance(&backend, &mut a, &ours[..10]);
         let mut between = advance(&backend, &mut b, &theirs[..12]);
-        let mut next = 12;
-        let mut pass = Forward::begin(&backend, rows(0, 0, ours), &[&a], &mut NoObserver).unwrap();
+        let (mut next, mut forked) = (12, None);
+        let mut pass = Forward::begin(&backend, rows(0, 10, &ours[10..]), &[&a], &mut NoObserver).unwrap();
         while !pass.is_through() {
+            forked.get_or_insert_with(|| backend.fork(&a).unwrap());
             pass.layer(&[&a], &Cancel::default(), &mut NoObserver).unwrap();
             between.extend(advance(&backend, &mut b, &theirs[next..][..1]));
             next += 1;
         }
         let logits = pass.end(&mut [&mut a], &mut NoObserver).unwrap();
-        assert_same(&logits, &expected[0], 512, &format!("{precision:?}, the prompt"));
+        assert_same(&logits, &expected[0][10 * 512..], 512, &format!("{precision:?}, the prompt"));
+        let again = advance(&backend, &mut forked.unwrap(), &ours[10..]);
+        assert_same(&again, &expected[0][10 * 512..], 512, &format!("{precision:?}, forked meanwhile"));
         assert_same(&between, &expected[1][..between.len()], 512, &format!("{precision:?}, between"));
         assert!(next > 12);
     }

@@ -3,6 +3,7 @@
 mod common;
 
 use common::{advance, argmax, distance, in_plain, in_precision, logits, on_cpu, on_gpu, tokens};
+use gpu::GpuBackend;
 use model::{Arithmetic, Backend, Precision};
 
 /// A pass of more rows than a ring holds, single tokens, few rows and many.

@@ -8,6 +8,9 @@ pub enum Error {
     /// The device that computes failed or cannot run the model; its own words say what to do.
     #[error(transparent)]
     Device(Box<dyn std::error::Error + Send + Sync>),
+    /// The device has no memory for something; what it has stays good.
+    #[error(transparent)]
+    DeviceMemory(Box<dyn std::error::Error + Send + Sync>),
     /// The file's metadata does not describe a model this program runs.
     #[error("unsupported model: {key} is {found}, expected {expected}")]
     Unsupported {

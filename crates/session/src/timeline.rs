@@ -175,8 +175,8 @@ impl<B: Backend> Session<B> {
         Ok(Session::from_parts(self.tokens.clone(), backend.fork(&self.state)?, self.context))
     }
 
-    /// Begins a pass over `tokens` that goes on a layer at a time. Only its [`Slice::layer`] and [`Slice::end`] may be called with
-    /// this session until it is over.
+    /// Begins a pass over `tokens` that goes on a layer at a time. Until it is over the session may be looked at and forked; it must
+    /// not read anything else, and not step back.
     ///
     /// # Errors
     /// As [`Session::prefill`].

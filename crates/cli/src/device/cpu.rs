@@ -4,6 +4,7 @@ use cpu::{CpuBackend, PassShape};
 use gguf::Gguf;
 use model::state::StateBytes;
 use model::{Backend, Error, Model};
+use session::engine::MOST_ROWS;
 use store::{ExpertExtents, Needs, Plan, Source, budget};
 
 use super::{Counts, Device, Loading, Sweep};
@@ -25,7 +26,7 @@ fn needs(header: &Gguf, model: &Model, work: &Work) -> Needs {
     let (rows, wanted_rows) = work.rows(CpuBackend::PASS_ROWS);
     let tokens = work.context_tokens;
     // Where there are several sessions, their next tokens are computed while a pass over a prompt waits.
-    let beside = if work.sessions > 1 { work.sessions } else { 0 };
+    let beside = if work.sessions > 1 { work.sessions * MOST_ROWS } else { 0 };
     let shape = PassShape { rows: rows + beside, wanted_rows, end_tokens: tokens, threads: work.threads };
     let state = work.sessions * StateBytes::at_most(&layout, tokens).total();
     let clones = work.clones * StateBytes::of_clone(&layout, tokens).total();

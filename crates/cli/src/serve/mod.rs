@@ -13,7 +13,7 @@ use std::thread;
 use model::Cancel;
 use server::{Facts, Figures, Shutdown, Wiring};
 use session::database::Database;
-use session::engine::{Engine, EngineOptions, Runner};
+use session::engine::{COMMON_SESSIONS, Engine, EngineOptions, Runner};
 use session::replay::Replay;
 use session::snapshots::{Binding, Snapshots};
 use session::{Context, Vocabulary};
@@ -31,8 +31,6 @@ const CONTEXT_TOKENS: usize = 131_072;
 /// Layers of the two models that were published (docs/spec/model.md).
 const FLASH_LAYERS: usize = 43;
 const PRO_LAYERS: usize = 61;
-/// Beginnings that are kept beside the sessions (the engine's own limit): forks, which take less than sessions.
-const COMMON_SESSIONS: usize = 4;
 
 /// Runs the command. What needs no weights is checked before they are loaded.
 pub fn serve(flags: &flags::Serve) -> anyhow::Result<Outcome> {
@@ -49,12 +47,24 @@ pub fn serve(flags: &flags::Serve) -> anyhow::Result<Outcome> {
     let vocabulary = Vocabulary::new(Arc::new(file.tokenizer()?));
     let vocabulary = vocabulary.map_err(|error| anyhow::anyhow!("{}: {error}", file.name))?;
     let listener = server::bind(&config.server)?;
+    let (snapshot_bytes, database) = (config.snapshot_bytes()?, database(&config)?);
     let (cancel, shutdown) = (Arc::new(Cancel::default()), Shutdown::new());
     signals::stop_on_signals(cancel.clone(), shutdown.clone())?;
 
     let work =
         Work { sessions: config.sessions.get(), clones: COMMON_SESSIONS, ..Work::new(&machine, context.tokens()) };
-    let start = Start { config, file, encoding, context, vocabulary: Arc::new(vocabulary), listener, cancel, shutdown };
+    let start = Start {
+        config,
+        file,
+        encoding,
+        context,
+        vocabulary: Arc::new(vocabulary),
+        database,
+        snapshot_bytes,
+        listener,
+        cancel,
+        shutdown,
+    };
     on_device!(start.file.device(&work)?, |on: D| {
         let (backend, setting) = start.file.load::<D>(&work, &on, &start.cancel)?;
         start.run(Arc::new(backend), &setting, &work)
@@ -73,6 +83,14 @@ fn encoding(config: &Config) -> anyhow::Result<Encoding> {
     }))
 }
 
+/// What is remembered of answers: in the folder that was named, or in memory as long as the program runs.
+fn database(config: &Config) -> anyhow::Result<Database> {
+    let Some(dir) = &config.snapshot_dir else { return Ok(Database::in_memory()) };
+    let (database, aside) = Database::open(dir)?;
+    aside.into_iter().for_each(|aside| terminal::note(&format!("warning: {aside}")));
+    Ok(database)
+}
+
 /// A server that is about to begin.
 struct Start {
     config: Config,
@@ -80,6 +98,8 @@ struct Start {
     encoding: Encoding,
     context: Context,
     vocabulary: Arc<Vocabulary>,
+    database: Database,
+    snapshot_bytes: u64,
     listener: TcpListener,
     cancel: Arc<Cancel>,
     shutdown: Shutdown,
@@ -98,15 +118,15 @@ impl Start {
     {
         server::log::start(self.config.server.log);
         let identity = self.file.identity()?;
-        let (database, snapshots) = self.storage(&*backend, identity, work)?;
+        let snapshots = self.snapshots(&*backend, identity, work)?;
         let options =
             EngineOptions { context: self.context, sessions: self.config.sessions.get(), queue: self.config.queue };
         let (engine, runner) = Engine::new(options);
         let wiring = Wiring {
             engine: engine.clone(),
             vocabulary: self.vocabulary.clone(),
-            replay: Replay::new(&database, identity),
-            database,
+            replay: Replay::new(&self.database, identity),
+            database: self.database.clone(),
             facts: self.facts(setting),
             figures: figures(backend.clone()),
         };
@@ -121,10 +141,9 @@ impl Start {
             self.context.tokens()
         ));
         let server = thread::Builder::new().name("infall-server".into()).spawn(move || {
-            let served = server::serve(wiring, options, listener, &shutdown);
-            // Where nothing could be served the engine would wait for ever.
-            engine.stop();
-            served
+            // Where nothing is served the engine would wait for ever.
+            let _last = Last(|| engine.stop());
+            server::serve(wiring, options, listener, &shutdown)
         })?;
         compute(runner, &*backend, snapshots, &self.shutdown);
         match server.join() {
@@ -134,15 +153,9 @@ impl Start {
         Ok(Outcome::Done)
     }
 
-    /// Where conversations are kept: in the folder that was named, or in memory as long as the program runs.
-    fn storage<D: Device>(
-        &self,
-        backend: &D,
-        identity: u128,
-        work: &Work,
-    ) -> anyhow::Result<(Database, Option<Snapshots>)> {
-        let Some(dir) = &self.config.snapshot_dir else { return Ok((Database::in_memory(), None)) };
-        let (database, aside) = Database::open(dir)?;
+    /// Where conversations' states are kept, if a folder was named.
+    fn snapshots<D: Device>(&self, backend: &D, identity: u128, work: &Work) -> anyhow::Result<Option<Snapshots>> {
+        let Some(dir) = &self.config.snapshot_dir else { return Ok(None) };
         let binding = Binding {
             identity,
             arithmetic: work.arithmetic,
@@ -150,9 +163,9 @@ impl Start {
             backend: backend.name().unwrap_or_else(|| "cpu".into()),
             encoding: self.encoding,
         };
-        let (snapshots, asides) = Snapshots::open(dir, self.config.snapshot_bytes()?, &binding, &database)?;
-        aside.into_iter().chain(asides).for_each(|aside| terminal::note(&format!("warning: {aside}")));
-        Ok((database, Some(snapshots)))
+        let (snapshots, asides) = Snapshots::open(dir, self.snapshot_bytes, &binding, &self.database)?;
+        asides.into_iter().for_each(|aside| terminal::note(&format!("warning: {aside}")));
+        Ok(Some(snapshots))
     }
 
     fn facts(&self, setting: &Setting) -> Facts {
@@ -182,15 +195,17 @@ fn compute<D: Device + Sync + 'static>(runner: Runner, backend: &D, snapshots: O
 where
     D::State: Send,
 {
-    /// Ends the server with this thread, be it by a panic.
-    struct Last<'s>(&'s Shutdown);
-    impl Drop for Last<'_> {
-        fn drop(&mut self) {
-            self.0.trigger();
-        }
-    }
-    let _last = Last(shutdown);
+    let _last = Last(|| shutdown.trigger());
     runner.run(backend, snapshots);
+}
+
+/// What is done at the end of a scope, be it by a panic.
+struct Last<F: Fn()>(F);
+
+impl<F: Fn()> Drop for Last<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
 }
 
 /// What the server tells of the backend.

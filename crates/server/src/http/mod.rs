@@ -89,12 +89,17 @@ impl Shutdown {
     }
 }
 
-/// Takes the address that the options name, so that a clash is known before a model is loaded.
+/// Takes the address that the options name, and reads the files that they name, so that what is wrong with either is known before a
+/// model is loaded.
 ///
 /// # Errors
-/// [`Error::Options`], [`Error::Bind`].
+/// [`Error::Options`], [`Error::Tls`], [`Error::Bind`].
 pub fn bind(options: &Options) -> Result<TcpListener, Error> {
     options.validate()?;
+    options.key()?;
+    if let (Some(certificate), Some(key)) = (&options.tls_certificate, &options.tls_key) {
+        tls::acceptor(certificate, key)?;
+    }
     let address = SocketAddr::new(options.host, options.port);
     TcpListener::bind(address).map_err(|error| Error::Bind { address, error })
 }

@@ -26,6 +26,8 @@ pub struct Active<'b, B: Backend> {
     pub slice: Option<Slice<'b, B>>,
     /// When its last slice began, by the engine's count of slices.
     pub slice_number: u64,
+    /// How many of the turn's unread tokens its session has read all the same, because there are many.
+    pub begun_tokens: usize,
     /// What it has cost.
     pub usage: Usage,
     receive: Box<dyn FnMut(EngineEvent) + Send>,
@@ -49,6 +51,7 @@ impl<'b, B: Backend> Active<'b, B> {
             cancel,
             slice: None,
             slice_number: 0,
+            begun_tokens: 0,
             usage,
             receive,
             since: Instant::now(),

@@ -1,14 +1,14 @@
 //! Sessions on the disk: which are worth saving when, and which begins a prompt.
 
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::Scope;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use model::Backend;
 
 use super::Shared;
-use super::shelf::Live;
+use super::shelf::{Live, Saved};
 use crate::Session;
 use crate::snapshots::{Found, Kind, SnapshotWorker, Snapshots, SnapshotsError};
 
@@ -16,8 +16,10 @@ use crate::snapshots::{Found, Kind, SnapshotWorker, Snapshots, SnapshotsError};
 pub const QUIET: Duration = Duration::from_secs(2);
 /// A session is saved if so many tokens of it are not on the disk.
 pub const LEAST_SAVED_TOKENS: usize = 64;
-/// One that never pauses is saved when it has grown by as many.
+/// One that never pauses is saved when it has grown by as many, and to twice what it was: a long prompt is not written over and over.
 const INTERVAL_TOKENS: usize = 8192;
+/// After a save has failed, none that could wait is tried for so long.
+const PAUSE: Duration = Duration::from_secs(10);
 /// A session is loaded if it holds as many more of a prompt's tokens than any that lives.
 const LEAST_LOADED_TOKENS: usize = 64;
 
@@ -26,6 +28,8 @@ pub struct Archive<'scope, B: Backend> {
     snapshots: Snapshots,
     worker: SnapshotWorker<'scope, B>,
     shared: Arc<Shared>,
+    /// When a save failed last.
+    failed: Arc<Mutex<Option<Instant>>>,
 }
 
 /// A session on its way from the disk.
@@ -43,7 +47,7 @@ where
         shared: &Arc<Shared>,
     ) -> Archive<'scope, B> {
         let worker = SnapshotWorker::spawn(scope, backend, snapshots.clone(), shared.options.context);
-        Archive { snapshots, worker, shared: shared.clone() }
+        Archive { snapshots, worker, shared: shared.clone(), failed: Arc::default() }
     }
 
     /// The snapshot that `tokens` begin with, if it holds a good deal more of them than the `held` that a live session does.
@@ -68,33 +72,48 @@ where
         loading
     }
 
-    /// Saves a session that goes on living.
+    /// Saves a session that goes on living; if that fails, it counts as unsaved again.
     pub fn save_fork(&self, backend: &B, live: &mut Live<B>, kind: Kind) {
+        if self.has_just_failed() {
+            return;
+        }
         match live.session.fork(backend) {
             Ok(fork) => {
-                live.saved_tokens = fork.tokens().len();
-                self.save(fork, kind);
+                live.saved = Saved::new(fork.tokens().len());
+                self.save(fork, kind, live.saved.clone());
             }
-            Err(error) => tracing::warn!("a session was not saved: {error}"),
+            Err(error) => {
+                self.note_failure();
+                tracing::warn!("a session was not saved: {error}");
+            }
         }
+    }
+
+    fn has_just_failed(&self) -> bool {
+        let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        failed.is_some_and(|at| at.elapsed() < PAUSE)
+    }
+
+    fn note_failure(&self) {
+        *self.failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }
 
     /// Saves a session of which enough is not on the disk.
     pub fn save_last(&self, live: Live<B>, kind: Kind) {
         if live.unsaved_tokens() >= LEAST_SAVED_TOKENS {
-            self.save(live.session, kind);
+            self.save(live.session, kind, live.saved);
         }
     }
 
     /// Saves a session that has grown by a good deal since it was saved last.
     pub fn save_grown(&self, backend: &B, live: &mut Live<B>) {
-        if live.unsaved_tokens() >= INTERVAL_TOKENS {
+        if live.unsaved_tokens() >= INTERVAL_TOKENS.max(live.saved.tokens()) {
             self.save_fork(backend, live, Kind::Interval);
         }
     }
 
-    fn save(&self, session: Session<B>, kind: Kind) {
-        let shared = self.shared.clone();
+    fn save(&self, session: Session<B>, kind: Kind, mark: Saved) {
+        let (shared, failed) = (self.shared.clone(), self.failed.clone());
         let tokens = session.tokens().len();
         self.worker.save(
             session,
@@ -105,6 +124,8 @@ where
                     tracing::debug!("saved a session of {tokens} tokens, {} bytes: {}", saved.bytes, saved.id);
                 }
                 Err(error) => {
+                    mark.was_not();
+                    *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
                     shared.stats().failed_snapshots += 1;
                     tracing::warn!("a session of {tokens} tokens was not saved: {error}");
                 }

@@ -20,7 +20,8 @@ use model::Cancel;
 
 use crate::{Context, Error, PreparedTurn, TurnEvent, TurnOutcome};
 
-pub use runner::Runner;
+pub use runner::{MOST_ROWS, Runner};
+pub use shelf::COMMON_SESSIONS;
 
 /// What an engine is started with.
 #[derive(Clone, Debug)]

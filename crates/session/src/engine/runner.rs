@@ -9,18 +9,19 @@ use model::{Backend, Cancel};
 
 use super::active::Active;
 use super::archive::{self, Archive, Loading};
-use super::shelf::{self, Kind, Live, Shelf};
+use super::shelf::{self, Kind, Live, Saved, Shelf};
 use super::{EngineEvent, Inbox, Request, Shared, Waiting};
 use crate::snapshots::{self, Snapshots};
 use crate::{Error, Session, StopReason, pass_rows, read_together};
 
 /// A session is forked or taken from another conversation for so many tokens at least.
 const LEAST_REUSED_TOKENS: usize = 32;
-/// A beginning is kept for other conversations if it has so many tokens.
-const LEAST_COMMON_TOKENS: usize = 128;
 /// Rows of a pass over a prompt while turns wait for their next token, where a backend's bits do not depend on it: its layers are
 /// short then.
 const BUSY_PASS_ROWS: usize = 64;
+
+/// Most tokens of a turn in a pass that turns share: an opener that is put into a model's mouth is read in several.
+pub const MOST_ROWS: usize = 8;
 
 /// The loop of an engine.
 pub struct Runner {
@@ -133,18 +134,24 @@ where
     /// Begins with sessions that have come from the disk; without, where that failed.
     fn take_loaded(&mut self) {
         self.shared.inbox().loaded = false;
-        for (waiting, loading) in std::mem::take(&mut self.loading) {
-            match loading.try_recv() {
-                Err(TryRecvError::Empty) => self.loading.push((waiting, loading)),
+        let mut at = 0;
+        while at < self.loading.len() {
+            let arrived = self.loading[at].1.try_recv();
+            if matches!(arrived, Err(TryRecvError::Empty)) {
+                at += 1;
+                continue;
+            }
+            let (waiting, _) = self.loading.remove(at);
+            match arrived {
                 Ok(Ok(session)) => {
-                    let saved_tokens = session.tokens().len();
-                    self.begin(waiting, Some(Live { session, saved_tokens }));
+                    let saved = Saved::new(session.tokens().len());
+                    self.begin(waiting, Some(Live { session, saved }));
                 }
                 Ok(Err(error)) => {
                     tracing::warn!("a saved session was not used: {error}");
                     self.begin(waiting, None);
                 }
-                Err(TryRecvError::Disconnected) => self.begin(waiting, None),
+                Err(_) => self.begin(waiting, None),
             }
         }
     }
@@ -166,7 +173,10 @@ where
                 self.count += 1;
                 self.active.push(Active::begin(self.count, live, request, queued));
             }
-            Err(error) => (request.receive)(EngineEvent::Failed(error)),
+            Err(error) => {
+                self.note_death(&error);
+                (request.receive)(EngineEvent::Failed(error));
+            }
         }
         self.count_sessions();
     }
@@ -187,16 +197,16 @@ where
                     return Ok(live);
                 }
                 self.make_room();
-                self.with_room(|work| work.shelf.touch(found.id).fork(work.backend))
+                self.shelf.touch(found.id).fork(self.backend)
             }
             (_, Some((_, id))) => {
                 self.make_room();
                 let at = self.active.iter().position(|active| active.id == id).expect("it is at work");
-                self.with_room(|work| work.active[at].live.session.fork(work.backend))
+                self.active[at].live.session.fork(self.backend)
             }
             _ => {
                 self.make_room();
-                self.with_room(|work| Session::new(work.backend, work.shared.options.context))
+                Session::new(self.backend, self.shared.options.context)
             }
         };
         session.map(Live::from)
@@ -204,7 +214,7 @@ where
 
     /// The conversation that has to make way for another session.
     fn victim(&self) -> Option<u64> {
-        let held = self.active.len() + self.shelf.conversations();
+        let held = self.active.len() + self.loading.len() + self.shelf.conversations();
         self.shelf.oldest_conversation().filter(|_| held >= self.shared.options.sessions)
     }
 
@@ -246,14 +256,8 @@ where
         }
     }
 
-    /// What `make` makes; while there is no memory for it, sessions that nobody uses make way.
-    fn with_room(&mut self, mut make: impl FnMut(&mut Self) -> Result<Session<B>, Error>) -> Result<Session<B>, Error> {
-        loop {
-            match make(self) {
-                Err(_) if self.shelf.conversations() > 0 && self.shelf.drop_any() => (),
-                made => return made,
-            }
-        }
+    fn has_unsaved(&mut self) -> bool {
+        self.shelf.unsaved(Duration::ZERO, archive::LEAST_SAVED_TOKENS).next().is_some()
     }
 
     /// Ends what nobody wants any more.
@@ -292,7 +296,8 @@ where
         let cancels: Vec<_> = own.collect();
         for active in self.active.iter_mut().filter(|active| active.is_decoding()) {
             ids.push(active.id);
-            parts.push((&mut active.live.session, active.turn.unread()));
+            let unread = &active.turn.unread()[active.begun_tokens..];
+            parts.push((&mut active.live.session, &unread[..unread.len().min(MOST_ROWS)]));
         }
         // What others wait for is not thrown away because one of them has gone.
         let shared = Cancel::default();
@@ -304,7 +309,7 @@ where
         };
         for (id, result) in ids.iter().zip(results) {
             match result {
-                Ok(logits) => self.advance(*id, &logits),
+                Ok(logits) => self.decoded(*id, &logits),
                 Err(error) => self.failed(*id, error),
             }
             self.save_grown(*id);
@@ -377,7 +382,7 @@ where
         // Not more often than passes end when nothing else runs, so that what is kept does not depend on that.
         let common = prompt.common_tokens / B::PASS_ROWS * B::PASS_ROWS;
         let held = session.tokens();
-        if held.len() == common && common >= LEAST_COMMON_TOKENS && !self.shelf.has_common(held) {
+        if held.len() == common && common > 0 && !self.shelf.has_common(held) {
             // Without memory for it nothing is lost but the chance.
             if let Ok(fork) = session.fork(self.backend) {
                 let mut live = Live::from(fork);
@@ -386,6 +391,16 @@ where
                 }
                 self.shelf.put(live, Kind::Common);
             }
+        }
+    }
+
+    /// Goes on with a turn whose session has read the next of its tokens.
+    fn decoded(&mut self, id: u64, logits: &[f32]) {
+        let active = self.of(id);
+        active.begun_tokens = (active.begun_tokens + MOST_ROWS).min(active.turn.unread().len());
+        if active.begun_tokens == active.turn.unread().len() {
+            active.begun_tokens = 0;
+            self.advance(id, logits);
         }
     }
 
@@ -412,10 +427,15 @@ where
             return self.cancelled(id);
         }
         self.shared.stats().failed += 1;
-        if let Error::Model(model::Error::Device(reason)) = &error {
+        self.note_death(&error);
+        self.fail(id, error);
+    }
+
+    /// A device that has failed computes nothing any more.
+    fn note_death(&self, error: &Error) {
+        if let Error::Model(model::Error::Device(reason)) = error {
             self.shared.inbox().dead = Some(reason.to_string());
         }
-        self.fail(id, error);
     }
 
     fn end(&mut self, id: u64, reason: StopReason) {
@@ -457,10 +477,11 @@ where
     fn wait(&mut self) {
         let is_full = self.active.len() + self.loading.len() >= self.shared.options.sessions;
         let is_quiet = |inbox: &mut Inbox| (inbox.waiting.is_empty() || is_full) && !inbox.stopping && !inbox.loaded;
-        match &self.archive {
-            None => drop(self.shared.arrived.wait_while(self.shared.inbox(), is_quiet)),
-            // There may be something to save by then.
-            Some(_) => drop(self.shared.arrived.wait_timeout_while(self.shared.inbox(), archive::QUIET / 4, is_quiet)),
+        // What has to be saved is saved once it has been quiet.
+        let has_unsaved = self.archive.is_some() && self.has_unsaved();
+        match has_unsaved {
+            false => drop(self.shared.arrived.wait_while(self.shared.inbox(), is_quiet)),
+            true => drop(self.shared.arrived.wait_timeout_while(self.shared.inbox(), archive::QUIET / 4, is_quiet)),
         }
     }
 
@@ -471,7 +492,8 @@ where
             self.cancelled(id);
         }
         fail_all(self.loading.drain(..).map(|(waiting, _)| waiting));
-        fail_all(std::mem::take(&mut self.shared.inbox().waiting));
+        let waiting = std::mem::take(&mut self.shared.inbox().waiting);
+        fail_all(waiting);
         while let (Some(archive), Some(id)) = (&self.archive, self.shelf.oldest_conversation()) {
             archive.save_last(self.shelf.take(id), snapshots::Kind::Shutdown);
         }

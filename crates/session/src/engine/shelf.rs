@@ -1,13 +1,15 @@
 //! Sessions that nobody computes with: conversations that may go on, and beginnings that many share.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use model::Backend;
 
 use crate::Session;
 
-/// Most beginnings that are kept.
-const COMMON_SESSIONS: usize = 4;
+/// Most beginnings that are kept beside conversations.
+pub const COMMON_SESSIONS: usize = 4;
 
 /// What a session on the shelf is good for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,28 +24,49 @@ pub enum Kind {
 pub struct Live<B: Backend> {
     /// The session.
     pub session: Session<B>,
-    /// How many tokens it had when it was saved last.
-    pub saved_tokens: usize,
+    /// What of it is on the disk, or on its way there.
+    pub saved: Saved,
+}
+
+/// How many tokens a session had when it was saved last; none if that failed.
+#[derive(Clone, Default)]
+pub struct Saved(Arc<AtomicUsize>);
+
+impl Saved {
+    /// A save of so many tokens.
+    pub fn new(tokens: usize) -> Saved {
+        Saved(Arc::new(AtomicUsize::new(tokens)))
+    }
+
+    /// The save has failed.
+    pub fn was_not(&self) {
+        self.0.store(0, Ordering::Relaxed);
+    }
+
+    /// Tokens.
+    pub fn tokens(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
 }
 
 impl<B: Backend> Live<B> {
     /// Steps back to where `tokens` can be read from.
     pub fn reuse(&mut self, backend: &B, tokens: &[u32]) {
         let reached = self.session.reuse(backend, tokens);
-        if reached < self.saved_tokens {
-            self.saved_tokens = 0;
+        if reached < self.saved.tokens() {
+            self.saved = Saved::default();
         }
     }
 
     /// Tokens that are not on the disk.
     pub fn unsaved_tokens(&self) -> usize {
-        self.session.tokens().len() - self.saved_tokens
+        self.session.tokens().len() - self.saved.tokens()
     }
 }
 
 impl<B: Backend> From<Session<B>> for Live<B> {
     fn from(session: Session<B>) -> Live<B> {
-        Live { session, saved_tokens: 0 }
+        Live { session, saved: Saved::default() }
     }
 }
 
@@ -93,7 +116,7 @@ impl<B: Backend> Shelf<B> {
         self.clock += 1;
         self.idle.push(Idle { id: self.clock, live, kind, since: Instant::now(), used: self.clock });
         if self.idle.iter().filter(|idle| idle.kind == Kind::Common).count() > COMMON_SESSIONS {
-            self.drop_oldest(Kind::Common);
+            self.oldest(Kind::Common).map(|id| self.take(id));
         }
     }
 
@@ -139,17 +162,8 @@ impl<B: Backend> Shelf<B> {
         self.oldest(Kind::Conversation)
     }
 
-    /// Forgets whatever was used least lately, to make room for something else; whether there was anything.
-    pub fn drop_any(&mut self) -> bool {
-        self.drop_oldest(Kind::Conversation) || self.drop_oldest(Kind::Common)
-    }
-
     fn oldest(&self, kind: Kind) -> Option<u64> {
         self.idle.iter().filter(|idle| idle.kind == kind).min_by_key(|idle| idle.used).map(|idle| idle.id)
-    }
-
-    fn drop_oldest(&mut self, kind: Kind) -> bool {
-        self.oldest(kind).map(|id| self.take(id)).is_some()
     }
 }
 
