@@ -4,7 +4,7 @@ send, clients that drip, stall or vanish, and whatever schemathesis makes of its
 Whatever happens, nothing that was acknowledged is lost, no answer is another's or differs from what a server without snapshots
 says, and health and a plain request are answered throughout.
 """
-import asyncio, http.client, json, os, random, re, signal, socket, subprocess, sys, tempfile, threading, time
+import asyncio, atexit, http.client, json, os, random, re, shutil, signal, socket, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 
 import aiohttp
@@ -200,9 +200,16 @@ def disks(report, options):
 
 def folders():
     """A home for a server, and the folder of its snapshots."""
-    home = Path(tempfile.mkdtemp(prefix="infall-disk-"))
+    home = temporary_folder()
     (home / "snapshots").mkdir()
     return home, home / "snapshots"
+
+
+def temporary_folder():
+    """A folder that is gone when the program ends."""
+    home = Path(tempfile.mkdtemp(prefix="infall-server-"))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    return home
 
 
 def mounting(how, folder):
@@ -384,7 +391,7 @@ LIMITS = "[server.limits]\nheader_s = 2\nbody_s = 3\nwrite_s = 3\n"
 
 def slow_clients(report, options):
     """Clients that drip, that do not read, and that vanish. The server's patience is set to a few seconds."""
-    home = Path(tempfile.mkdtemp(prefix="infall-slow-"))
+    home = temporary_folder()
     (home / "infall.toml").write_text(LIMITS)
     count = 20 if options.smoke else 200
     with Server(options.binary, "--config", home / "infall.toml", home=home) as server:
