@@ -86,7 +86,7 @@ impl Origin {
             (header::ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone()),
             (header::ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("GET, POST, DELETE, OPTIONS")),
             (header::ACCESS_CONTROL_ALLOW_HEADERS, HeaderValue::from_static("authorization, content-type, *")),
-            (header::VARY, HeaderValue::from_static("origin")),
+            (header::ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static("retry-after")),
         ]
     }
 }

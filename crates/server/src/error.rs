@@ -5,6 +5,9 @@ use session::engine::SubmitError;
 
 use crate::request::Api;
 
+/// What clients learn of an engine that has failed. The reason may name files.
+pub const DEAD: &str = "the engine has failed and computes nothing any more: see the server's log, and restart it";
+
 /// An answer that is an error.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ApiError {
@@ -49,7 +52,11 @@ impl ApiError {
     pub fn submit(api: Api, error: SubmitError) -> ApiError {
         match error {
             SubmitError::QueueFull { .. } => ApiError::new(429, error.to_string()),
-            SubmitError::Stopping | SubmitError::Dead(_) => ApiError::new(503, error.to_string()),
+            SubmitError::Stopping => ApiError::new(503, error.to_string()),
+            SubmitError::Dead(_) => {
+                tracing::error!(%error, "refused");
+                ApiError::new(503, DEAD)
+            }
             SubmitError::Prompt(error) => ApiError::session(api, &error),
         }
     }
@@ -65,7 +72,11 @@ impl ApiError {
             Error::Grammar(text::grammar::GrammarError::Tool { .. }) => "tools",
             Error::Grammar(text::grammar::GrammarError::Schema { .. }) => api.format_field(),
             Error::EmptyPrompt => api.input_field(),
-            _ => return ApiError::new(500, error.to_string()),
+            // What else goes wrong may name files.
+            _ => {
+                tracing::error!(%error, "a turn failed");
+                return ApiError::new(500, "the turn failed inside the server: see its log");
+            }
         };
         ApiError::field(param, error.to_string())
     }

@@ -6,6 +6,7 @@
 //! The channel never blocks the engine. What a client does not take piles up in it, and beyond a limit the request is cancelled.
 //! A generation that is dropped is cancelled, too: its client is gone.
 
+use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -22,7 +23,7 @@ use crate::ids;
 use crate::prepare::{self, Job};
 use crate::recovery;
 use crate::reply::{Delta, Finished, Prompted, call_prefix};
-use crate::request::Conversation;
+use crate::request::{Api, Conversation};
 use crate::server::Server;
 use crate::wiring::Wiring;
 
@@ -42,7 +43,10 @@ pub enum Happening {
 /// A request at work.
 pub struct Generation {
     server: Arc<Server>,
-    conversation: Conversation,
+    api: Api,
+    has_tools: bool,
+    /// Whether the model goes on with a turn that it began earlier.
+    is_continuation: bool,
     job: Job,
     run: Run,
     deadline: Option<Instant>,
@@ -55,9 +59,14 @@ pub struct Generation {
     /// Whether the client was told of a call that cannot be taken back.
     pub has_told_call: bool,
     first: Option<FirstTry>,
+    /// Whether the client has been told reasoning of the first try, and none of the second.
+    owes_break: bool,
     /// What was generated, for the trace.
     pub outcome_text: String,
 }
+
+/// Between the reasoning of two tries.
+const BREAK: &str = "\n\n";
 
 /// A try that ended in a malformed block of calls.
 struct FirstTry {
@@ -85,12 +94,7 @@ impl Drop for Run {
 
 impl Run {
     /// Hands a request to the engine.
-    fn submit(
-        server: &Server,
-        conversation: &Conversation,
-        prompt: Prompt,
-        turn: PreparedTurn,
-    ) -> Result<Run, ApiError> {
+    fn submit(server: &Server, api: Api, prompt: Prompt, turn: PreparedTurn) -> Result<Run, ApiError> {
         let (sender, events) = unbounded_channel();
         let cancel = Arc::new(Cancel::default());
         let (waiting, overrun) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
@@ -107,7 +111,7 @@ impl Run {
         });
         let request = Request { prompt, turn, cancel, receive };
         let submitted = server.wiring.engine.submit(request);
-        submitted.map_err(|error| ApiError::submit(conversation.api, error))?;
+        submitted.map_err(|error| ApiError::submit(api, error))?;
         Ok(run)
     }
 
@@ -125,12 +129,14 @@ impl Generation {
     /// [`ApiError`]: nothing will come of it.
     pub fn begin(server: Arc<Server>, mut conversation: Conversation) -> Result<Generation, ApiError> {
         let job = prepare::job(&mut conversation, &server.wiring)?;
-        let turn = prepare::turn(&job, &server.wiring.vocabulary, &conversation)?;
-        let run = Run::submit(&server, &conversation, job.prompt.clone(), turn)?;
+        let turn = prepare::turn(&job, &server.wiring.vocabulary, conversation.api)?;
+        let run = Run::submit(&server, conversation.api, job.prompt.clone(), turn)?;
         Ok(Generation {
             deadline: server.options.limits.request().map(|limit| Instant::now() + limit),
             server,
-            conversation,
+            api: conversation.api,
+            has_tools: !conversation.tools.is_empty(),
+            is_continuation: conversation.is_continuation(),
             job,
             run,
             timed_out: false,
@@ -139,6 +145,7 @@ impl Generation {
             ready: None,
             has_told_call: false,
             first: None,
+            owes_break: false,
             outcome_text: String::new(),
         })
     }
@@ -195,6 +202,9 @@ impl Generation {
     fn turn(&mut self, event: TurnEvent) -> Option<Happening> {
         let delta = match event {
             TurnEvent::Token { token, logprobs } => Delta::Token { token, logprobs },
+            TurnEvent::Text(Event::Reasoning(text)) if mem::take(&mut self.owes_break) => {
+                Delta::Reasoning(format!("{BREAK}{text}"))
+            }
             TurnEvent::Text(Event::Reasoning(text)) => Delta::Reasoning(text),
             TurnEvent::Text(Event::Content(text)) => Delta::Content(text),
             TurnEvent::Text(Event::CallBegin { index, name }) => {
@@ -205,7 +215,7 @@ impl Generation {
         };
         let may_be_block = matches!(&delta, Delta::Content(text) if text.trim_start().starts_with('<'));
         let held = self.held.take();
-        if may_be_block && !self.conversation.tools.is_empty() {
+        if may_be_block && self.has_tools {
             self.held = Some(delta);
             return held.map(Happening::Delta);
         }
@@ -221,7 +231,7 @@ impl Generation {
     /// The id of a call.
     fn call_id(&mut self, index: usize) -> String {
         while self.call_ids.len() <= index {
-            self.call_ids.push(ids::id(call_prefix(self.conversation.api), 32, ids::random()));
+            self.call_ids.push(ids::id(call_prefix(self.api), 32, ids::random()));
         }
         self.call_ids[index].clone()
     }
@@ -263,11 +273,11 @@ impl Generation {
             return Err(ApiError::new(500, "there is no room for a second try"));
         }
         let prompt = Prompt { tokens: whole, common_tokens: self.job.prompt.common_tokens };
-        let (server, conversation) = (self.server.clone(), self.conversation.clone());
+        let (server, api) = (self.server.clone(), self.api);
         self.run = blocking(move || {
             let job = Job { prompt, options };
-            let turn = prepare::turn(&job, &server.wiring.vocabulary, &conversation)?;
-            Run::submit(&server, &conversation, job.prompt, turn)
+            let turn = prepare::turn(&job, &server.wiring.vocabulary, api)?;
+            Run::submit(&server, api, job.prompt, turn)
         })
         .await?;
         self.held = None;
@@ -279,6 +289,7 @@ impl Generation {
             tokens,
             usage,
         });
+        self.owes_break = !turn.reasoning.is_empty();
         self.call_ids.clear();
         self.server.metrics.recovered();
         Ok(())
@@ -288,7 +299,9 @@ impl Generation {
     async fn finish(&mut self, mut outcome: TurnOutcome, usage: Usage) -> Happening {
         let mut usage = Usage { prompt_tokens: self.prompt_tokens(), ..usage };
         if let Some(first) = self.first.take() {
-            outcome.turn.reasoning.insert_str(0, &first.reasoning);
+            let second = mem::take(&mut outcome.turn.reasoning);
+            let between = if first.reasoning.is_empty() || second.is_empty() { "" } else { BREAK };
+            outcome.turn.reasoning = [&first.reasoning, between, &second].concat();
             outcome.turn.content.insert_str(0, &first.content);
             outcome.tokens.splice(0..0, first.tokens);
             usage = sum(first.usage, usage);
@@ -305,7 +318,7 @@ impl Generation {
             stop_string: outcome.stop_string.clone(),
             usage,
         };
-        if !self.conversation.is_continuation() {
+        if !self.is_continuation {
             self.remember(outcome).await;
         }
         Happening::Ended(Box::new(finished))
@@ -321,12 +334,13 @@ impl Generation {
         });
         if let Err(error) = remembered.await {
             tracing::warn!(%error.message, "a turn was not recorded: its history will be read as text");
+            self.server.metrics.record_failed();
         }
     }
 
     /// Why the engine gave up.
     fn failure(&self, error: &session::Error) -> ApiError {
-        if error.is_cancelled() { self.cancelled() } else { ApiError::session(self.conversation.api, error) }
+        if error.is_cancelled() { self.cancelled() } else { ApiError::session(self.api, error) }
     }
 
     /// Why a request was cancelled, if not by its client.
@@ -342,7 +356,7 @@ impl Generation {
     }
 }
 
-/// What two tries cost together. The second one's prompt is not the client's.
+/// What two tries cost together. The second one's prompt is not the client's: neither its tokens count, nor the time to read it.
 fn sum(first: Usage, second: Usage) -> Usage {
     Usage {
         prompt_tokens: first.prompt_tokens,
@@ -350,7 +364,7 @@ fn sum(first: Usage, second: Usage) -> Usage {
         completion_tokens: first.completion_tokens + second.completion_tokens,
         reasoning_tokens: first.reasoning_tokens + second.reasoning_tokens,
         queued: first.queued + second.queued,
-        prefill: first.prefill + second.prefill,
+        prefill: first.prefill,
         decode: first.decode + second.decode,
     }
 }

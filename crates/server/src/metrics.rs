@@ -29,6 +29,7 @@ pub struct Metrics {
     durations: Histograms,
     disconnects: Counter,
     recoveries: Counter,
+    records_failed: Counter,
 }
 
 /// Labels of an answer.
@@ -55,6 +56,7 @@ impl Metrics {
             durations: histograms(),
             disconnects: Counter::default(),
             recoveries: Counter::default(),
+            records_failed: Counter::default(),
             registry: Registry::default(),
         };
         registry.register("answers", "Answers by API and HTTP status", metrics.answers.clone());
@@ -68,6 +70,8 @@ impl Metrics {
             metrics.disconnects.clone(),
         );
         registry.register("recoveries", "Malformed calls that were tried again", metrics.recoveries.clone());
+        let help = "Turns and responses that could not be recorded";
+        registry.register("records_failed", help, metrics.records_failed.clone());
         registry.register_collector(Box::new(OfEngine { engine, figures }));
         Metrics { registry, ..metrics }
     }
@@ -95,6 +99,11 @@ impl Metrics {
     /// A malformed call was tried again.
     pub fn recovered(&self) {
         self.recoveries.inc();
+    }
+
+    /// A turn or a response could not be recorded.
+    pub fn record_failed(&self) {
+        self.records_failed.inc();
     }
 
     /// All of it as text.

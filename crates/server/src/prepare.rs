@@ -11,7 +11,7 @@ use text::{Segment, Tokenizer};
 
 use crate::error::ApiError;
 use crate::ids;
-use crate::request::{Conversation, Input};
+use crate::request::{Api, Conversation, Input};
 use crate::wiring::Wiring;
 
 /// A request that the engine can take, and take again.
@@ -94,6 +94,6 @@ pub fn job(conversation: &mut Conversation, wiring: &Wiring) -> Result<Job, ApiE
 ///
 /// # Errors
 /// [`ApiError`] if they cannot be met.
-pub fn turn(job: &Job, vocabulary: &Arc<Vocabulary>, conversation: &Conversation) -> Result<PreparedTurn, ApiError> {
-    PreparedTurn::new(vocabulary.clone(), &job.options).map_err(|error| ApiError::session(conversation.api, &error))
+pub fn turn(job: &Job, vocabulary: &Arc<Vocabulary>, api: Api) -> Result<PreparedTurn, ApiError> {
+    PreparedTurn::new(vocabulary.clone(), &job.options).map_err(|error| ApiError::session(api, &error))
 }

@@ -8,6 +8,8 @@ use crate::error::ApiError;
 
 /// Most bytes of all stored responses together.
 const MAX_BYTES: u64 = 1 << 30;
+/// Most bytes of one, with its input items.
+const MAX_RECORD_BYTES: usize = 16 << 20;
 /// Longest chain of responses that one can go on from.
 const MAX_CHAIN: usize = 10_000;
 
@@ -35,9 +37,15 @@ impl ResponseStore {
     }
 
     /// Keeps one; it is on the disk when this returns.
-    pub fn put(&self, id: &str, response: &StoredResponse) -> Result<(), ApiError> {
-        let bytes = serde_json::to_vec(response).map_err(|error| ApiError::new(500, error.to_string()))?;
-        self.records.put(id.as_bytes(), &bytes).map_err(broken)
+    ///
+    /// # Errors
+    /// [`DatabaseError`]: it was not kept.
+    pub fn put(&self, id: &str, response: &StoredResponse) -> Result<(), DatabaseError> {
+        let bytes = serde_json::to_vec(response).expect("a response is plain JSON");
+        if bytes.len() > MAX_RECORD_BYTES {
+            return Err(DatabaseError::TooLarge { found: bytes.len() as u64, limit: MAX_RECORD_BYTES as u64 });
+        }
+        self.records.put(id.as_bytes(), &bytes)
     }
 
     /// One that was kept.
@@ -62,18 +70,19 @@ impl ResponseStore {
             }
             let message = format!("the response {id:?} is not stored (any more): send the whole input instead");
             let missing = || ApiError { status: 404, ..ApiError::field(name, message) };
-            let stored = self.get(&id)?.ok_or_else(missing)?;
-            next = stored.previous.clone();
-            links.push(stored);
+            let StoredResponse { mut response, mut items, previous } = self.get(&id)?.ok_or_else(missing)?;
+            if let Some(output) = response["output"].as_array_mut() {
+                items.append(output);
+            }
+            links.push(items);
+            next = previous;
         }
-        let items = |link: StoredResponse| {
-            let output = link.response["output"].as_array().cloned().unwrap_or_default();
-            link.items.into_iter().chain(output)
-        };
-        Ok(links.into_iter().rev().flat_map(items).collect())
+        Ok(links.into_iter().rev().flatten().collect())
     }
 }
 
+/// What a client is told. The error itself names files.
 fn broken(error: DatabaseError) -> ApiError {
-    ApiError::new(500, format!("stored responses cannot be used: {error}"))
+    tracing::error!(%error, "stored responses cannot be used");
+    ApiError::new(500, "stored responses cannot be used: see the server's log")
 }

@@ -113,6 +113,47 @@ fn a_malformed_call_is_tried_again_once() {
 }
 
 #[test]
+fn a_second_try_reasons_in_a_new_paragraph() {
+    let running = running();
+    let tool = json!({"type": "function", "function": {"name": "weather", "parameters": weather()}});
+    let mut body = json!({"messages": [{"role": "user", "content": "garbled"}], "tools": [tool]});
+    let reasoning = format!("{REASONING}\n\n{REASONING}");
+    assert_eq!(running.post(CHAT, &body).json()["choices"][0]["message"]["reasoning_content"], reasoning);
+    body["stream"] = json!(true);
+    assert_eq!(streamed(&running.post(CHAT, &body), "reasoning_content"), reasoning);
+}
+
+#[test]
+fn a_response_that_cannot_be_stored_is_still_an_answer() {
+    let running = running();
+    let item = json!({"role": "user", "content": "hello", "junk": "x".repeat(17 << 20)});
+    let body = json!({"input": [item]});
+    let answer = running.post(RESPONSES, &body).json();
+    assert_eq!((&answer["status"], &answer["store"]), (&json!("completed"), &json!(false)));
+    let mut streaming = body;
+    streaming["stream"] = json!(true);
+    let stream = running.post(RESPONSES, &streaming);
+    assert_eq!(stream.frames().last().unwrap()["response"]["store"], false);
+    assert_eq!(running.get(&format!("{RESPONSES}/{}", answer["id"].as_str().unwrap())).status, 404);
+    assert!(running.get("/metrics").body.contains("infall_records_failed_total 2"));
+
+    let running = Running::new(Options { stored_responses: 0, ..Options::default() });
+    let answer = running.post(RESPONSES, &json!({"input": "hello"})).json();
+    assert_eq!((&answer["status"], &answer["store"]), (&json!("completed"), &json!(false)));
+    assert!(running.get("/metrics").body.contains("infall_records_failed_total 0"));
+}
+
+#[test]
+fn the_trace_has_refusals() {
+    let folder = tempfile::tempdir().unwrap();
+    let trace = folder.path().join("trace");
+    let running = Running::new(Options { trace: Some(trace.clone()), ..Options::default() });
+    assert_eq!(running.post(CHAT, &json!({"messages": [], "mark": 1})).status, 400);
+    let text = std::fs::read_to_string(trace).unwrap();
+    assert!(text.contains("\"mark\":1") && text.contains("refused with 400"), "{text}");
+}
+
+#[test]
 fn messages_answer_whole_and_streamed() {
     let running = running();
     let tool = json!({"name": "weather", "input_schema": weather()});
@@ -259,6 +300,25 @@ fn what_is_not_supported_is_named() {
         let error = &answer.json()["error"];
         assert_eq!(error["type"], "invalid_request_error", "{param}");
         assert_eq!(error["param"], param);
+    }
+    for (name, status) in [("a".repeat(128), 200), ("a".repeat(129), 400), ("a b".to_owned(), 400)] {
+        let tool = json!({"type": "function", "function": {"name": name, "parameters": {}}});
+        assert_eq!(running.post(CHAT, &json!({"messages": [{"content": "hello"}], "tools": [tool]})).status, status);
+    }
+    let many: Value = (0..17).map(|index| (index.to_string(), json!(""))).collect();
+    for (metadata, status) in [
+        (json!({"k".repeat(64): "v".repeat(512)}), 200),
+        (json!({"k".repeat(65): ""}), 400),
+        (json!({"k": "v".repeat(513)}), 400),
+        (json!({"k": 1}), 400),
+        (many, 400),
+    ] {
+        let answer = running.post(RESPONSES, &json!({"input": "hello", "metadata": metadata}));
+        assert_eq!(answer.status, status, "{metadata}");
+    }
+    for path in ["/v1/responses/%ff", "/v1/models/%ff"] {
+        let answer = running.get(path);
+        assert_eq!((answer.status, &answer.json()["error"]["type"]), (400, &json!("invalid_request_error")), "{path}");
     }
     let anthropic = running.post(MESSAGES, &json!({"max_tokens": 1, "messages": [{"role": "user", "content": 1}]}));
     assert_eq!(anthropic.status, 400);

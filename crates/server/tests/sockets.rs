@@ -124,6 +124,10 @@ fn keys_hosts_and_origins_are_checked() {
     let allowed = running.ask("GET", "/v1/models", &good, b"");
     assert_eq!(allowed.status, 200);
     assert_eq!(allowed.header("access-control-allow-origin"), Some("https://good.example"));
+    assert_eq!(allowed.header("access-control-expose-headers"), Some("retry-after"));
+    for headers in [&[][..], &good, &[("origin", "https://evil.example")]] {
+        assert_eq!(running.ask("GET", "/health", headers, b"").header("vary"), Some("origin"), "{headers:?}");
+    }
     let preflight = running.ask("OPTIONS", CHAT, &good[1..], b"");
     assert_eq!(preflight.status, 204);
     assert!(preflight.header("access-control-allow-headers").is_some());

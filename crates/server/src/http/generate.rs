@@ -1,6 +1,7 @@
 //! Requests to generate, and to count what would be read.
 
 use std::convert::Infallible;
+use std::mem;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -55,7 +56,7 @@ pub async fn count_responses(State(server): State<Arc<Server>>, request: Request
 }
 
 async fn count(api: Api, server: Arc<Server>, body: Body, answer: fn(usize) -> Value) -> Response {
-    let counted = prepared(&server, body, move |server, _, body| {
+    let counted = prepared(&server, api, body, move |server, _, body| {
         let earlier = |id: &str| server.responses.chain(id);
         let mut conversation = request::read_to_count(api, body, &server.defaults, &earlier)?;
         Ok(prepare::prompt(&mut conversation, &server.wiring)?.tokens.len())
@@ -70,6 +71,7 @@ async fn count(api: Api, server: Arc<Server>, body: Body, answer: fn(usize) -> V
 /// room and its turn are therefore given back by the work itself.
 async fn prepared<T: Send + 'static>(
     server: &Arc<Server>,
+    api: Api,
     body: Body,
     work: impl FnOnce(&Arc<Server>, &[u8], Value) -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
@@ -80,10 +82,20 @@ async fn prepared<T: Send + 'static>(
     blocking(move || {
         let _held = (share, turn);
         let bad = |message| ApiError::new(400, message);
-        let text = bounded::check(&bytes).map_err(bad)?;
-        let values = server.values.acquire_many(text.values() as u32);
-        let _values = Handle::current().block_on(values).ok();
-        work(&server, &bytes, text.parse().map_err(bad)?)
+        let answer = bounded::check(&bytes).map_err(bad).and_then(|text| {
+            let values = server.values.acquire_many(text.values() as u32);
+            let _values = Handle::current().block_on(values).ok();
+            work(&server, &bytes, text.parse().map_err(bad)?)
+        });
+        if let (Err(error), Some(trace)) = (&answer, &server.trace) {
+            trace.write(&Entry {
+                path: api.path(),
+                request: String::from_utf8_lossy(&bytes).into_owned(),
+                result: format!("refused with {}: {}", error.status, error.message),
+                ..Entry::default()
+            });
+        }
+        answer
     })
     .await
 }
@@ -101,9 +113,10 @@ struct Work {
 /// Reads, translates and submits a request.
 async fn begin(api: Api, server: &Arc<Server>, body: Body) -> Result<Work, ApiError> {
     let arrived = Instant::now();
-    prepared(server, body, move |server, bytes, body| {
+    prepared(server, api, body, move |server, bytes, body| {
         let earlier = |id: &str| server.responses.chain(id);
-        let conversation = request::read(api, body, &server.defaults, &earlier)?;
+        let mut conversation = request::read(api, body, &server.defaults, &earlier)?;
+        let stored = to_store(&mut conversation, server);
         let about = About {
             model: conversation.model.clone().unwrap_or_else(|| server.wiring.facts.id.clone()),
             created: now(),
@@ -111,7 +124,7 @@ async fn begin(api: Api, server: &Arc<Server>, body: Body) -> Result<Work, ApiEr
             vocabulary: server.wiring.vocabulary.clone(),
         };
         let reply = reply(&conversation, about);
-        let (is_stream, stored) = (conversation.stream, to_store(&conversation));
+        let is_stream = conversation.stream;
         let generation = Generation::begin(server.clone(), conversation)?;
         let trace = server.trace.is_some().then(|| Entry {
             id: reply.id().to_owned(),
@@ -128,26 +141,28 @@ async fn begin(api: Api, server: &Arc<Server>, body: Body) -> Result<Work, ApiEr
     .await
 }
 
-/// What a stored response keeps of its request.
-fn to_store(conversation: &Conversation) -> Option<(Vec<Value>, Option<String>)> {
-    let extra = &conversation.responses;
-    let is_stored = conversation.api == Api::Responses && extra.store;
-    is_stored.then(|| (extra.items.clone(), extra.previous.clone()))
+/// What a stored response keeps of its request, which is no more needed elsewhere.
+fn to_store(conversation: &mut Conversation, server: &Server) -> Option<(Vec<Value>, Option<String>)> {
+    let extra = &mut conversation.responses;
+    extra.store &= server.options.stored_responses > 0;
+    let items = mem::take(&mut extra.items);
+    (conversation.api == Api::Responses && extra.store).then(|| (items, extra.previous.clone()))
 }
 
-/// Stores a response, so that it is there when the client learns of it.
-async fn store(
-    server: &Arc<Server>,
-    stored: Option<(Vec<Value>, Option<String>)>,
-    response: Value,
-) -> Result<(), ApiError> {
-    let Some((items, previous)) = stored else { return Ok(()) };
-    let server = server.clone();
-    blocking(move || {
-        let id = response["id"].as_str().unwrap_or_default().to_owned();
-        server.responses.put(&id, &StoredResponse { response, items, previous })
-    })
-    .await
+/// Stores a response, so that it is there when the client learns of it. One that cannot be stored is an answer all the same, and
+/// says so.
+async fn store(server: &Arc<Server>, stored: Option<(Vec<Value>, Option<String>)>, response: &mut Value) {
+    let Some((items, previous)) = stored else { return };
+    let (to, record) = (server.clone(), StoredResponse { response: response.clone(), items, previous });
+    let put = blocking(move || {
+        let id = record.response["id"].as_str().unwrap_or_default();
+        to.responses.put(id, &record).map_err(|error| ApiError::new(500, error.to_string()))
+    });
+    if let Err(error) = put.await {
+        tracing::warn!(%error.message, "a response was not stored");
+        server.metrics.record_failed();
+        response["store"] = json!(false);
+    }
 }
 
 /// The answer in one piece. A client that leaves drops this, and with it the generation.
@@ -160,8 +175,8 @@ async fn whole(mut work: Work) -> Result<Response, ApiError> {
                 work.reply.delta(&delta);
             }
             Happening::Ended(finished) => {
-                let body = work.reply.whole(&finished);
-                store(&work.record.server.clone(), work.stored.take(), body.clone()).await?;
+                let mut body = work.reply.whole(&finished);
+                store(&work.record.server, work.stored.take(), &mut body).await;
                 work.record.ended(&finished, &work.generation);
                 return Ok(super::json(200, &body));
             }
@@ -275,13 +290,8 @@ async fn drive(mut work: Work, sender: Sender<Chunk>) {
             }
             Happening::Ended(finished) => {
                 next.extend(work.reply.end(&finished));
-                let last = next.iter().rev().find_map(final_response);
-                if let Some(response) = last {
-                    let server = work.record.server.clone();
-                    if let Err(error) = store(&server, work.stored.take(), response).await {
-                        work.record.failed(&error, &work.generation);
-                        return frames.fail(error, &mut *work.reply).await;
-                    }
+                if let Some(response) = next.iter_mut().rev().find_map(final_response) {
+                    store(&work.record.server, work.stored.take(), response).await;
                 }
                 if frames.send(&next).await {
                     work.record.ended(&finished, &work.generation);
@@ -300,9 +310,9 @@ async fn drive(mut work: Work, sender: Sender<Chunk>) {
 }
 
 /// The response that a stream of the responses API ends with.
-fn final_response(frame: &Frame) -> Option<Value> {
+fn final_response(frame: &mut Frame) -> Option<&mut Value> {
     match frame {
-        Frame::Event("response.completed" | "response.incomplete", data) => Some(data["response"].clone()),
+        Frame::Event("response.completed" | "response.incomplete", data) => Some(&mut data["response"]),
         _ => None,
     }
 }
@@ -365,9 +375,17 @@ impl Record {
     /// Writes the trace, where there is one.
     fn write(&mut self, generation: &Generation, result: String) {
         if let Some(entry) = self.trace.take() {
-            let entry = Entry { generated: generation.outcome_text.clone(), result, ..entry };
-            let server = self.server.clone();
-            tokio::task::spawn_blocking(move || server.trace.as_ref().map(|trace| trace.write(&entry)));
+            self.write_entry(Entry { generated: generation.outcome_text.clone(), result, ..entry });
+        }
+    }
+
+    /// Writes where it holds up no socket; at once if the server is no more.
+    fn write_entry(&self, entry: Entry) {
+        let server = self.server.clone();
+        let write = move || server.trace.iter().for_each(|trace| trace.write(&entry));
+        match Handle::try_current() {
+            Ok(handle) => drop(handle.spawn_blocking(write)),
+            Err(_) => write(),
         }
     }
 }
@@ -377,8 +395,8 @@ impl Drop for Record {
         if !self.is_over {
             self.server.metrics.disconnected();
             tracing::info!(id = self.id, api = self.api.name(), finish = "disconnected", "done");
-            if let (Some(entry), Some(trace)) = (&self.trace, &self.server.trace) {
-                trace.write(&Entry { result: "the client left".to_owned(), ..entry.clone() });
+            if let Some(entry) = self.trace.take() {
+                self.write_entry(Entry { result: "the client left".to_owned(), ..entry });
             }
         }
     }

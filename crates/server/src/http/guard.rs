@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::body::Body;
 use axum::extract::{Request, State};
-use axum::http::{Method, StatusCode};
+use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::Response;
 
@@ -26,6 +26,10 @@ pub async fn guard(State(server): State<Arc<Server>>, request: Request, next: Ne
         None => next.run(request).await,
     };
     response.headers_mut().extend(origin.headers());
+    if !server.options.allowed_origins.is_empty() {
+        // A cache must not hand one page's answer to another, whatever either was told.
+        response.headers_mut().append(header::VARY, HeaderValue::from_static("origin"));
+    }
     response
 }
 

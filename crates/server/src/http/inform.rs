@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::{HeaderValue, Uri, header};
 use axum::response::Response;
 use serde_json::{Value, json};
 
-use crate::error::ApiError;
+use super::Id;
+use crate::error::{ApiError, DEAD};
 use crate::request::Api;
 use crate::server::Server;
 
@@ -66,7 +67,11 @@ pub async fn models(State(server): State<Arc<Server>>) -> Response {
 }
 
 /// `GET /v1/models/{id}`.
-pub async fn model(State(server): State<Arc<Server>>, uri: Uri, Path(id): Path<String>) -> Response {
+pub async fn model(State(server): State<Arc<Server>>, uri: Uri, id: Id) -> Response {
+    let id = match super::id(id) {
+        Ok(id) => id,
+        Err(error) => return super::error(uri.path(), &error),
+    };
     if id == server.wiring.facts.id || ALIASES.contains(&id.as_str()) {
         return super::json(200, &about_model(&server));
     }
@@ -78,7 +83,7 @@ pub async fn model(State(server): State<Arc<Server>>, uri: Uri, Path(id): Path<S
 pub async fn health(State(server): State<Arc<Server>>) -> Response {
     match server.wiring.engine.death() {
         None => super::json(200, &json!({"status": "ok"})),
-        Some(reason) => super::json(503, &json!({"status": "error", "reason": reason})),
+        Some(_) => super::json(503, &json!({"status": "error", "reason": DEAD})),
     }
 }
 

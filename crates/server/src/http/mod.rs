@@ -14,6 +14,8 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
+use axum::extract::Path;
+use axum::extract::rejection::PathRejection;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::Response;
 use axum::routing::{get, post};
@@ -242,6 +244,15 @@ fn json(status: u16, body: &Value) -> Response {
     *response.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response
+}
+
+/// The id that a path ends with.
+type Id = Result<Path<String>, PathRejection>;
+
+/// The id, if it is text.
+fn id(id: Id) -> Result<String, ApiError> {
+    let message = "the id in the path is not UTF-8: write it as it was told";
+    id.map(|Path(id)| id).map_err(|_| ApiError::new(400, message))
 }
 
 /// An answer that is an error, in the shape that clients of `path` expect.

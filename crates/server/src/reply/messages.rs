@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use session::engine::Usage;
 use text::parse::Finish;
 
-use super::{About, Delta, Finished, Prompted, Reply};
+use super::{About, Delta, Finished, Prompted, Reply, parsed};
 use crate::error::ApiError;
 use crate::frame::Frame;
 
@@ -210,7 +210,7 @@ impl Reply for Message {
             content.push(json!({"type": "text", "text": finished.content}));
         }
         for call in &finished.calls {
-            let input: Value = serde_json::from_str(&call.arguments).unwrap_or_else(|_| json!({}));
+            let input = parsed(&call.arguments);
             content.push(json!({"type": "tool_use", "id": call.id, "name": call.name, "input": input}));
         }
         self.object(json!(content), &Stop::new(finished), final_usage(&finished.usage))

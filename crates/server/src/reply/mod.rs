@@ -156,6 +156,11 @@ pub fn call_prefix(api: Api) -> &'static str {
     if api.is_anthropic() { "toolu_" } else { "call_" }
 }
 
+/// A call's arguments as JSON; what is none is told as the text that it is.
+fn parsed(arguments: &str) -> Value {
+    serde_json::from_str(arguments).unwrap_or_else(|_| arguments.into())
+}
+
 /// OpenAI's word for how a turn ended.
 fn finish_reason(finish: Finish) -> &'static str {
     match finish {
@@ -201,4 +206,15 @@ fn milliseconds(time: Duration) -> f64 {
 /// Tokens in a second, 0 if no time passed.
 pub fn per_second(tokens: usize, time: Duration) -> f64 {
     if time.is_zero() { 0.0 } else { (tokens as f64 / time.as_secs_f64() * 100.0).round() / 100.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_are_never_invented() {
+        assert_eq!(parsed("{\"city\": 1}"), json!({"city": 1}));
+        assert_eq!(parsed("{\"city\": Rome}"), json!("{\"city\": Rome}"));
+    }
 }

@@ -5,7 +5,7 @@ use session::engine::Usage;
 use text::parse::Finish;
 use text::prompt::Call;
 
-use super::{About, Delta, Finished, Prompted, Reply};
+use super::{About, Delta, Finished, Prompted, Reply, parsed};
 use crate::error::ApiError;
 use crate::frame::Frame;
 use crate::request::{Kind, ResponsesExtra};
@@ -164,7 +164,6 @@ impl Response {
     /// A call as the client declared the tool.
     fn call_item(&mut self, call: &Call) -> Value {
         let Call { id: call_id, name, arguments } = call;
-        let parsed = || serde_json::from_str::<Value>(arguments).unwrap_or_default();
         match self.extra.kinds.get(name).cloned().unwrap_or(Kind::Function) {
             Kind::Function => json!({
                 "id": self.about.id("fc_"), "type": "function_call", "status": "completed",
@@ -175,7 +174,7 @@ impl Response {
                 "name": name, "namespace": namespace, "call_id": call_id, "arguments": arguments,
             }),
             Kind::Custom => {
-                let input = match &parsed()["input"] {
+                let input = match &parsed(arguments)["input"] {
                     Value::String(text) => text.clone(),
                     _ => arguments.clone(),
                 };
@@ -186,7 +185,7 @@ impl Response {
             }
             Kind::ToolSearch => json!({
                 "id": self.about.id("tsc_"), "type": "tool_search_call", "status": "completed",
-                "execution": "client", "call_id": call_id, "arguments": parsed(),
+                "execution": "client", "call_id": call_id, "arguments": parsed(arguments),
             }),
         }
     }

@@ -161,6 +161,8 @@ fn assistant(blocks: Vec<Fields>) -> Result<AssistantMessage, ApiError> {
                 let arguments = match block.take("input") {
                     None => "{}".to_owned(),
                     Some(object @ Value::Object(_)) => object.to_string(),
+                    // So are arguments told that are no JSON.
+                    Some(Value::String(text)) => text,
                     Some(other) => return Err(wrong(&block.path("input"), &other, "an object")),
                 };
                 message.calls.push(Call { id: Some(id), name, arguments });

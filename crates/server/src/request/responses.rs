@@ -127,9 +127,26 @@ pub fn read(mut fields: Fields, defaults: &Defaults, earlier: Earlier<'_>) -> Re
     fields.only("top_logprobs", &json!(0), "is not supported here: use /v1/chat/completions")?;
     fields.only("conversation", &Value::Null, "is not supported: use previous_response_id, or send the whole input")?;
     fields.only("prompt", &Value::Null, "is not supported: send the prompt's text as instructions")?;
-    fields.object("metadata")?;
+    take_metadata(&mut fields)?;
     fields.end(&[Api::Responses.ignored()], &defaults.ignored_fields)?;
     Ok(conversation)
+}
+
+/// Takes `metadata`, within OpenAI's limits; it is repeated and stored.
+fn take_metadata(fields: &mut Fields) -> Result<(), ApiError> {
+    const MOST: (usize, usize, usize) = (16, 64, 512);
+    let Some(metadata) = fields.object("metadata")? else { return Ok(()) };
+    let (path, map) = metadata.into_parts();
+    let is_good = |(key, value): (&String, &Value)| {
+        let text = value.as_str();
+        key.chars().count() <= MOST.1 && text.is_some_and(|text| text.chars().count() <= MOST.2)
+    };
+    if map.len() <= MOST.0 && map.iter().all(is_good) {
+        return Ok(());
+    }
+    let (pairs, key, value) = MOST;
+    let message = format!("expected at most {pairs} pairs of a key of {key} characters and a string of {value}");
+    Err(ApiError::field(path, message))
 }
 
 /// What the response will repeat.

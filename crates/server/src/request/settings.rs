@@ -11,6 +11,8 @@ use crate::fields::{Fields, wrong};
 /// Most stop strings of a request, and most bytes of one: every token's text is held against all of them.
 const MAX_STOPS: usize = 64;
 const MAX_STOP_BYTES: usize = 4096;
+/// Longest name of a tool: MCP's limit, with its namespace.
+const MAX_NAME_BYTES: usize = 128;
 
 /// How the client asks for reasoning; `None` where it says nothing.
 #[derive(Default)]
@@ -151,7 +153,15 @@ pub fn schema(format: &mut Fields, name: &str) -> Result<Value, ApiError> {
 
 /// A tool as the model sees it.
 pub fn tool(path: &str, value: Value) -> Result<Tool, ApiError> {
-    Tool::from_value(value).map_err(|error| ApiError::field(path, error.to_string()))
+    let tool = Tool::from_value(value).map_err(|error| ApiError::field(path, error.to_string()))?;
+    let name = tool.name();
+    let is_good = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.:/".contains(&byte);
+    if name.len() <= MAX_NAME_BYTES && name.bytes().all(is_good) {
+        return Ok(tool);
+    }
+    let shown: String = name.chars().take(MAX_NAME_BYTES).collect();
+    let message = format!("has the name {shown:?}, expected at most {MAX_NAME_BYTES} of A-Z, a-z, 0-9, _ - . : /");
+    Err(ApiError::field(path, message))
 }
 
 /// Whether a tool's calls are to fit its schema.
