@@ -13,6 +13,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use redb::backends::{FileBackend, InMemoryBackend};
 use redb::{ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition, TableError, WriteTransaction};
@@ -21,7 +22,11 @@ use redb::{ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition, Ta
 pub const FILE_NAME: &str = "infall.redb";
 
 /// Memory for pages of the database.
-const CACHE_BYTES: usize = 32 << 20;
+const CACHE_BYTES: usize = 16 << 20;
+/// Most bytes of one kind of records where these are in memory: there are five kinds, which together stay below 64 MiB.
+const IN_MEMORY_BYTES: u64 = 12 << 20;
+/// Least time between two attempts to open a database again after an error of the disk: all of it is read and checked then.
+const REOPEN_AFTER: Duration = Duration::from_secs(10);
 
 /// Records and bytes of each kind.
 const TOTALS: TableDefinition<&str, (u64, u64)> = TableDefinition::new("totals");
@@ -43,13 +48,19 @@ pub enum DatabaseError {
         /// The database.
         path: PathBuf,
     },
-    /// An operation failed; nothing of it was kept.
-    #[error("the database {}: {source}", path.display())]
+    /// An operation failed; nothing of it was kept. Clients may be told: the text has no path.
+    #[error("the database: {source}")]
     Redb {
         /// The database.
         path: PathBuf,
         /// Why.
         source: redb::Error,
+    },
+    /// The disk failed a moment ago. Clients may be told: the text has no path.
+    #[error("the database is closed after an error of its disk, and will be opened again: try again in some seconds")]
+    Closed {
+        /// The database.
+        path: PathBuf,
     },
     /// A record that would not leave room for any other.
     #[error("a record of {found} bytes, expected at most {limit}: it was not kept")]
@@ -97,8 +108,26 @@ pub struct Database {
 struct Shared {
     /// `None`: in memory.
     path: Option<PathBuf>,
+    open: RwLock<Open>,
+}
+
+#[derive(Default)]
+struct Open {
     /// `None` after an input or output error, until it could be opened again.
-    open: RwLock<Option<redb::Database>>,
+    database: Option<redb::Database>,
+    /// When that was tried last.
+    tried: Option<Instant>,
+}
+
+impl Shared {
+    fn new(path: Option<PathBuf>, database: redb::Database) -> Arc<Shared> {
+        Arc::new(Shared { path, open: RwLock::new(Open { database: Some(database), tried: None }) })
+    }
+
+    /// Without its path for who reads the text: it may be a client.
+    fn failed(&self, source: redb::Error) -> DatabaseError {
+        DatabaseError::Redb { path: self.path.clone().unwrap_or_else(|| "in memory".into()), source }
+    }
 }
 
 impl Database {
@@ -118,23 +147,25 @@ impl Database {
             other => (other, None),
         };
         let open = open.map_err(|error| explained(&path, error))?;
-        Ok((Database { shared: Arc::new(Shared { path: Some(path), open: RwLock::new(Some(open)) }) }, aside))
+        Ok((Database { shared: Shared::new(Some(path), open) }, aside))
     }
 
-    /// A database that ends with the program.
+    /// A database that ends with the program. Of each kind of records it keeps a few MiB at most.
     pub fn in_memory() -> Database {
-        let open =
-            redb::Builder::new().create_with_backend(InMemoryBackend::new()).expect("memory has no disk's errors");
-        Database { shared: Arc::new(Shared { path: None, open: RwLock::new(Some(open)) }) }
+        let mut builder = redb::Builder::new();
+        builder.set_cache_size(CACHE_BYTES);
+        let open = builder.create_with_backend(InMemoryBackend::new()).expect("memory has no disk's errors");
+        Database { shared: Shared::new(None, open) }
     }
 
     /// Records of one kind in this database, at most so many of at most so many bytes together, keys included.
     pub fn records(&self, kind: &str, limits: Limits) -> Records {
+        let most_bytes = if self.shared.path.is_some() { u64::MAX } else { IN_MEMORY_BYTES };
         Records {
             database: self.clone(),
             kind: kind.to_owned(),
             uses: format!("{kind}.uses"),
-            limits,
+            limits: Limits { bytes: limits.bytes.min(most_bytes), ..limits },
             used: Mutex::default(),
         }
     }
@@ -146,7 +177,7 @@ impl Database {
     pub fn put_all(&self, puts: &[(&Records, &[u8], &[u8])]) -> Result<(), DatabaseError> {
         for (records, key, value) in puts {
             let (found, limit) = (bytes_of(key, value), records.limits.bytes);
-            if found > limit {
+            if found > limit && records.limits.count > 0 {
                 return Err(DatabaseError::TooLarge { found, limit });
             }
         }
@@ -176,24 +207,32 @@ impl Database {
         self.with(|open| work(&open.begin_read()?))
     }
 
-    /// Does `work`; if it fails, once more on the database opened anew: after an error of the disk `redb` refuses everything until then.
+    /// Does `work`. After an error of the disk `redb` refuses everything until it is opened anew, which is done at once, and `work` once
+    /// more, unless that was tried a moment ago.
     fn with<T>(&self, work: impl Fn(&redb::Database) -> Result<T, redb::Error>) -> Result<T, DatabaseError> {
-        let failed = |error| match &self.shared.path {
-            Some(path) => explained(path, error),
-            None => DatabaseError::Redb { path: "in memory".into(), source: error },
-        };
-        if let Some(open) = &*self.shared.open.read().unwrap_or_else(PoisonError::into_inner) {
-            match work(open) {
-                Err(error) if self.shared.path.is_none() => return Err(failed(error)),
-                Err(_) => (),
-                done => return done.map_err(failed),
+        let shared = &*self.shared;
+        if let Some(database) = &shared.open.read().unwrap_or_else(PoisonError::into_inner).database {
+            match work(database) {
+                Err(error) if shared.path.is_some() && is_of_disk(&error) => (),
+                done => return done.map_err(|error| shared.failed(error)),
             }
         }
-        let mut open = self.shared.open.write().unwrap_or_else(PoisonError::into_inner);
-        drop(open.take());
-        let path = self.shared.path.as_deref().expect("memory is never closed");
-        work(open.insert(open_file(path).map_err(failed)?)).map_err(failed)
+        let path = shared.path.as_deref().expect("memory is never closed");
+        let mut open = shared.open.write().unwrap_or_else(PoisonError::into_inner);
+        if open.tried.is_some_and(|tried| tried.elapsed() < REOPEN_AFTER) {
+            return Err(DatabaseError::Closed { path: path.to_owned() });
+        }
+        open.tried = Some(Instant::now());
+        // A file is open once only.
+        drop(open.database.take());
+        let database = open_file(path).map_err(|error| shared.failed(error))?;
+        work(open.database.insert(database)).map_err(|error| shared.failed(error))
     }
+}
+
+/// Whether the disk failed, now or before.
+fn is_of_disk(error: &redb::Error) -> bool {
+    matches!(error, redb::Error::Io(_) | redb::Error::PreviousIo)
 }
 
 fn open_file(path: &Path) -> Result<redb::Database, redb::Error> {
@@ -244,7 +283,7 @@ pub(crate) fn private(options: &mut OpenOptions) -> &mut OpenOptions {
 /// Most records of one kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Records.
+    /// Records; with none, nothing is kept.
     pub count: u64,
     /// Bytes of their keys and values.
     pub bytes: u64,
@@ -313,6 +352,9 @@ impl Records {
         }
         self.remove(transaction, key)?;
         self.make_room(transaction, bytes_of(key, value))?;
+        if self.limits.count == 0 {
+            return Ok(());
+        }
         let mut uses = transaction.open_table(self.uses())?;
         let number = next_use(&uses)?;
         uses.insert(number, key)?;
@@ -379,4 +421,60 @@ fn next_use(uses: &impl ReadableTable<u64, &'static [u8]>) -> Result<u64, redb::
 
 fn total(totals: &impl ReadableTable<&'static str, (u64, u64)>, kind: &str) -> Result<(u64, u64), redb::Error> {
     Ok(totals.get(kind)?.map_or((0, 0), |total| total.value()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: Limits = Limits { count: 9, bytes: 1 << 20 };
+
+    fn fail(database: &Database, error: fn() -> redb::Error) -> DatabaseError {
+        database.read(|_| Err::<(), _>(error())).unwrap_err()
+    }
+
+    /// Every request would otherwise wait until all of the file is checked.
+    #[test]
+    fn it_is_opened_again_after_errors_of_the_disk_only_and_not_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let (database, _) = Database::open(folder.path()).unwrap();
+        let records = database.records("a", LIMITS);
+        records.put(b"key", b"value").unwrap();
+        let tried = || database.shared.open.read().unwrap().tried;
+        let errors = [
+            fail(&database, || redb::Error::LockPoisoned(std::panic::Location::caller())),
+            fail(&database, || redb::Error::Io(io::Error::other("unplugged"))),
+            fail(&database, || redb::Error::PreviousIo),
+        ];
+        assert!(matches!(errors[0], DatabaseError::Redb { source: redb::Error::LockPoisoned(_), .. }));
+        assert!(matches!(errors[1], DatabaseError::Redb { source: redb::Error::Io(_), .. }), "tried twice");
+        assert!(matches!(errors[2], DatabaseError::Closed { .. }));
+        let texts = errors.each_ref().map(ToString::to_string);
+        let path = folder.path().to_str().unwrap();
+        assert!(texts.iter().all(|text| !text.contains(path)), "{texts:?}");
+        assert!(format!("{:?}", errors[2]).contains(path), "for the log");
+        let last = tried().expect("the second error");
+        assert_eq!(records.get(b"key").unwrap().as_deref(), Some(&b"value"[..]), "it is open");
+        database.shared.open.write().unwrap().tried = last.checked_sub(REOPEN_AFTER);
+        fail(&database, || redb::Error::PreviousIo);
+        assert!(tried() > Some(last), "tried once more after a while");
+    }
+
+    #[test]
+    fn memory_holds_a_few_mebibytes_whatever_the_limits() {
+        let records = Database::in_memory().records("a", Limits { count: 100, bytes: 1 << 30 });
+        (0..20u8).for_each(|key| records.put(&[key], &vec![key; 1 << 20]).unwrap());
+        let kept = (0..20u8).filter(|&key| records.get(&[key]).unwrap().is_some()).count();
+        assert_eq!(kept, 11, "of a little more than 1 MiB in 12 MiB");
+    }
+
+    #[test]
+    fn a_count_of_none_keeps_nothing() {
+        let database = Database::in_memory();
+        database.records("a", LIMITS).put(b"old", b"value").unwrap();
+        let records = database.records("a", Limits { count: 0, ..LIMITS });
+        records.put(b"new", b"value").unwrap();
+        records.put(b"large", &vec![0; 2 << 20]).unwrap();
+        assert!([&b"old"[..], b"new", b"large"].iter().all(|key| records.get(key).unwrap().is_none()));
+    }
 }

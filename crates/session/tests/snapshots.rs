@@ -13,7 +13,7 @@ use gguf::Gguf;
 use model::{Arithmetic, Backend, Cancel, Model, Precision};
 use proptest::prelude::*;
 use session::database::{Database, DatabaseError, FILE_NAME, Limits};
-use session::snapshots::{Binding, Kind, Saved, SnapshotWorker, Snapshots, SnapshotsError};
+use session::snapshots::{Binding, Kind, MOST_WAITING_SAVES, Saved, SnapshotWorker, Snapshots, SnapshotsError};
 use session::{Context, Session};
 use store::Source;
 use text::prompt::Encoding;
@@ -251,6 +251,125 @@ fn leftovers_are_removed_and_strangers_left_alone() {
     assert_eq!(Open::new(folder.path()).snapshots.stats().snapshots, 0);
 }
 
+/// A folder may hold other things: whatever their names end with, they stay, and no directory is in the way.
+#[test]
+fn files_that_are_not_ours_stay_whatever_their_names_end_with() {
+    let folder = tempfile::tempdir().unwrap();
+    let saved = Open::new(folder.path()).save(&session(&tokens(40, 0)), Kind::Idle);
+    let id = saved.id.to_string();
+    let strangers = [
+        "thesis.partial".to_owned(),
+        "photo.damaged".to_owned(),
+        "probe.partial".to_owned(),
+        "notes.session.damaged".to_owned(),
+        format!("{}.partial", id.to_uppercase()),
+        format!("{}.session.damaged", &id[1..]),
+    ];
+    let directories =
+        ["x.partial".to_owned(), format!("{}.partial", "0".repeat(64)), format!("{}.session", "1".repeat(64))];
+    strangers.iter().for_each(|name| fs::write(folder.path().join(name), name).unwrap());
+    directories.iter().for_each(|name| fs::create_dir(folder.path().join(name)).unwrap());
+    let ours = folder.path().join(format!("{id}.session.damaged"));
+    fs::write(&ours, [1; 9]).unwrap();
+    // No budget at all: everything of ours goes.
+    let (open, _) = Open::with(folder.path(), 0, &binding());
+    assert_eq!(open.snapshots.stats().bytes, 0);
+    assert!(!ours.exists() && files(folder.path(), &format!("{id}.session")).is_empty());
+    for name in &strangers {
+        assert_eq!(fs::read_to_string(folder.path().join(name)).unwrap(), *name);
+    }
+    assert!(directories.iter().all(|name| folder.path().join(name).is_dir()));
+}
+
+/// What was evicted from the disk does not count as saved any more.
+#[test]
+fn it_is_told_whether_a_session_is_on_the_disk() {
+    let folder = tempfile::tempdir().unwrap();
+    let open = Open::new(folder.path());
+    let bytes = open.save(&session(&tokens(90, 0)), Kind::Idle).bytes;
+    let has = |open: &Open, length, seed| open.snapshots.has(&tokens(length, seed));
+    assert_eq!([(90, 0), (89, 0), (90, 1)].map(|(length, seed)| has(&open, length, seed)), [true, false, false]);
+    drop(open);
+    let (open, _) = Open::with(folder.path(), bytes + bytes / 2, &binding());
+    assert!(has(&open, 90, 0));
+    open.save(&session(&tokens(90, 1)), Kind::Idle);
+    assert_eq!([0, 1].map(|seed| has(&open, 90, seed)), [false, true]);
+}
+
+/// Sessions that wait for a slow disk are few, and who is turned away is told.
+#[test]
+fn few_saves_wait() {
+    let folder = tempfile::tempdir().unwrap();
+    let open = Open::new(folder.path());
+    let (send, replies) = mpsc::channel();
+    std::thread::scope(|scope| {
+        let worker = SnapshotWorker::spawn(scope, &*BACKEND, open.snapshots.clone(), context());
+        let (go, waits) = mpsc::channel::<()>();
+        worker.save(session(&tokens(30, 99)), Kind::Idle, Box::new(move |_| waits.recv().unwrap()));
+        let until = Instant::now() + Duration::from_secs(60);
+        while !open.snapshots.has(&tokens(30, 99)) {
+            assert!(Instant::now() < until, "the first is saved");
+        }
+        let kinds =
+            [Kind::Evicted, Kind::Idle, Kind::Common, Kind::Interval, Kind::Evicted, Kind::Evicted, Kind::Evicted];
+        let last = [Kind::Shutdown; MOST_WAITING_SAVES];
+        for (number, kind) in kinds.into_iter().chain(last).enumerate() {
+            let send = send.clone();
+            let reply = move |saved: Result<Saved, SnapshotsError>| {
+                let saved = saved.map(|_| ()).map_err(|error| matches!(error, SnapshotsError::Busy));
+                send.send((number, saved)).unwrap();
+            };
+            worker.save(session(&tokens(20, number as u32)), kind, Box::new(reply));
+        }
+        go.send(()).unwrap();
+    });
+    drop(send);
+    let replies: Vec<_> = replies.iter().collect();
+    let busy = [1, 3, 0].map(|number| (number, Err(true)));
+    let saved = [2, 4, 5, 6, 7, 8, 9, 10].map(|number| (number, Ok(())));
+    assert_eq!(replies, [&busy[..], &saved].concat());
+}
+
+/// Requests would otherwise wait for ever.
+#[test]
+fn a_panic_of_the_worker_leaves_nobody_waiting() {
+    let folder = tempfile::tempdir().unwrap();
+    let open = Open::new(folder.path());
+    open.save(&session(&tokens(40, 0)), Kind::Idle);
+    let (send, replies) = mpsc::channel();
+    std::thread::scope(|scope| {
+        let worker = SnapshotWorker::spawn(scope, &*BACKEND, open.snapshots.clone(), context());
+        let load = || {
+            let send = send.clone();
+            let reply = move |loaded: Result<_, SnapshotsError>| {
+                send.send(loaded.err().map(|error| error.to_string())).unwrap()
+            };
+            worker.load(open.snapshots.longest(&tokens(40, 0)).unwrap(), Box::new(reply));
+        };
+        let save = || {
+            let send = send.clone();
+            let reply =
+                move |saved: Result<_, SnapshotsError>| send.send(saved.err().map(|error| error.to_string())).unwrap();
+            worker.save(session(&tokens(30, 1)), Kind::Idle, Box::new(reply));
+        };
+        let (go, waits) = mpsc::channel::<()>();
+        let breaks = move |_: Result<Saved, SnapshotsError>| {
+            waits.recv().unwrap();
+            panic!("on purpose");
+        };
+        worker.save(session(&tokens(30, 2)), Kind::Idle, Box::new(breaks));
+        while !open.snapshots.has(&tokens(30, 2)) {}
+        load();
+        save();
+        go.send(()).unwrap();
+        let text = || replies.recv_timeout(Duration::from_secs(60)).unwrap().expect("an error");
+        assert!([text(), text()].iter().all(|text| text.contains("panicked")));
+        load();
+        save();
+        assert!([text(), text()].iter().all(|text| text.contains("panicked")));
+    });
+}
+
 /// A folder with two snapshots.
 static TWO: LazyLock<(tempfile::TempDir, [Saved; 2])> = LazyLock::new(|| {
     let folder = tempfile::tempdir().unwrap();
@@ -377,7 +496,10 @@ fn a_worker_saves_and_loads_beside_others() {
         }
         for (length, kind) in [(40, Kind::Common), (50, Kind::Idle), (60, Kind::Interval), (70, Kind::Idle)] {
             let send = send.clone();
-            let reply = move |saved: Result<Saved, SnapshotsError>| send.send((length, saved.unwrap().is_new)).unwrap();
+            let reply = move |saved: Result<Saved, SnapshotsError>| {
+                let saved = saved.map(|saved| saved.is_new);
+                send.send((length, saved.map_err(|error| matches!(error, SnapshotsError::Superseded)))).unwrap();
+            };
             worker.save(session(&tokens(length, 0)), kind, Box::new(reply));
         }
         go.send(()).unwrap();
@@ -385,8 +507,8 @@ fn a_worker_saves_and_loads_beside_others() {
     drop(send);
     assert_eq!(
         replies.iter().collect::<Vec<_>>(),
-        [(40, true), (70, true)],
-        "the others were replaced while they waited"
+        [(50, Err(true)), (60, Err(true)), (40, Ok(true)), (70, Ok(true))],
+        "two were replaced while they waited"
     );
     let (send, loaded) = mpsc::channel();
     std::thread::scope(|scope| {
@@ -571,7 +693,7 @@ fn a_full_disk_is_told_and_harms_nothing() {
         }
         let error = open.snapshots.save(&*BACKEND, &session(&tokens(150, 1)), Kind::Idle).unwrap_err();
         println!("{error}");
-        assert!(error.to_string().contains("No space left"), "{error}");
+        assert!(["No space left", "error of its disk"].iter().any(|why| error.to_string().contains(why)), "{error}");
         assert_eq!(files(dir, ".partial").len(), 0);
         assert_eq!(bytes(&open.load(&tokens(100, 0)).unwrap()), bytes(&before));
         // The database, too, tells it, and goes on when there is room.
@@ -579,7 +701,11 @@ fn a_full_disk_is_told_and_harms_nothing() {
         let error = records.put(b"large", &vec![1; (1 << 20) - 10]).unwrap_err();
         println!("{error}");
         fs::remove_file(&filler).unwrap();
-        records.put(&[round as u8], b"small").unwrap();
+        let until = Instant::now() + Duration::from_secs(30);
+        while let Err(error) = records.put(&[round as u8], b"small") {
+            assert!(Instant::now() < until, "{error}");
+            std::thread::sleep(Duration::from_millis(100));
+        }
         assert!((0..=round as u8).all(|round| records.get(&[round]).unwrap().is_some()));
     }
     assert!(open.save(&session(&tokens(150, 1)), Kind::Idle).is_new, "it goes on when there is room");

@@ -123,6 +123,8 @@ where
                     shared.stats().saved_snapshots += 1;
                     tracing::debug!("saved a session of {tokens} tokens, {} bytes: {}", saved.bytes, saved.id);
                 }
+                // The longer one is counted.
+                Err(SnapshotsError::Superseded) => (),
                 Err(error) => {
                     mark.was_not();
                     *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());

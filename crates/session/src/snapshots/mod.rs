@@ -28,8 +28,8 @@ use text::prompt::Encoding;
 use self::file::{HEADER_BYTES, Header, ReadError};
 use self::index::{Index, Victims};
 use self::policy::Entry;
-pub use self::worker::SnapshotWorker;
-use crate::database::{Database, DatabaseError, SetAside, make_folder, private, set_aside};
+pub use self::worker::{MOST_WAITING_SAVES, SnapshotWorker};
+use crate::database::{Database, DatabaseError, FILE_NAME, SetAside, make_folder, private, set_aside};
 use crate::{Context, Error, Session};
 
 /// Changes when states saved before are not those that would be computed now.
@@ -149,6 +149,17 @@ pub enum SnapshotsError {
     /// It is not there any more.
     #[error("the snapshot {0} is not there any more: read the prompt")]
     Unknown(SnapshotId),
+    /// While it waited, a save of a session that goes on from it came: that one is done instead.
+    #[error("a save of the same session, grown longer, took its place")]
+    Superseded,
+    /// Too many saves wait for the disk.
+    #[error("the disk is too slow for all that is to be saved: it was not saved")]
+    Busy,
+    /// The thread that saves and loads has ended by a panic.
+    #[error(
+        "snapshots are neither saved nor loaded any more: the thread that does it has panicked; its message says more"
+    )]
+    Ended,
     /// The index could not be read or written.
     #[error(transparent)]
     Database(#[from] DatabaseError),
@@ -248,6 +259,11 @@ impl Snapshots {
     pub fn stats(&self) -> SnapshotStats {
         let index = self.shared.index();
         SnapshotStats { snapshots: index.ids().len(), bytes: index.bytes() }
+    }
+
+    /// Whether there is a snapshot of exactly these tokens. It touches no file.
+    pub fn has(&self, tokens: &[u32]) -> bool {
+        self.shared.index().get(self.id(tokens)).is_some()
     }
 
     /// The longest snapshot that `tokens` begin with, or are. It touches no file.
@@ -422,12 +438,37 @@ impl Snapshots {
 const SUFFIX: &str = ".session";
 const PARTIAL: &str = ".partial";
 const DAMAGED: &str = ".damaged";
+/// A file that is made to see whether one can be.
+const PROBE: &str = "infall.probe";
 
 /// Fails where no file can be made.
 fn try_to_write(dir: &Path) -> io::Result<()> {
-    let path = dir.join(format!("probe{PARTIAL}"));
+    let path = dir.join(PROBE);
     private(OpenOptions::new().write(true).create(true)).open(&path)?;
     fs::remove_file(&path)
+}
+
+/// What a file in the folder is to us, by its name.
+enum Role {
+    Snapshot(SnapshotId),
+    /// One that was being written.
+    Partial,
+    /// A snapshot or a database that was set aside.
+    Aside,
+}
+
+impl Role {
+    /// `None`: somebody else's, which is left alone.
+    fn of(name: &str) -> Option<Role> {
+        if let Some(name) = name.strip_suffix(PARTIAL) {
+            return SnapshotId::from_name(name).map(|_| Role::Partial);
+        }
+        if let Some(name) = name.strip_suffix(DAMAGED) {
+            let is_snapshot = name.strip_suffix(SUFFIX).and_then(SnapshotId::from_name).is_some();
+            return (is_snapshot || name == FILE_NAME).then_some(Role::Aside);
+        }
+        name.strip_suffix(SUFFIX).and_then(SnapshotId::from_name).map(Role::Snapshot)
+    }
 }
 
 /// Makes the index and the files in `dir` one; which files were damaged.
@@ -436,26 +477,34 @@ fn reconcile(dir: &Path, index: &mut Index) -> io::Result<Vec<SetAside>> {
     let mut asides = Vec::new();
     for file in fs::read_dir(dir)? {
         let file = file?;
-        let (path, name) = (file.path(), file.file_name());
-        let Some(name) = name.to_str() else { continue };
-        if name.ends_with(PARTIAL) {
-            fs::remove_file(&path)?;
-        } else if name.ends_with(DAMAGED) {
-            index.add_aside(path, file.metadata()?.len());
-        } else if let Some(id) = name.strip_suffix(SUFFIX).and_then(SnapshotId::from_name) {
-            unseen.remove(&id);
-            let bytes = file.metadata()?.len();
-            if index.get(id).is_some_and(|entry| entry.bytes == bytes) {
+        if !file.file_type()?.is_file() {
+            continue;
+        }
+        let path = file.path();
+        let id = match file.file_name().to_str().and_then(Role::of) {
+            Some(Role::Snapshot(id)) => id,
+            Some(Role::Partial) => {
+                fs::remove_file(&path)?;
                 continue;
             }
-            index.remove(id);
-            match file::read_header(&path).and_then(|header| check_name(header, id)) {
-                Ok(header) => index.insert(id, entry(header, bytes)),
-                Err(reason) => {
-                    let aside = set_aside(&path, format!("the snapshot is damaged: {reason}"));
-                    index.add_aside(aside.now.clone(), bytes);
-                    asides.push(aside);
-                }
+            Some(Role::Aside) => {
+                index.add_aside(path, file.metadata()?.len());
+                continue;
+            }
+            None => continue,
+        };
+        unseen.remove(&id);
+        let bytes = file.metadata()?.len();
+        if index.get(id).is_some_and(|entry| entry.bytes == bytes) {
+            continue;
+        }
+        index.remove(id);
+        match file::read_header(&path).and_then(|header| check_name(header, id)) {
+            Ok(header) => index.insert(id, entry(header, bytes)),
+            Err(reason) => {
+                let aside = set_aside(&path, format!("the snapshot is damaged: {reason}"));
+                index.add_aside(aside.now.clone(), bytes);
+                asides.push(aside);
             }
         }
     }
