@@ -1,5 +1,6 @@
 //! A conversation to what the engine takes.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use session::engine::Prompt;
@@ -38,7 +39,7 @@ pub fn prompt(conversation: &mut Conversation, wiring: &Wiring) -> Result<Prompt
             rendered.map_err(|error| ApiError::field(conversation.api.input_field(), error.to_string()))?
         }
     };
-    Ok(wiring.replay.prompt(tokenizer, &segments))
+    Ok(wiring.replay.prompt(tokenizer, &segments, &call_ids(&conversation.input)))
 }
 
 /// A raw prompt begins with BOS like every other.
@@ -49,6 +50,16 @@ fn raw(tokenizer: &Tokenizer, text: &str) -> Vec<Segment> {
         segments.insert(0, bos);
     }
     segments
+}
+
+/// The ids of all calls: they prove which turns were generated for this client.
+fn call_ids(input: &Input) -> HashSet<&str> {
+    let Input::Messages(messages) = input else { return HashSet::new() };
+    let calls = messages.iter().flat_map(|message| match message {
+        Message::Assistant(message) => &message.calls[..],
+        _ => &[],
+    });
+    calls.filter_map(|call| call.id.as_deref()).collect()
 }
 
 /// Gives calls back the text that the model wrote, where it is known.

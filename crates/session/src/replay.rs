@@ -6,9 +6,14 @@
 //! tokens where it finds such a turn, and encodes the text of every other. So a prompt's tokens follow from the request and this
 //! record, never from which sessions happen to live, and reuse of sessions is a comparison of tokens.
 //!
+//! No text of one conversation may reach another that merely looks like it. A form that says the very bytes of the sampled tokens is found
+//! by whoever shows it: it gives away how the text was cut into tokens, nothing else. One that lacks some of them, such as reasoning, is
+//! only found by a request whose history has the id of one of the turn's calls, which nobody else was given: these are random. A turn without
+//! calls has no such form.
+//!
 //! The forms are rendered by [`text::prompt::render`] itself, so that they are what a prompt has.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -24,8 +29,10 @@ use crate::{StopReason, TurnOutcome};
 
 /// Finished turns that are kept, and their tokens.
 const TURNS: Limits = Limits { count: 100_000, bytes: 512 << 20 };
-/// Forms of turns: at most six of each.
-const FORMS: Limits = Limits { count: 6 * TURNS.count, bytes: 64 << 20 };
+/// Forms that say all of a turn: at most six of each.
+const SHOWN: Limits = Limits { count: 6 * TURNS.count, bytes: 64 << 20 };
+/// Calls with the forms that only their ids prove.
+const PROVEN: Limits = Limits { count: 100_000, bytes: 64 << 20 };
 /// Blocks of calls.
 const BLOCKS: Limits = Limits { count: 100_000, bytes: 512 << 20 };
 /// Longest id of a call that is kept.
@@ -43,11 +50,16 @@ struct Record {
     salt: Sha256,
     /// SHA-256 of a turn's place and tokens, to its tokens.
     turns: Records,
-    /// SHA-256 of a turn's place and of a form, to the key in `turns`.
-    forms: Records,
+    /// SHA-256 of a turn's place and of a form that says all of it, to the key in `turns`.
+    shown: Records,
+    /// The id of a call, to the key of its turn in `turns` and the SHA-256 of each form that does not say all of it.
+    proven: Records,
     /// The id of a block's first call, to the [`Block`].
     blocks: Records,
 }
+
+/// The key of a form or a turn.
+type Key = [u8; 32];
 
 /// A block of calls as it was generated.
 #[derive(Serialize, Deserialize)]
@@ -63,23 +75,26 @@ impl Replay {
             database: database.clone(),
             salt: Sha256::new().chain_update(identity.to_le_bytes()),
             turns: database.records("turns", TURNS),
-            forms: database.records("forms", FORMS),
+            shown: database.records("shown", SHOWN),
+            proven: database.records("proven", PROVEN),
             blocks: database.records("blocks", BLOCKS),
         };
         Replay { record: Arc::new(record) }
     }
 
     /// The tokens of a rendered conversation: those sampled where a turn is known, and the text's otherwise. A record that cannot be read
-    /// counts as unknown: the prompt says the same, but has to be read anew.
+    /// counts as unknown: the prompt says the same, but has to be read anew. `known_ids` are those of all calls in the conversation: they
+    /// prove which turns are this client's.
     ///
     /// Panics if the tokenizer is not DeepSeek V4's, which a rendered conversation's is.
-    pub fn prompt(&self, tokenizer: &Tokenizer, segments: &[Segment]) -> Prompt {
+    pub fn prompt(&self, tokenizer: &Tokenizer, segments: &[Segment], known_ids: &HashSet<&str>) -> Prompt {
         let control = ControlTokens::find(tokenizer).expect("a conversation was rendered with this tokenizer");
         let is = |token: u32| move |segment: &Segment| *segment == Segment::Control(token);
         let first_turn = segments.iter().position(is(control.assistant)).unwrap_or(segments.len());
         let last_user = segments[..first_turn].iter().rposition(is(control.user)).unwrap_or(0);
         let common_tokens = tokenizer.encode_segments(&segments[..last_user]).len();
 
+        let proven = self.proven(known_ids);
         let (mut tokens, mut rest) = (Place::new(&self.record), segments);
         while let Some(opener) = rest.iter().position(is(control.assistant)) {
             let (before, after) = rest.split_at(opener + 1);
@@ -89,7 +104,7 @@ impl Replay {
                 break;
             };
             let (turn, after) = after.split_at(end + 1);
-            let known = self.sampled(&tokens.of_form(turn));
+            let known = self.sampled(&tokens.of_form(turn), &proven);
             tokens.extend(known.unwrap_or_else(|| tokenizer.encode_segments(turn)));
             rest = after;
         }
@@ -97,11 +112,26 @@ impl Replay {
         Prompt { tokens: tokens.tokens, common_tokens }
     }
 
-    /// The tokens remembered under a form.
-    fn sampled(&self, form: &[u8]) -> Option<Vec<u32>> {
-        let turn = self.record.forms.get(form).ok()??;
+    /// The forms that calls with these ids prove, with the keys of their turns.
+    fn proven(&self, known_ids: &HashSet<&str>) -> HashMap<Key, Key> {
+        let mut proven = HashMap::new();
+        for id in known_ids.iter().filter(|id| id.len() <= MAX_ID_BYTES) {
+            let Ok(Some(keys)) = self.record.proven.get(id.as_bytes()) else { continue };
+            if let Some((turn, forms)) = keys.as_chunks().0.split_first() {
+                proven.extend(forms.iter().map(|form| (*form, *turn)));
+            }
+        }
+        proven
+    }
+
+    /// The tokens remembered under a form, which is one of the proven or says all of them.
+    fn sampled(&self, form: &Key, proven: &HashMap<Key, Key>) -> Option<Vec<u32>> {
+        let turn = match proven.get(form) {
+            Some(turn) => turn.to_vec(),
+            None => self.record.shown.get(form).ok()??,
+        };
         let bytes = self.record.turns.get(&turn).ok()??;
-        Some(bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+        Some(bytes.as_chunks().0.iter().map(|&token| u32::from_le_bytes(token)).collect())
     }
 
     /// Remembers what came of `prompt`, and the block of its calls, which clients know by `call_ids`, one for each. It is on the disk
@@ -126,13 +156,14 @@ impl Replay {
             let body = forms.tokens(opener, outcome);
             let value: Vec<u8> = body.iter().flat_map(|token| token.to_le_bytes()).collect();
             let key = place.of_bytes(&value);
-            let mut known = HashSet::new();
-            for form in forms.all() {
-                let form = place.of_form(&form);
-                if known.insert(form) {
-                    puts.push((&record.forms, form.to_vec(), key.to_vec()));
-                }
-            }
+            let said: Vec<u8> = body.iter().flat_map(|&token| tokenizer.token_bytes(token)).copied().collect();
+            let (shown, hiding): (Vec<_>, Vec<_>) =
+                forms.all().into_iter().partition(|form| bytes_of(tokenizer, form) == said);
+            let of_form = |form: &Vec<Segment>| place.of_form(form);
+            puts.extend(shown.iter().map(|form| (&record.shown, of_form(form).to_vec(), key.to_vec())));
+            let keys = std::iter::once(key).chain(hiding.iter().map(of_form)).collect::<Vec<Key>>().concat();
+            let ids = call_ids.iter().filter(|id| id.len() <= MAX_ID_BYTES);
+            puts.extend(ids.map(|id| (&record.proven, id.clone().into_bytes(), keys.clone())));
             puts.push((&record.turns, key.to_vec(), value));
         }
         if let Some(block) = block(&outcome.turn, call_ids) {
@@ -200,7 +231,7 @@ impl Place {
     }
 
     /// The key of a turn shown like this here: a segment is its kind, its length or token, its text.
-    fn of_form(&self, segments: &[Segment]) -> [u8; 32] {
+    fn of_form(&self, segments: &[Segment]) -> Key {
         let mut hash = self.hash.clone().chain_update(b"form");
         for segment in segments {
             match segment {
@@ -215,7 +246,7 @@ impl Place {
     }
 
     /// The key of a turn with these tokens here.
-    fn of_bytes(&self, tokens: &[u8]) -> [u8; 32] {
+    fn of_bytes(&self, tokens: &[u8]) -> Key {
         self.hash.clone().chain_update(b"turn").chain_update(tokens).finalize().into()
     }
 }
@@ -274,11 +305,7 @@ impl Forms<'_> {
 
 /// The first ones of `tokens` that say what `shown` begins with, as many as there are, and what follows of it.
 fn common<'t>(tokenizer: &Tokenizer, tokens: &'t [u32], shown: &[Segment]) -> (&'t [u32], Vec<Segment>) {
-    let bytes = |segment: &Segment| match segment {
-        Segment::Control(token) => tokenizer.token_bytes(*token).to_vec(),
-        Segment::Text(text) => text.clone().into_bytes(),
-    };
-    let said: Vec<u8> = shown.iter().flat_map(bytes).collect();
+    let said = bytes_of(tokenizer, shown);
     let mut ends = vec![0];
     for &token in tokens {
         let (end, token) = (ends[ends.len() - 1], tokenizer.token_bytes(token));
@@ -287,14 +314,23 @@ fn common<'t>(tokenizer: &Tokenizer, tokens: &'t [u32], shown: &[Segment]) -> (&
         }
         ends.push(end + token.len());
     }
-    let cut = ends.iter().enumerate().rev().find_map(|(count, &end)| Some((count, after(shown, end, bytes)?)));
+    let cut = ends.iter().enumerate().rev().find_map(|(count, &end)| Some((count, after(tokenizer, shown, end)?)));
     cut.map_or((&[], shown.to_vec()), |(count, rest)| (&tokens[..count], rest))
 }
 
+/// What segments say.
+fn bytes_of(tokenizer: &Tokenizer, segments: &[Segment]) -> Vec<u8> {
+    let bytes = |segment: &Segment| match segment {
+        Segment::Control(token) => tokenizer.token_bytes(*token).to_vec(),
+        Segment::Text(text) => text.clone().into_bytes(),
+    };
+    segments.iter().flat_map(bytes).collect()
+}
+
 /// What follows the first `skip` bytes of segments; `None` if these end inside a control token or a character.
-fn after(segments: &[Segment], mut skip: usize, bytes: impl Fn(&Segment) -> Vec<u8>) -> Option<Vec<Segment>> {
+fn after(tokenizer: &Tokenizer, segments: &[Segment], mut skip: usize) -> Option<Vec<Segment>> {
     for (index, segment) in segments.iter().enumerate() {
-        let len = bytes(segment).len();
+        let len = bytes_of(tokenizer, std::slice::from_ref(segment)).len();
         if skip < len {
             let head = match segment {
                 Segment::Text(text) => Some(Segment::Text(text.get(skip..)?.to_owned())),

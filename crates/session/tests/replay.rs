@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::collections::HashSet;
 use std::ops::ControlFlow;
 use std::sync::{Arc, LazyLock};
 
@@ -81,6 +82,15 @@ fn segments(messages: &[Message], shows: Shows) -> Vec<Segment> {
     render(vocabulary(), messages, &PromptOptions { encoding: Encoding::V4_0731, mode, drop_reasoning }).unwrap()
 }
 
+/// The ids of all calls.
+fn ids(messages: &[Message]) -> HashSet<&str> {
+    let calls = messages.iter().filter_map(|message| match message {
+        Message::Assistant(message) => Some(&message.calls),
+        _ => None,
+    });
+    calls.flatten().filter_map(|call| call.id.as_deref()).collect()
+}
+
 impl Conversation {
     fn new(with_tools: bool, thinks: bool) -> Conversation {
         let tools = if with_tools { tools() } else { Vec::new() };
@@ -103,7 +113,7 @@ impl Conversation {
         let has_calls = matches!(self.messages.last(), Some(Message::Assistant(last)) if !last.calls.is_empty());
         let question = if has_calls { Message::tool("id", says.question) } else { Message::user(says.question) };
         self.messages.push(question);
-        let prompt = self.replay.prompt(vocabulary(), &segments(&self.messages, self.mode())).tokens;
+        let prompt = self.prompt(&self.messages, self.mode());
         let outcome = generate(&prompt, says, self.thinks);
         let ids: Vec<String> = (0..outcome.turn.calls.len()).map(|i| format!("{}-{i}", self.turns.len())).collect();
         self.replay.remember(vocabulary(), &prompt, &outcome, &ids).unwrap();
@@ -139,7 +149,7 @@ impl Conversation {
     }
 
     fn prompt(&self, messages: &[Message], shows: Shows) -> Vec<u32> {
-        self.replay.prompt(vocabulary(), &segments(messages, shows)).tokens
+        self.replay.prompt(vocabulary(), &segments(messages, shows), &ids(messages)).tokens
     }
 }
 
@@ -236,10 +246,35 @@ fn after_turns(segments: &[Segment], turns: usize) -> &[Segment] {
     &segments[std::iter::once(0).chain(ends).nth(turns).unwrap()..]
 }
 
+/// Whether the conversation so far reads as it did when it was generated.
+fn is_as_shown(conversation: &Conversation, shows: Shows) -> bool {
+    let all = Shows { drop_reasoning: false, ..conversation.mode() };
+    let [then, now] = [segments(&conversation.messages, all), segments(&conversation.shown(shows), shows)];
+    now.starts_with(&then)
+}
+
+/// Whether a turn has calls, or says in these segments what was sampled.
+fn is_proven_or_shown(conversation: &Conversation, segments: &[Segment], turn: usize) -> bool {
+    let answers = conversation.messages.iter().filter_map(|message| match message {
+        Message::Assistant(message) => Some(message),
+        _ => None,
+    });
+    let has_calls = !answers.skip(turn).next().unwrap().calls.is_empty();
+    let begin = match turn.checked_sub(1) {
+        Some(before) => conversation.turns[before].0.len(),
+        None => 0,
+    };
+    let sampled = vocabulary().decode(&conversation.turns[turn].0[begin..]);
+    let behind = after_turns(segments, turn + 1).len();
+    let shown = &after_turns(segments, turn)[..after_turns(segments, turn).len() - behind];
+    has_calls || vocabulary().decode(&vocabulary().encode_segments(shown)) == sampled
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(300) })]
 
-    /// However a conversation is shown, what was sampled stands in the prompt.
+    /// However a conversation is shown, what was sampled stands in the prompt: of each turn that has calls, or is shown as it was, up to
+    /// the first that is neither.
     #[test]
     fn what_was_sampled_stands_in_the_prompt((tools, thinks, turns) in conversation(), shows in shows()) {
         let mut conversation = Conversation::new(tools, thinks);
@@ -248,10 +283,13 @@ proptest! {
         }
         let messages = conversation.shown(shows);
         let prompt = conversation.prompt(&messages, shows);
+        let segments = segments(&messages, shows);
         for (number, (expected, exact)) in conversation.turns.iter().enumerate() {
+            if !is_proven_or_shown(&conversation, &segments, number) {
+                break;
+            }
             prop_assert!(!exact || prompt.starts_with(expected), "turn {}", number);
         }
-        let segments = segments(&messages, shows);
         let end = after_turns(&segments, conversation.turns.len());
         prop_assert!(prompt.ends_with(&vocabulary().encode_segments(end)));
     }
@@ -264,6 +302,12 @@ proptest! {
         conversation.turn(&Says { end, ..says });
         prop_assume!(!conversation.turns[0].1);
         let prompt = conversation.prompt(&conversation.shown(shows), shows);
+        if !is_as_shown(&conversation, shows) {
+            // Without calls, what hides some of it is its text.
+            let text = vocabulary().encode_segments(&segments(&conversation.shown(shows), shows));
+            prop_assert_eq!(prompt, text);
+            return Ok(());
+        }
         let all = Shows { drop_reasoning: false, ..conversation.mode() };
         let shown = segments(&conversation.messages, all);
         let text = vocabulary().decode(&vocabulary().encode_segments(&shown));
@@ -302,6 +346,7 @@ proptest! {
         }
         let changed = segments(&messages, shows);
         prop_assert_ne!(&changed, &unchanged);
+        prop_assume!((0..earlier).all(|turn| is_proven_or_shown(&conversation, &unchanged, turn)));
         let kept = if earlier == 0 { Vec::new() } else { conversation.turns[earlier - 1].0.clone() };
         let expected = [kept, vocabulary().encode_segments(after_turns(&changed, earlier))].concat();
         prop_assert_eq!(conversation.prompt(&messages, shows), expected);
@@ -316,7 +361,7 @@ proptest! {
         }
         let segments = segments(&conversation.shown(shows), shows);
         for other in [Replay::new(&Database::in_memory(), 7), Replay::new(&Database::in_memory(), 8)] {
-            let prompt = other.prompt(vocabulary(), &segments);
+            let prompt = other.prompt(vocabulary(), &segments, &ids(&conversation.messages));
             prop_assert_eq!(&prompt.tokens, &vocabulary().encode_segments(&segments));
             let common = vocabulary().decode(&prompt.tokens[..prompt.common_tokens]);
             prop_assert!(common.starts_with("<｜begin▁of▁sentence｜>Be brief.".as_bytes()), "{}", String::from_utf8_lossy(&common));
@@ -347,6 +392,52 @@ fn calls_are_exact_by_id_whatever_the_order_of_their_keys() {
         let is_same = segments(&messages, canonical) == segments(&conversation.shown(canonical), canonical);
         assert_eq!(conversation.prompt(&messages, reordered).starts_with(sampled), is_same);
     }
+}
+
+/// What one client was not shown must not reach another's prompt, though their conversations look the same.
+#[test]
+fn hidden_text_stays_with_who_knows_the_calls() {
+    let hides = [
+        Shows { reasoning: false, ..SHOWS_ALL },
+        Shows { reasoning: false, mode: Mode::Chat, ..SHOWS_ALL },
+        Shows { reasoning: false, by_id: false, ..SHOWS_ALL },
+    ];
+    let conversation = called(BLOCKS[1]);
+    for shows in hides {
+        let mut messages = conversation.shown(shows);
+        assert!(conversation.prompt(&messages, shows).starts_with(&conversation.turns[0].0), "its own, {shows:?}");
+        let plain = vocabulary().encode_segments(&segments(&messages, shows));
+        for id in [None, Some("another"), Some("0-1"), Some("")] {
+            for message in &mut messages {
+                let Message::Assistant(message) = message else { continue };
+                message.calls[0].id = id.map(str::to_owned);
+            }
+            assert_eq!(conversation.prompt(&messages, shows), plain, "{id:?} {shows:?}");
+        }
+    }
+    // The model's own spelling of a block is text, too.
+    let canonical = Shows { by_id: false, ..SHOWS_ALL };
+    let rendered = segments(&conversation.shown(canonical), canonical);
+    let stranger = conversation.replay.prompt(vocabulary(), &rendered, &HashSet::new()).tokens;
+    assert_eq!(stranger, vocabulary().encode_segments(&rendered));
+    // Who shows all of it learns nothing but where tokens end.
+    let rendered = segments(&conversation.shown(SHOWS_ALL), SHOWS_ALL);
+    let stranger = conversation.replay.prompt(vocabulary(), &rendered, &HashSet::new()).tokens;
+    assert!(stranger.starts_with(&conversation.turns[0].0));
+    let text = |tokens: &[u32]| vocabulary().decode(tokens);
+    assert_eq!(text(&stranger), text(&vocabulary().encode_segments(&rendered)));
+}
+
+/// A turn without calls proves nothing: without its reasoning it is its text, for everybody.
+#[test]
+fn a_turn_without_calls_has_no_hidden_forms() {
+    let mut conversation = Conversation::new(false, true);
+    let (reasoning, content) = ("the cat sat".to_owned(), "So:".to_owned());
+    conversation.turn(&Says { question: "q", reasoning, content, block: None, cuts: vec![2, 5], end: End::Model });
+    let hides = Shows { reasoning: false, ..SHOWS_ALL };
+    let messages = conversation.shown(hides);
+    assert_eq!(conversation.prompt(&messages, hides), vocabulary().encode_segments(&segments(&messages, hides)));
+    assert!(conversation.prompt(&conversation.shown(SHOWS_ALL), SHOWS_ALL).starts_with(&conversation.turns[0].0));
 }
 
 #[test]
