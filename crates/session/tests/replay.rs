@@ -255,11 +255,11 @@ fn is_as_shown(conversation: &Conversation, shows: Shows) -> bool {
 
 /// Whether a turn has calls, or says in these segments what was sampled.
 fn is_proven_or_shown(conversation: &Conversation, segments: &[Segment], turn: usize) -> bool {
-    let answers = conversation.messages.iter().filter_map(|message| match message {
+    let mut answers = conversation.messages.iter().filter_map(|message| match message {
         Message::Assistant(message) => Some(message),
         _ => None,
     });
-    let has_calls = !answers.skip(turn).next().unwrap().calls.is_empty();
+    let has_calls = !answers.nth(turn).unwrap().calls.is_empty();
     let begin = match turn.checked_sub(1) {
         Some(before) => conversation.turns[before].0.len(),
         None => 0,
