@@ -14,7 +14,7 @@ const ADDRESS_BYTES: u64 = 6 << 30;
 fn no_adapter_of_that_number() {
     let (model, source) = open("tiny-iq2");
     let loaded = GpuBackend::load(&model, &source, (Choice::Index(99), Checks::On), Options::default(), &mut |_| ());
-    let Err(Error::DeviceMemory(cause)) = loaded else { panic!("it loaded, or failed otherwise") };
+    let Err(Error::Device(cause)) = loaded else { panic!("it loaded, or failed otherwise") };
     assert!(matches!(cause.downcast_ref(), Some(GpuError::NoAdapter { .. })), "{cause:?}");
     let text = cause.to_string();
     assert!(text.contains("gpu:99") && text.contains("gpu:0") && text.contains("infall devices"), "{text}");
