@@ -265,12 +265,10 @@ function say(text) {
 const root = document.documentElement;
 const scrollToEnd = () => scrollTo(0, root.scrollHeight);
 
-/** Changes the document; who is at its end stays there. */
-function followEnd(change) {
-	const isAtEnd = innerHeight + scrollY > root.scrollHeight - 60;
-	change();
-	if (isAtEnd) scrollToEnd();
-}
+/** Who is at the end stays there, whatever grows: an answer, the figures. */
+let isAtEnd = true;
+addEventListener("scroll", () => { isAtEnd = innerHeight + scrollY > root.scrollHeight - 60; });
+new ResizeObserver(() => isAtEnd && scrollToEnd()).observe(document.body);
 
 function copy(text) {
 	document.oncopy = event => {
@@ -374,7 +372,7 @@ async function ask(...added) {
 
 	let frame, end = "Answered.";
 	const changed = () => {
-		frame ??= requestAnimationFrame(() => { frame = null; followEnd(update); });
+		frame ??= requestAnimationFrame(() => { frame = null; update(); });
 	};
 	try {
 		await receive(message, signal, changed);
@@ -385,7 +383,7 @@ async function ask(...added) {
 		end = page.note = signal.aborted ? "Stopped." : told;
 	}
 	setCurrent(null);
-	followEnd(update);
+	update();
 	say(end);
 	$("spoken").textContent = message.content.slice(0, 2000);
 	save();
