@@ -131,6 +131,9 @@ fn main() -> Result<()> {
     let backend = GpuBackend::load(&model, &source, adapter, options.clone(), &mut |more| bytes += more)?;
     let took = began.elapsed().as_secs_f64();
     println!("{:?}", backend.device().report());
+    if let Some(note) = backend.adapter_note() {
+        println!("note: {note}");
+    }
     println!("loaded {:.2} GB in {took:.1} s, {:.2} GB/s", bytes as f64 / 1e9, bytes as f64 / took / 1e9);
 
     let mut state = backend.new_state()?;
