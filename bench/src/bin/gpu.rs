@@ -27,6 +27,9 @@ struct What {
     /// Tokens to decode at each.
     #[arg(long, default_value_t = 64)]
     decode: usize,
+    /// Rows of a pass of prefill, a power of two.
+    #[arg(long, default_value_t = GpuBackend::PASS_ROWS)]
+    pass_rows: usize,
     /// Exact instead of Fast.
     #[arg(long)]
     exact: bool,
@@ -146,7 +149,7 @@ fn main() -> Result<()> {
         let mut at = start;
         let mut stages = Stages::default();
         while at < context {
-            let end = ((at / GpuBackend::PASS_ROWS + 1) * GpuBackend::PASS_ROWS).min(context);
+            let end = ((at / what.pass_rows + 1) * what.pass_rows).min(context);
             let row =
                 |position| Row { session: 0, position, token: token(position, vocab), logits: position + 1 == context };
             let rows = (at..end).map(row).collect();

@@ -751,7 +751,9 @@ fn cooperative_index_scores_equal_their_plain_twin() {
             let visible = scene.visible(row);
             let twin: Vec<f64> = twin[..visible].iter().map(|&v| f64::from(v)).collect();
             let apart = distance(&computed[..visible], &twin);
-            assert!(apart <= 2e-6, "{apart} row {row}");
+            // Drivers leave out that the twin rounds its queries to halves, which changes those of plain arithmetic.
+            println!("{apart:.1e} from the twin: row {row}, plain arithmetic: {}", scene.plain);
+            assert!(apart <= if scene.plain { F16_DISTANCE } else { 2e-6 }, "{apart} row {row}");
         }
     }
 }

@@ -4,6 +4,8 @@ mod attend_many;
 #[cfg(test)]
 mod attention_tests;
 mod backend;
+#[cfg(test)]
+mod cooperative_tests;
 mod device;
 #[cfg(test)]
 mod emulation;

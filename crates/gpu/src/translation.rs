@@ -281,6 +281,20 @@ fn every_kernel_is_valid_spirv() {
     }
 }
 
+/// Matrices are loaded from multiples of 16 bytes, and a driver lays variables of workgroup memory one after the other in an
+/// order of its own: one odd word made the attention of an NVIDIA H200 wrong.
+#[test]
+fn workgroup_memory_of_cooperative_kernels_lies_at_multiples_of_16_bytes() {
+    for (name, context) in variants().iter().filter(|(_, context)| is_cooperative(context)) {
+        let (module, _) = validated(name, context);
+        let is_workgroup = |variable: &&naga::GlobalVariable| variable.space == naga::AddressSpace::WorkGroup;
+        for variable in module.global_variables.iter().map(|(_, variable)| variable).filter(is_workgroup) {
+            let bytes = module.types[variable.ty].inner.size(module.to_ctx());
+            assert!(bytes.is_multiple_of(16), "{name} {context}: {:?} has {bytes} bytes", variable.name);
+        }
+    }
+}
+
 /// A kernel that is in no list is translated by nobody.
 #[test]
 fn every_source_is_translated() {

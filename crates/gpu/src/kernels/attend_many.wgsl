@@ -79,7 +79,9 @@ var<workgroup> weights: array<{{ "vec2<f16>" if coop else "u32" }}, {{ 12 * head
 // What a head's sums are to be multiplied with.
 var<workgroup> factors: array<f32, {{ heads_tile }}>;
 var<workgroup> totals: array<f32, {{ threads }}>;
-var<workgroup> moved: atomic<u32>;
+// Whether any head's score moved. One word of four: drivers lay variables one after the other, and matrices are loaded from
+// multiples of 16 bytes.
+var<workgroup> moved: array<atomic<u32>, 4>;
 
 {{ functions.exponential() }}
 {{ rows.scales() }}
@@ -277,7 +279,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
 {% endfor %}
         if thread == 0u {
-            atomicStore(&moved, 0u);
+            atomicStore(&moved[0], 0u);
         }
         workgroupBarrier();
         // The next keys are on their way meanwhile.
@@ -342,7 +344,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             } else if high > most + 8.0 {
                 fade = exp_of(most - high);
                 most = high;
-                atomicStore(&moved, 1u);
+                atomicStore(&moved[0], 1u);
             }
         }
         if head_part == 0u {
@@ -375,7 +377,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
 {% endfor %}
         workgroupBarrier();
-        let any_moved = atomicLoad(&moved) != 0u;
+        let any_moved = atomicLoad(&moved[0]) != 0u;
 {% if coop %}
         if any_moved {
 {% for m in range(m_tiles) %}
