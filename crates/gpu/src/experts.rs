@@ -18,7 +18,7 @@ use store::{Cache, ExpertId, HostLeases, HostStore, Policy, Prefetching, Source,
 use crate::device::Device;
 use crate::format::Format;
 use crate::kernel::{Buffer, Commands};
-use crate::upload::Uploader;
+use crate::upload::{FileRows, PIECE_BYTES, Rows, Uploader};
 use crate::weights::format_of;
 
 /// No slot.
@@ -59,6 +59,14 @@ impl ExpertLayout {
     /// Bytes of a slot.
     pub(crate) fn slot_bytes(&self) -> u64 {
         u64::from(self.slot) * 16
+    }
+
+    /// An expert's parts as they follow each other in a slot, which begins at byte `at`.
+    fn rows<'r>(&self, at: u64, parts: [FileRows<'r>; 3]) -> [(u64, Rows<'r>); 3] {
+        [0, 1, 2].map(|part| {
+            let (rows, cols) = self.shapes[part];
+            (at + u64::from(self.parts[part]) * 16, Rows { format: self.formats[part], rows, cols, bytes: parts[part] })
+        })
     }
 }
 
@@ -169,11 +177,22 @@ pub struct GpuLeases<'s>(Option<Wanted<'s>>);
 
 struct Wanted<'s> {
     layer: usize,
-    /// Each once, ascending.
-    experts: Vec<u32>,
-    /// Those that the device had no slot for when they were asked for.
-    missing: HashMap<u32, HostLeases<'s>>,
     tiers: &'s Tiers,
+    /// Those that are in no group yet, each once, ascending.
+    experts: Vec<u32>,
+    group: Group<'s>,
+}
+
+/// As many of the wanted experts as there are slots for, at least one. It ends when the kernels that read them were handed
+/// over, or never will be.
+struct Group<'t> {
+    layer: usize,
+    tiers: &'t Tiers,
+    /// Experts and their slots, on lease.
+    leased: Vec<(u32, u32)>,
+    /// Experts that the device did not have, and the slots that they are to be copied to.
+    missing: HashMap<u32, u32>,
+    host: HostLeases<'t>,
 }
 
 impl Selection {
@@ -205,14 +224,23 @@ impl GpuExperts {
         for (layer, (layout, experts)) in layouts.iter().zip(&model.experts).enumerate() {
             let bytes = layout.slot_bytes() * count as u64;
             let slab = Buffer::new(device, &format!("the experts of layer {layer}"), bytes)?;
-            for expert in 0..count as u32 {
+            let fetch = |part: usize, expert: u32| {
+                let extent = experts.extents.part(part, expert);
+                let row_bytes = layout.formats[part].file_row_bytes(layout.shapes[part].1) as u64;
+                move |first: usize, rows: &mut [u8]| {
+                    Ok(source.read_exact_at(extent.file, extent.offset + first as u64 * row_bytes, rows)?)
+                }
+            };
+            let all: Vec<u32> = (0..count as u32).collect();
+            for together in all.chunks((PIECE_BYTES as u64 / layout.slot_bytes()).max(1) as usize) {
                 cancel.check()?;
-                let read = |part: usize, from: u64, bytes: &mut [u8]| {
-                    let extent = experts.extents.part(part, expert);
-                    Ok(source.read_exact_at(extent.file, extent.offset + from, bytes)?)
-                };
-                fill(uploader, layout, (&slab, u64::from(expert) * layout.slot_bytes()), &read)?;
-                loaded(experts.extents.expert_bytes().iter().sum::<usize>() as u64);
+                let fetch: Vec<_> = together.iter().map(|&expert| [0, 1, 2].map(|part| fetch(part, expert))).collect();
+                let parts = together.iter().zip(&fetch).flat_map(|(&expert, fetch)| {
+                    let parts = fetch.each_ref().map(|fetch| FileRows::Fetch(fetch));
+                    layout.rows(u64::from(expert) * layout.slot_bytes(), parts)
+                });
+                uploader.rows(&slab, &parts.collect::<Vec<_>>())?;
+                loaded(experts.extents.expert_bytes().iter().sum::<usize>() as u64 * together.len() as u64);
             }
             slabs.push(slab);
         }
@@ -324,15 +352,11 @@ impl GpuExperts {
             let used = chosen.len() / selection.places.len();
             state.cache.chosen(id(layer, expert), selection.places[i / used]);
         }
-        let missing: Vec<u32> =
-            experts.iter().copied().filter(|&expert| !state.cache.is_ready(id(layer, expert))).collect();
         experts.iter().for_each(|&expert| state.cache.demand(id(layer, expert)));
         state.cache.layer_demanded(layer);
         drop(state);
-        // Each by itself, so that they come in the order in which slots are given out.
-        let ask = |expert: u32| (expert, tiers.host.lease(layer, &[expert], std::iter::once((expert, 0))));
-        let missing = missing.into_iter().map(ask).collect();
-        GpuLeases(Some(Wanted { layer, experts, missing, tiers }))
+        let group = tiers.begin_group(layer, &mut experts);
+        GpuLeases(Some(Wanted { layer, tiers, experts, group }))
     }
 
     /// Runs `kernels` until every expert of `leases` was in a slot once. They are told whether it is the first time, and how
@@ -350,11 +374,12 @@ impl GpuExperts {
     ) -> Result<(), Error> {
         let Some(mut wanted) = leases.0 else { return kernels(commands, true) };
         let mut is_first = true;
-        while !wanted.experts.is_empty() {
-            let group = self.fill_group(&mut wanted, uploader, commands, cancel)?;
+        loop {
+            // On a thread of those that copy: it takes part, and need not be told by others that they are done.
+            rayon::scope(|_| self.fill(&mut wanted.group, uploader, cancel))?;
             let mut table = vec![NONE; self.experts];
             let first = wanted.tiers.first_slot[self.slab_of_layer[wanted.layer]];
-            for &(expert, slot) in &group.0 {
+            for &(expert, slot) in &wanted.group.leased {
                 table[expert as usize] = slot - first;
             }
             let at = u64::from(self.table_at(wanted.layer)) * 4;
@@ -363,91 +388,47 @@ impl GpuExperts {
             // What reads the slots is handed over before any slot may be given to another.
             commands.submit();
             is_first = false;
+            if !wanted.next_group() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Copies the experts of a group that miss to their slots, as they come.
+    fn fill(&self, group: &mut Group<'_>, uploader: &Uploader, cancel: &Cancel) -> Result<(), Error> {
+        let (layer, tiers) = (group.layer, group.tiers);
+        let (layout, slab) = (&self.layouts[layer], self.slab_of_layer[layer]);
+        while !group.missing.is_empty() {
+            let leases = group.host.all_ready(cancel)?;
+            let rows = leases.iter().flat_map(|lease| {
+                let slot = group.missing[&lease.expert()] - tiers.first_slot[slab];
+                let parts = [0, 1, 2].map(|part| FileRows::Here(lease.part(part)));
+                layout.rows(u64::from(slot) * layout.slot_bytes(), parts)
+            });
+            uploader.rows(&self.slabs[slab], &rows.collect::<Vec<_>>())?;
+            let mut state = tiers.lock();
+            for lease in leases {
+                let expert = lease.expert();
+                let slot = group.missing.remove(&expert).expect("it was asked for");
+                state.cache.read_ended(slot, true);
+                state.uploaded_bytes += layout.slot_bytes();
+                state.cache.lease(id(layer, expert)).expect("it is in its slot and nobody else wants it");
+                group.leased.push((expert, slot));
+            }
         }
         Ok(())
     }
+}
 
-    /// As many of the wanted experts as there are slots for, at least one; those that miss are copied there.
-    fn fill_group<'t>(
-        &self,
-        wanted: &mut Wanted<'t>,
-        uploader: &Uploader,
-        commands: &mut Commands,
-        cancel: &Cancel,
-    ) -> Result<Group<'t>, Error> {
-        let (layer, tiers) = (wanted.layer, wanted.tiers);
-        let layout = &self.layouts[layer];
-        let mut group = Group(Vec::new(), layer, tiers);
-        let take = |group: &mut Group<'_>, experts: &mut Vec<u32>| {
-            let mut state = tiers.lock();
-            experts.retain(|&expert| match state.cache.lease(id(layer, expert)) {
-                Some(slot) => {
-                    group.0.push((expert, slot));
-                    false
-                }
-                None => true,
-            });
-        };
-        take(&mut group, &mut wanted.experts);
-        loop {
-            let next = tiers.lock().cache.next_read();
-            let Some(read) = next else { break };
-            let expert = read.id.expert;
-            let filled = (|| {
-                let mut host = wanted
-                    .missing
-                    .remove(&expert)
-                    .unwrap_or_else(|| tiers.host.lease(layer, &[expert], std::iter::once((expert, 0))));
-                let lease = host.next_ready(cancel).expect("it was asked for")?;
-                let slab = self.slab_of_layer[layer];
-                let to = (&self.slabs[slab], u64::from(read.slot - tiers.first_slot[slab]) * layout.slot_bytes());
-                let parts = [0, 1, 2].map(|part| lease.part(part));
-                let bytes = |part: usize, from: u64, bytes: &mut [u8]| {
-                    bytes.copy_from_slice(&parts[part][from as usize..][..bytes.len()]);
-                    Ok(())
-                };
-                // Kernels of earlier layers that were not handed over yet may read what was in the slot.
-                commands.submit();
-                fill(uploader, layout, to, &bytes)
-            })();
-            let mut state = tiers.lock();
-            state.cache.read_ended(read.slot, filled.is_ok());
-            state.uploaded_bytes += if filled.is_ok() { layout.slot_bytes() } else { 0 };
-            drop(state);
-            filled?;
-            take(&mut group, &mut wanted.experts);
+impl Wanted<'_> {
+    /// Ends the group and begins the next; whether there is one.
+    fn next_group(&mut self) -> bool {
+        self.group.end();
+        if self.experts.is_empty() {
+            return false;
         }
-        assert!(!group.0.is_empty(), "a slab has a slot for one expert at least");
-        Ok(group)
-    }
-}
-
-/// Gives bytes of a part of an expert, from some byte on.
-type ReadPart<'r> = dyn Fn(usize, u64, &mut [u8]) -> Result<(), Error> + Sync + 'r;
-
-/// Copies an expert's parts to a slot. `read` gives bytes of a part from some byte on.
-fn fill(
-    uploader: &Uploader,
-    layout: &ExpertLayout,
-    (slab, at): (&Buffer, u64),
-    read: &ReadPart<'_>,
-) -> Result<(), Error> {
-    for part in 0..3 {
-        let (rows, cols) = layout.shapes[part];
-        let format = layout.formats[part];
-        let fetch = |first: usize, bytes: &mut [u8]| read(part, (first * format.file_row_bytes(cols)) as u64, bytes);
-        uploader.rows((slab, at + u64::from(layout.parts[part]) * 16), (format, rows, cols), &fetch)?;
-    }
-    Ok(())
-}
-
-/// Experts and their slots, on lease. Dropped when the kernels that read them were handed over, or never will be.
-struct Group<'t>(Vec<(u32, u32)>, usize, &'t Tiers);
-
-impl Drop for Group<'_> {
-    fn drop(&mut self) {
-        let mut state = self.2.lock();
-        self.0.iter().for_each(|&(expert, _)| state.cache.released(id(self.1, expert)));
+        self.group = self.tiers.begin_group(self.layer, &mut self.experts);
+        true
     }
 }
 
@@ -458,7 +439,45 @@ impl Drop for Wanted<'_> {
     }
 }
 
+impl Group<'_> {
+    fn end(&mut self) {
+        let mut state = self.tiers.lock();
+        for (expert, _) in self.leased.drain(..) {
+            state.cache.released(id(self.layer, expert));
+        }
+        for (expert, slot) in self.missing.drain() {
+            state.cache.read_ended(slot, false);
+            state.cache.give_up(id(self.layer, expert));
+        }
+    }
+}
+
+impl Drop for Group<'_> {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
 impl Tiers {
+    /// Takes experts out of `experts` that have a slot or are given one now, and asks the tier of host memory for those that
+    /// miss. What a slot held is read by kernels only that were handed over before its lease ended.
+    fn begin_group(&self, layer: usize, experts: &mut Vec<u32>) -> Group<'_> {
+        let mut state = self.lock();
+        let (mut leased, mut missing) = (Vec::new(), HashMap::new());
+        for &expert in &*experts {
+            leased.extend(state.cache.lease(id(layer, expert)).map(|slot| (expert, slot)));
+        }
+        while let Some(read) = state.cache.next_read() {
+            missing.insert(read.id.expert, read.slot);
+        }
+        drop(state);
+        assert!(leased.len() + missing.len() > 0, "a slab has a slot for one expert at least");
+        let asked: Vec<u32> = experts.iter().copied().filter(|expert| missing.contains_key(expert)).collect();
+        experts.retain(|expert| !missing.contains_key(expert) && leased.iter().all(|(other, _)| other != expert));
+        let host = self.host.lease(layer, &asked, asked.iter().map(|&expert| (expert, 0)));
+        Group { layer, tiers: self, leased, missing, host }
+    }
+
     fn lock(&self) -> MutexGuard<'_, TierState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -8,7 +8,7 @@ use model::Error;
 use crate::device::{Checks, Choice, Device};
 use crate::format::Format;
 use crate::kernel::{Buffer, Commands, Kernels};
-use crate::upload::Uploader;
+use crate::upload::{FileRows, Rows, Uploader};
 
 /// What was measured.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -79,7 +79,8 @@ fn upload(device: &Arc<Device>, memory: &Buffer) -> Result<f64, Error> {
         Ok(())
     };
     best(memory.bytes, || {
-        uploader.rows((memory, 0), (Format::F32, rows, row_bytes / 4), &fetch)?;
+        let from = Rows { format: Format::F32, rows, cols: row_bytes / 4, bytes: FileRows::Fetch(&fetch) };
+        uploader.rows(memory, &[(0, from)])?;
         Ok(device.wait()?)
     })
 }

@@ -1,6 +1,7 @@
 //! Bytes on their way to the device: read or taken from memory by several threads, put into the order of the kernels, and
 //! copied while the next are being read.
 
+use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -13,13 +14,13 @@ use crate::format::Format;
 use crate::kernel::Buffer;
 
 /// Bytes that are copied at once.
-pub(crate) const PIECE_BYTES: usize = 16 << 20;
+pub(crate) const PIECE_BYTES: usize = 32 << 20;
 
 /// Pieces at most: as many are filled or copied at the same time.
-pub(crate) const PIECES: usize = 6;
+pub(crate) const PIECES: usize = 3;
 
-/// Bytes that a thread puts in order at a time.
-const SHARE_BYTES: usize = 256 << 10;
+/// Bytes that a thread puts in order at a time: few enough to stay in its cache on the way.
+const SHARE_BYTES: usize = 128 << 10;
 
 /// Memory that both the host and the device reach.
 struct Piece {
@@ -28,20 +29,97 @@ struct Piece {
     ready: Arc<AtomicBool>,
 }
 
-/// Bytes of mapped memory that one thread fills.
-struct Share<'a>(wgpu::WriteOnly<'a, [u8]>);
+/// Whole rows of a matrix as they lie in the file.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<'r> {
+    pub(crate) format: Format,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) bytes: FileRows<'r>,
+}
 
-// SAFETY: it is an exclusive reference to bytes, and bytes may be written by any thread. (wgpu says so of sized types only.)
-unsafe impl Send for Share<'_> {}
-
-impl Share<'_> {
-    fn fill(mut self, bytes: &[u8]) {
-        self.0.copy_from_slice(bytes);
-    }
+/// Where rows come from.
+#[derive(Clone, Copy)]
+pub(crate) enum FileRows<'r> {
+    /// Memory that holds them all.
+    Here(&'r [u8]),
+    /// A function that gives rows from some row on; several threads ask at once.
+    Fetch(&'r FetchRows<'r>),
 }
 
 /// Gives whole rows as they lie in the file, from some row on.
 pub(crate) type FetchRows<'f> = dyn Fn(usize, &mut [u8]) -> Result<(), Error> + Sync + 'f;
+
+/// Rows that one thread puts in order.
+struct Share<'r> {
+    from: Rows<'r>,
+    first: usize,
+    rows: usize,
+    /// Where they go, in bytes.
+    to: u64,
+}
+
+/// Bytes of a piece, and where they go.
+struct Copied {
+    to: u64,
+    bytes: u64,
+}
+
+/// Bytes of mapped memory that one thread fills.
+struct Target<'a>(wgpu::WriteOnly<'a, [u8]>);
+
+// SAFETY: it is an exclusive reference to bytes, and bytes may be written by any thread. (wgpu says so of sized types only.)
+unsafe impl Send for Target<'_> {}
+
+impl<'r> Rows<'r> {
+    fn shares(self, to: u64) -> impl Iterator<Item = Share<'r>> {
+        let row_bytes = self.format.row_bytes(self.cols);
+        let most = (SHARE_BYTES / row_bytes).max(1);
+        (0..self.rows).step_by(most).map(move |first| Share {
+            from: self,
+            first,
+            rows: most.min(self.rows - first),
+            to: to + (first * row_bytes) as u64,
+        })
+    }
+}
+
+thread_local! {
+    /// Rows as in the file, and as on the device: kept, since fresh memory takes longer to get than to fill.
+    static SCRATCH: RefCell<[Vec<u8>; 2]> = RefCell::default();
+}
+
+impl Share<'_> {
+    /// Bytes on the device.
+    fn bytes(&self) -> usize {
+        self.rows * self.from.format.row_bytes(self.from.cols)
+    }
+
+    fn write(&self, mut to: Target<'_>) -> Result<(), Error> {
+        let Rows { format, cols, bytes, .. } = self.from;
+        let file_row_bytes = format.file_row_bytes(cols);
+        let file_bytes = self.rows * file_row_bytes;
+        SCRATCH.with_borrow_mut(|[fetched, packed]| {
+            let file = match bytes {
+                FileRows::Here(all) => &all[self.first * file_row_bytes..][..file_bytes],
+                FileRows::Fetch(fetch) => {
+                    fetched.resize(file_bytes.max(fetched.len()), 0);
+                    fetch(self.first, &mut fetched[..file_bytes])?;
+                    &fetched[..file_bytes]
+                }
+            };
+            packed.resize(self.bytes().max(packed.len()), 0);
+            let packed = &mut packed[..self.bytes()];
+            for (row, packed) in file.chunks_exact(file_row_bytes).zip(packed.chunks_exact_mut(format.row_bytes(cols)))
+            {
+                format.pack(row, packed);
+                packed[file_row_bytes..].fill(0);
+            }
+            to.0.copy_from_slice(packed);
+            Ok(())
+        })
+    }
+}
 
 /// Sends bytes to a device.
 pub(crate) struct Uploader {
@@ -54,47 +132,48 @@ impl Uploader {
         Uploader { device, pieces: Mutex::default() }
     }
 
-    /// Writes rows to `to` from byte `at` on: after everything that was handed to the device before. `fetch` gives whole rows
-    /// as they lie in the file, from row `first` on; several threads ask at once.
+    /// Writes matrices to `to`, each from a byte on: after everything that was handed to the device before.
     ///
     /// # Errors
-    /// Those of `fetch`; the device failed.
-    pub(crate) fn rows(
-        &self,
-        (to, at): (&Buffer, u64),
-        (format, rows, cols): (Format, usize, usize),
-        fetch: &FetchRows<'_>,
-    ) -> Result<(), Error> {
-        let (row_bytes, file_row_bytes) = (format.row_bytes(cols), format.file_row_bytes(cols));
-        let rows_each = (PIECE_BYTES / row_bytes).max(1);
-        let share_rows = (SHARE_BYTES / row_bytes).clamp(1, rows_each);
-        for first in (0..rows).step_by(rows_each) {
-            let count = rows_each.min(rows - first);
-            let piece = self.piece((count * row_bytes) as u64)?;
-            {
-                let mut view = self.device.mapped_mut(&piece.buffer, (count * row_bytes) as u64)?;
-                let mut rest = view.slice(..);
-                let mut shares = Vec::new();
-                for share in (0..count).step_by(share_rows) {
-                    let rows = share_rows.min(count - share);
-                    let (mine, others) = rest.split_at(rows * row_bytes);
-                    shares.push((first + share, rows, Share(mine)));
-                    rest = others;
-                }
-                shares.into_par_iter().try_for_each(|(first, rows, out)| {
-                    let mut file = vec![0; rows * file_row_bytes];
-                    fetch(first, &mut file)?;
-                    let mut packed = vec![0; rows * row_bytes];
-                    for (row, packed) in file.chunks_exact(file_row_bytes).zip(packed.chunks_exact_mut(row_bytes)) {
-                        format.pack(row, packed);
-                    }
-                    out.fill(&packed);
-                    Ok::<_, Error>(())
-                })?;
-            }
-            self.send(piece, (to, at + (first * row_bytes) as u64), (count * row_bytes) as u64)?;
+    /// What fetching rows gives; the device failed.
+    pub(crate) fn rows(&self, to: &Buffer, matrices: &[(u64, Rows<'_>)]) -> Result<(), Error> {
+        let shares: Vec<Share<'_>> = matrices.iter().flat_map(|(at, rows)| rows.shares(*at)).collect();
+        let mut rest = &shares[..];
+        while !rest.is_empty() {
+            let mut bytes = 0;
+            let fits = |share: &&Share<'_>| {
+                bytes += share.bytes();
+                bytes <= PIECE_BYTES
+            };
+            let count = rest.iter().take_while(fits).count().max(1);
+            let (together, after) = rest.split_at(count);
+            self.send_together(to, together)?;
+            rest = after;
         }
         Ok(())
+    }
+
+    /// Writes shares to one piece, side by side, and sends it.
+    fn send_together(&self, to: &Buffer, shares: &[Share<'_>]) -> Result<(), Error> {
+        let bytes = shares.iter().map(Share::bytes).sum::<usize>() as u64;
+        let piece = self.piece(bytes)?;
+        let mut copies: Vec<Copied> = Vec::new();
+        {
+            let mut view = self.device.mapped_mut(&piece.buffer, bytes)?;
+            let mut rest = view.slice(..);
+            let mut writes = Vec::new();
+            for share in shares {
+                let (mine, others) = rest.split_at(share.bytes());
+                writes.push((share, Target(mine)));
+                rest = others;
+                match copies.last_mut() {
+                    Some(last) if last.to + last.bytes == share.to => last.bytes += share.bytes() as u64,
+                    _ => copies.push(Copied { to: share.to, bytes: share.bytes() as u64 }),
+                }
+            }
+            writes.into_par_iter().try_for_each(|(share, to)| share.write(to))?;
+        }
+        Ok(self.send(piece, to, &copies)?)
     }
 
     /// Writes bytes as they are (a multiple of 4).
@@ -105,7 +184,8 @@ impl Uploader {
         for (i, bytes) in bytes.chunks(PIECE_BYTES).enumerate() {
             let piece = self.piece(bytes.len() as u64)?;
             self.device.mapped_mut(&piece.buffer, bytes.len() as u64)?.copy_from_slice(bytes);
-            self.send(piece, (to, at + (i * PIECE_BYTES) as u64), bytes.len() as u64)?;
+            let copied = Copied { to: at + (i * PIECE_BYTES) as u64, bytes: bytes.len() as u64 };
+            self.send(piece, to, &[copied])?;
         }
         Ok(())
     }
@@ -133,10 +213,15 @@ impl Uploader {
         }
     }
 
-    fn send(&self, piece: Piece, (to, at): (&Buffer, u64), bytes: u64) -> Result<(), GpuError> {
+    /// Has what is in a piece, side by side, copied to where it belongs.
+    fn send(&self, piece: Piece, to: &Buffer, copies: &[Copied]) -> Result<(), GpuError> {
         piece.buffer.unmap();
         let mut encoder = self.device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: None });
-        encoder.copy_buffer_to_buffer(&piece.buffer, 0, &to.raw, at, bytes);
+        let mut from = 0;
+        for copied in copies {
+            encoder.copy_buffer_to_buffer(&piece.buffer, from, &to.raw, copied.to, copied.bytes);
+            from += copied.bytes;
+        }
         self.device.queue.submit([encoder.finish()]);
         piece.ready.store(false, Ordering::Release);
         let ready = piece.ready.clone();

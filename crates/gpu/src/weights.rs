@@ -14,7 +14,7 @@ use crate::device::Device;
 use crate::format::Format;
 use crate::jobs::{Job, Jobs, Matrix};
 use crate::kernel::Buffer;
-use crate::upload::Uploader;
+use crate::upload::{FileRows, Rows, Uploader};
 
 /// Where a vector of f32 (or a table of i32) begins in its slab, in 16-byte vectors.
 pub(crate) type At = u32;
@@ -160,8 +160,9 @@ impl<'t> Placer<'t> {
                 let offset = tensor.extent.offset + first as u64 * row_bytes;
                 Ok(source.read_exact_at(tensor.extent.file, offset, rows)?)
             };
-            let to = (&slab, u64::from(matrix.base) * 16);
-            uploader.rows(to, (matrix.format, matrix.rows, matrix.cols), &fetch)?;
+            let Matrix { format, rows, cols, .. } = matrix;
+            let from = Rows { format, rows, cols, bytes: FileRows::Fetch(&fetch) };
+            uploader.rows(&slab, &[(u64::from(matrix.base) * 16, from)])?;
             loaded(tensor.extent.bytes);
         }
         Ok(slab)

@@ -221,4 +221,16 @@ impl HostLeases<'_> {
             Leases::Streamed(pending) => pending.next_ready(cancel),
         }
     }
+
+    /// All experts that are ready by now, one at least; none when all were handed out. All of them must be given back before
+    /// more are asked for (the borrow says so), as with [`HostLeases::next_ready`].
+    ///
+    /// # Errors
+    /// As [`HostLeases::next_ready`]; no weights were handed out.
+    pub fn all_ready(&mut self, cancel: &Cancel) -> Result<Vec<Lease<'_, ExpertBytes<'_>>>, StoreError> {
+        match &mut self.0 {
+            Leases::Resident(layer, experts) => Ok(experts.map(|expert| Lease::fixed(layer.expert(expert))).collect()),
+            Leases::Streamed(pending) => pending.all_ready(cancel),
+        }
+    }
 }

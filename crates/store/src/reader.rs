@@ -83,11 +83,13 @@ pub enum ReaderKind {
     Simulated(Simulation),
 }
 
-/// Reads under way at the same time with threads: room for the six of two experts (`streamed.rs`), few enough to be started
+/// Threads at least that read: room for the six reads of two experts (`streamed.rs`), few enough to be started
 /// everywhere. Into memory that was touched before, one to four read fastest (docs/performance.md, "The disk"); eight are for
 /// memory that was not: there a read begins with clearing pages, which takes longer than the disk and can be done side by
 /// side. How many are best there was not measured.
 const POOL_THREADS: usize = 8;
+/// And at most, where there are so many cores: a page cache and fast disks give more to more threads (docs/performance.md, "GPU").
+const MOST_POOL_THREADS: usize = 16;
 /// Reads under way at the same time with io_uring.
 #[cfg(target_os = "linux")]
 const URING_DEPTH: usize = 16;
@@ -97,16 +99,18 @@ const URING_DEPTH: usize = 16;
 /// # Errors
 /// [`StoreError::Thread`] if no thread could be started.
 pub fn open_reader(source: &Source, kind: ReaderKind) -> Result<(Arc<dyn Reader>, Option<String>), StoreError> {
+    let threads = std::thread::available_parallelism().map_or(POOL_THREADS, usize::from);
+    let threads = threads.clamp(POOL_THREADS, MOST_POOL_THREADS);
     match kind {
         ReaderKind::Simulated(simulation) => Ok((Arc::new(SimulatedDisk::new(source.clone(), simulation)), None)),
         // What is in memory already has no file to give to the kernel.
-        _ if source.file(0).is_none() => Ok((Arc::new(Pool::image(source.clone(), POOL_THREADS)?), None)),
-        ReaderKind::Buffered => Ok((Arc::new(Pool::buffered(source.clone(), POOL_THREADS)?), None)),
+        _ if source.file(0).is_none() => Ok((Arc::new(Pool::image(source.clone(), threads)?), None)),
+        ReaderKind::Buffered => Ok((Arc::new(Pool::buffered(source.clone(), threads)?), None)),
         ReaderKind::Direct => match source.direct() {
-            Ok(source) => Ok((Arc::new(Pool::direct(source, POOL_THREADS)?), None)),
+            Ok(source) => Ok((Arc::new(Pool::direct(source, threads)?), None)),
             Err(why) => {
                 let note = format!("{why}: weights are read through the page cache");
-                Ok((Arc::new(Pool::buffered(source.clone(), POOL_THREADS)?), Some(note)))
+                Ok((Arc::new(Pool::buffered(source.clone(), threads)?), Some(note)))
             }
         },
         #[cfg(target_os = "linux")]
@@ -292,6 +296,28 @@ fn next_completion(reader: &dyn Reader, receiver: &mpsc::Receiver<Completion>) -
     })
 }
 
+/// An extent and its memory, in pieces that can be read at the same time: each covers so many bytes of whole pages, but for
+/// the last.
+fn cut(extent: Extent, mut memory: AlignedBytes, piece_bytes: usize) -> Vec<(Extent, AlignedBytes)> {
+    let (mut rest, mut pieces) = (extent, Vec::new());
+    while rest.cover_bytes() > piece_bytes {
+        let bytes = (piece_bytes - rest.lead_bytes()) as u64;
+        let after = memory.split_off(piece_bytes);
+        pieces.push((Extent { bytes, ..rest }, std::mem::replace(&mut memory, after)));
+        rest = Extent { offset: rest.offset + bytes, bytes: rest.bytes - bytes, ..rest };
+    }
+    pieces.push((rest, memory));
+    pieces
+}
+
+/// The reverse, for memory: `None` of no pieces.
+fn join(pieces: impl Iterator<Item = AlignedBytes>) -> Option<AlignedBytes> {
+    pieces.reduce(|mut whole, next| {
+        whole.join(next);
+        whole
+    })
+}
+
 /// An extent cut into pieces, each with its own memory, which are neighbours.
 struct Assembly {
     bytes: usize,
@@ -301,27 +327,16 @@ struct Assembly {
 
 impl Assembly {
     fn new(extent: &Extent) -> Result<Assembly, StoreError> {
-        let mut memory = AlignedBytes::zeroed(extent.cover_bytes())?;
-        let (mut rest, mut pieces) = (*extent, Vec::new());
-        while rest.cover_bytes() > PIECE_BYTES {
-            let bytes = (PIECE_BYTES - rest.lead_bytes()) as u64;
-            let after = memory.split_off(PIECE_BYTES);
-            pieces.push(Some((Extent { bytes, ..rest }, std::mem::replace(&mut memory, after))));
-            rest = Extent { offset: rest.offset + bytes, bytes: rest.bytes - bytes, ..rest };
-        }
-        if rest.bytes > 0 {
-            pieces.push(Some((rest, memory)));
-        }
+        let memory = AlignedBytes::zeroed(extent.cover_bytes())?;
+        let pieces = if extent.bytes > 0 { cut(*extent, memory, PIECE_BYTES) } else { Vec::new() };
+        let pieces = pieces.into_iter().map(Some).collect();
         Ok(Assembly { bytes: extent.bytes as usize, lead: extent.lead_bytes(), pieces })
     }
 
     fn joined(self) -> Loaded {
         let mut pieces = self.pieces.into_iter().map(|piece| piece.expect("all pieces have come").1);
-        let joined = pieces.by_ref().reduce(|mut whole, next| {
-            whole.join(next);
-            whole
-        });
-        let memory = joined.unwrap_or_else(|| AlignedBytes::zeroed(0).expect("no bytes are always to be had"));
+        let memory =
+            join(pieces.by_ref()).unwrap_or_else(|| AlignedBytes::zeroed(0).expect("no bytes are always to be had"));
         Loaded { memory, place: self.lead..self.lead + self.bytes }
     }
 }

@@ -317,6 +317,23 @@ pub(crate) struct Pending<'s> {
 
 impl Pending<'_> {
     pub(crate) fn next_ready(&mut self, cancel: &Cancel) -> Option<Result<Lease<'_, ExpertBytes<'_>>, StoreError>> {
+        let store: &Streamed = self.store;
+        Some(self.wait_for_next(cancel)?.map(|expert| Lease::new(expert, store)))
+    }
+
+    pub(crate) fn all_ready(&mut self, cancel: &Cancel) -> Result<Vec<Lease<'_, ExpertBytes<'_>>>, StoreError> {
+        let store: &Streamed = self.store;
+        let mut leases = Vec::new();
+        let mut next = self.wait_for_next(cancel);
+        while let Some(expert) = next {
+            leases.push(Lease::new(expert?, store));
+            next = self.take();
+        }
+        Ok(leases)
+    }
+
+    /// The next expert that is ready, or why it will not come; `None` when all were handed out. Waits if none is.
+    fn wait_for_next<'t>(&mut self, cancel: &Cancel) -> Option<Result<ExpertBytes<'t>, StoreError>> {
         if self.experts.is_empty() {
             return None;
         }
@@ -331,8 +348,7 @@ impl Pending<'_> {
             }
             self.store.lock().stall += began.elapsed();
         }
-        let store: &Streamed = self.store;
-        taken.map(|taken| taken.map(|expert| Lease::new(expert, store)))
+        taken
     }
 
     /// What is there by now: one of the pending experts, or why one will not come.
