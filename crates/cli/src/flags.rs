@@ -271,7 +271,7 @@ pub struct Logits {
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
     /// Tokens of one pass; changes speed and memory, never a bit of the output on the cpu (default: what suits the device,
-    /// 256 on the cpu, 2048 on a GPU)
+    /// 256 on the cpu, 4096 on a GPU)
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = positive)]
     pub chunk: Option<NonZeroUsize>,
     /// With the low-precision roundings the weights were trained with (official), or without (plain), as some other

@@ -5,11 +5,13 @@ use std::sync::Arc;
 
 use model::rope::Rope;
 use model::{Activation, Arithmetic, Backend, Batch, Config, Error, KvLayout, Model, Precision, State, SubLayer};
+use rayon::prelude::*;
 use store::{Cancel, Checksums, ExpertExtents, Extent, HostStore, ReaderKind, Residency, Source, StoreCounts};
 
 use crate::device::{Checks, Choice, Device};
-use crate::experts::{GpuExperts, GpuLeases, Selection, Slabs};
+use crate::experts::{ExpertLayout, GpuExperts, GpuLeases, Selection, Slabs};
 use crate::format;
+use crate::jobs::Jobs;
 use crate::kernel::{Buffer, Commands, Kernels};
 use crate::kit::Kit;
 use crate::matmul::Many;
@@ -78,12 +80,16 @@ impl Embedding {
     /// `[tokens, D]`.
     pub(crate) fn rows(&self, tokens: &[u32], d: usize) -> Result<Vec<f32>, Error> {
         let mut values = vec![0.0; tokens.len() * d];
-        let mut bytes = vec![0; self.row_bytes as usize];
-        for (row, &token) in values.chunks_exact_mut(d).zip(tokens) {
+        // A prompt's rows are many, and the device waits for them.
+        let read = |bytes: &mut Vec<u8>, (row, &token): (&mut [f32], &u32)| {
             let offset = self.extent.offset + u64::from(token) * self.row_bytes;
-            self.source.read_exact_at(self.extent.file, offset, &mut bytes)?;
-            quant::dequantize(self.ty, &bytes, row);
-        }
+            self.source.read_exact_at(self.extent.file, offset, bytes)?;
+            quant::dequantize(self.ty, bytes, row);
+            Ok::<(), Error>(())
+        };
+        let bytes = || vec![0; self.row_bytes as usize];
+        let rows = values.par_chunks_exact_mut(d).with_min_len(32).zip(tokens.par_iter().with_min_len(32));
+        rows.try_for_each_init(bytes, read)?;
         Ok(values)
     }
 }
@@ -164,10 +170,16 @@ impl GpuBackend {
         let many = Many::new(kernels.clone(), cooperative);
         let shapes = Shapes::new(&model.config, &layout, &layers, Many::most_tiles_bytes);
         let embedding = &model.tensors.embedding;
+        let kit = || Kit::new(&kernels, &model.config, &layout, &layers, &experts.layouts, cooperative);
+        let (kit, prepared) = rayon::join(kit, || match options.precision {
+            Precision::Exact => Ok(()),
+            Precision::Fast => prepare(&many, &layers, &experts.layouts, &model.config),
+        });
+        prepared?;
         Ok(GpuBackend {
             config: model.config.clone(),
             ropes: [Rope::plain(&model.config), Rope::yarn(&model.config)],
-            kit: Kit::new(&kernels, &model.config, &layout, &layers, &experts.layouts, cooperative)?,
+            kit: kit?,
             embedding: Embedding {
                 source: source.clone(),
                 extent: embedding.extent,
@@ -284,6 +296,21 @@ impl GpuBackend {
     }
 }
 
+/// Makes the kernels of tiled products, where passes compute by them.
+fn prepare(
+    many: &Many,
+    layers: &[LayerWeights],
+    experts: &[ExpertLayout],
+    config: &Config,
+) -> Result<(), crate::GpuError> {
+    let jobs = |layer: &LayerWeights| {
+        [&layer.project, &layer.queries, &layer.output_a, &layer.output_b, &layer.route, &layer.shared_down]
+            .map(Jobs::formats)
+    };
+    let experts_formats = experts.iter().map(|layout| layout.formats);
+    many.prepare(layers.iter().flat_map(jobs), experts_formats, config.experts, config.experts_used)
+}
+
 /// Sizes that kernels are made for.
 pub(crate) fn check_sizes(c: &Config) -> Result<(), Error> {
     let sizes = [
@@ -312,7 +339,7 @@ impl Backend for GpuBackend {
     type Selection = Selection;
     type Leases<'s> = GpuLeases<'s>;
 
-    const PASS_ROWS: usize = 2048;
+    const PASS_ROWS: usize = 4096;
 
     fn config(&self) -> &Config {
         &self.config

@@ -7,7 +7,7 @@ use gguf::TensorType;
 use quant::blocks::{Iq2Xxs, Mxfp4, Q2K, Q8_0, view};
 
 /// A type that kernels read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Format {
     F32,
     F16,

@@ -5,10 +5,12 @@
 //! and parameters as immediates.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, UndefinedBehavior, Value};
+use rayon::prelude::*;
 use wgpu::naga;
 
 use crate::GpuError;
@@ -76,6 +78,8 @@ pub(crate) struct Kernels {
     /// Fills a source in: [`render`], but in tests of wrong kernels.
     render: fn(&str, &Value) -> String,
     made: Mutex<HashMap<String, Arc<Kernel>>>,
+    /// Kernels that were numbered.
+    numbers: AtomicUsize,
     bound: Mutex<HashMap<BindingKey, wgpu::BindGroup>>,
 }
 
@@ -89,7 +93,7 @@ impl Kernels {
 
     /// With sources filled in by `render`.
     pub(crate) fn rendered_by(device: Arc<Device>, render: fn(&str, &Value) -> String) -> Kernels {
-        Kernels { device, render, made: Mutex::default(), bound: Mutex::default() }
+        Kernels { device, render, made: Mutex::default(), numbers: AtomicUsize::new(0), bound: Mutex::default() }
     }
 
     /// What they run on.
@@ -103,14 +107,26 @@ impl Kernels {
     /// The driver does not take it.
     pub(crate) fn get(&self, name: &str, context: Value) -> Result<Arc<Kernel>, GpuError> {
         let key = format!("{name} {context}");
-        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(kernel) = made.get(&key) {
+        if let Some(kernel) = self.made().get(&key) {
             return Ok(kernel.clone());
         }
-        let kernel =
-            Arc::new(self.make(made.len(), name, &(self.render)(&format!("{name}.wgsl"), &context), key.clone())?);
-        made.insert(key, kernel.clone());
-        Ok(kernel)
+        // Nobody waits meanwhile: others make other kernels, and if two make the same, one of them is kept.
+        let source = (self.render)(&format!("{name}.wgsl"), &context);
+        let id = self.numbers.fetch_add(1, Ordering::Relaxed);
+        let kernel = Arc::new(self.make(id, name, &source, key.clone())?);
+        Ok(self.made().entry(key).or_insert(kernel).clone())
+    }
+
+    /// Makes kernels that will be wanted, all at the same time.
+    ///
+    /// # Errors
+    /// The driver does not take one.
+    pub(crate) fn make_all(&self, wanted: &[(&str, Value)]) -> Result<(), GpuError> {
+        wanted.par_iter().try_for_each(|(name, context)| self.get(name, context.clone()).map(drop))
+    }
+
+    fn made(&self) -> MutexGuard<'_, HashMap<String, Arc<Kernel>>> {
+        self.made.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A kernel from its WGSL.

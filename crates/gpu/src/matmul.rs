@@ -8,7 +8,7 @@
 //! their range. Weights are not: one above 65504 becomes infinite, which shows in the results, and below 6e-5 (2^-14) they
 //! are multiples of 2^-24. The matrices of the model are far from both.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
@@ -36,8 +36,19 @@ pub(crate) struct Tile {
 impl Tile {
     /// The tile of [`Many::matmul`].
     const PRODUCTS: Tile = Tile { rows: 128, outputs: 128, depth: 32, buffers: 1, warp_rows: 64, warp_outputs: 32 };
+    /// The same for many rows and weights of Q8_0 alone: of other types a thread holds too much of such a tile.
+    const WIDE_PRODUCTS: Tile = Tile { outputs: 256, ..Tile::PRODUCTS };
     /// The tile of experts, which have fewer rows each.
     const EXPERTS: Tile = Tile { rows: 64, outputs: 128, depth: 32, buffers: 1, warp_rows: 64, warp_outputs: 32 };
+    /// The same where the average expert has more rows than such a tile.
+    const CROWDED_EXPERTS: Tile = Tile { rows: 128, outputs: 256, warp_outputs: 64, ..Tile::EXPERTS };
+
+    /// Bytes of workgroup memory, but for the code book's.
+    fn bytes(self, coop: bool) -> u32 {
+        let threads = 32 * (self.rows / self.warp_rows) * (self.outputs / self.warp_outputs);
+        let factors = self.buffers * (self.rows + self.outputs) * (self.depth + 8) * 2;
+        factors + if coop { threads * 32 } else { 0 }
+    }
 
     /// Values of a kernel made of such tiles that reads `formats`.
     fn context(self, coop: bool, formats: &[Format]) -> Value {
@@ -103,18 +114,105 @@ impl Experts<'_> {
     }
 }
 
+/// Bytes of IQ2_XXS's code book in workgroup memory.
+const CODE_BOOK_BYTES: u32 = 2048;
+
 /// Kernels of many rows.
 pub(crate) struct Many {
     kernels: Arc<Kernels>,
     cooperative: Cooperative,
+    tiles: Tiles,
+}
+
+/// Tiles for few rows and for many: which is used depends on numbers of rows and experts and on the adapter, and no bit of a
+/// result on which.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Tiles {
     products: Tile,
+    wide_products: Tile,
     experts: Tile,
+    crowded_experts: Tile,
+}
+
+impl Tiles {
+    /// Rows from which there are enough tiles of [`Tile::WIDE_PRODUCTS`] for a large device.
+    const WIDE_ROWS: usize = 1024;
+
+    /// For an adapter whose workgroups have so much memory: the large tiles are for cooperative matrices.
+    fn of(cooperative: Cooperative, workgroup_bytes: u32) -> Tiles {
+        let fits = |is_cooperative, tile: Tile| is_cooperative && tile.bytes(true) + CODE_BOOK_BYTES <= workgroup_bytes;
+        let or = |is_cooperative, large, small| if fits(is_cooperative, large) { large } else { small };
+        Tiles {
+            products: Tile::PRODUCTS,
+            wide_products: or(cooperative.products, Tile::WIDE_PRODUCTS, Tile::PRODUCTS),
+            experts: Tile::EXPERTS,
+            crowded_experts: or(cooperative.experts, Tile::CROWDED_EXPERTS, Tile::EXPERTS),
+        }
+    }
+
+    fn products(&self, formats: &[Format], rows: usize) -> Tile {
+        if formats == [Format::Q8_0] && rows >= Tiles::WIDE_ROWS { self.wide_products } else { self.products }
+    }
+
+    fn experts(&self, choices: usize, experts: usize) -> Tile {
+        let is_crowded = choices >= experts * self.experts.rows as usize;
+        if is_crowded { self.crowded_experts } else { self.experts }
+    }
 }
 
 impl Many {
     /// With cooperative matrices for the families of `cooperative`.
     pub(crate) fn new(kernels: Arc<Kernels>, cooperative: Cooperative) -> Many {
-        Many { kernels, cooperative, products: Tile::PRODUCTS, experts: Tile::EXPERTS }
+        let tiles = Tiles::of(cooperative, kernels.device().report().workgroup_bytes);
+        Many { kernels, cooperative, tiles }
+    }
+
+    /// Makes the kernels of a model's layers, so that the first pass does not wait for them: `products` are the formats of each
+    /// list of jobs, `layers` those of gate, up and down of experts.
+    ///
+    /// # Errors
+    /// The driver does not take one.
+    pub(crate) fn prepare(
+        &self,
+        products: impl IntoIterator<Item = Vec<Format>>,
+        layers: impl IntoIterator<Item = [Format; 3]>,
+        experts: usize,
+        used: usize,
+    ) -> Result<(), GpuError> {
+        let tiles = self.tiles;
+        let products: BTreeSet<Vec<Format>> = products.into_iter().collect();
+        let layers: BTreeSet<[Format; 3]> = layers.into_iter().collect();
+        let mut wanted = vec![("halves", context! {})];
+        for formats in &products {
+            wanted.extend([0, usize::MAX].map(|rows| self.matmul_kernel(formats, tiles.products(formats, rows))));
+        }
+        for tile in [tiles.experts, tiles.crowded_experts] {
+            wanted.push(self.group_kernel(experts, tile));
+            wanted.extend(layers.iter().map(|&[gate, up, _]| self.up_kernel(gate, up, used, tile)));
+            wanted.extend(layers.iter().map(|&[_, _, down]| self.down_kernel(down, used, tile)));
+        }
+        // Each once.
+        wanted.sort_by_cached_key(|(name, context)| format!("{name} {context}"));
+        wanted.dedup_by_key(|(name, context)| format!("{name} {context}"));
+        self.kernels.make_all(&wanted)
+    }
+
+    fn matmul_kernel(&self, formats: &[Format], tile: Tile) -> (&'static str, Value) {
+        ("matmul", tile.context(self.cooperative.products, formats))
+    }
+
+    fn group_kernel(&self, experts: usize, tile: Tile) -> (&'static str, Value) {
+        ("group", context! { experts, tile => tile.rows })
+    }
+
+    fn up_kernel(&self, gate: Format, up: Format, used: usize, tile: Tile) -> (&'static str, Value) {
+        let tile = tile.context(self.cooperative.experts, &both(gate, up));
+        ("experts_up_many", context! { gate => gate.name(), up => up.name(), used, ..tile })
+    }
+
+    fn down_kernel(&self, down: Format, used: usize, tile: Tile) -> (&'static str, Value) {
+        let tile = tile.context(self.cooperative.experts, &[down]);
+        ("experts_down_many", context! { down => down.name(), used, ..tile })
     }
 
     /// Makes `to` of `to.rows` rows of f32, a row every `x_stride` values (a multiple of 4).
@@ -150,9 +248,11 @@ impl Many {
         code_book: Span<'_>,
     ) -> Result<(), GpuError> {
         let formats = jobs.formats();
-        let kernel = self.kernels.get("matmul", self.products.context(self.cooperative.products, &formats))?;
+        let tile = self.tiles.products(&formats, x.rows);
+        let (name, context) = self.matmul_kernel(&formats, tile);
+        let kernel = self.kernels.get(name, context)?;
         let params = [jobs.table, x.rows as u32, x.width as u32 / 4, y_stride as u32];
-        let groups = [jobs.groups(self.products.outputs as usize), (x.rows as u32).div_ceil(self.products.rows), 1];
+        let groups = [jobs.groups(tile.outputs as usize), (x.rows as u32).div_ceil(tile.rows), 1];
         let buffers = with_code_book(&[slab, x.halves, x.inverses, y], &formats, code_book);
         commands.run(&kernel, &buffers, &params, groups);
         Ok(())
@@ -165,7 +265,7 @@ impl Many {
 
     /// Tiles that `choices` of `experts` can make at most.
     fn most_tiles(&self, choices: usize, experts: usize) -> u32 {
-        (experts.min(choices) + choices / self.experts.rows as usize) as u32
+        (experts.min(choices) + choices / self.tiles.experts(choices, experts).rows as usize) as u32
     }
 
     /// Bytes of [`Groups::tiles`].
@@ -185,7 +285,8 @@ impl Many {
         experts: usize,
         to: Groups<'_>,
     ) -> Result<(), GpuError> {
-        let kernel = self.kernels.get("group", context! { experts, tile => self.experts.rows })?;
+        let (name, context) = self.group_kernel(experts, self.tiles.experts(to.choices, experts));
+        let kernel = self.kernels.get(name, context)?;
         commands.run(&kernel, &[chosen, to.order, to.tiles], &(to.choices as u32), [experts as u32, 1, 1]);
         Ok(())
     }
@@ -220,9 +321,9 @@ impl Many {
         let (gate, up) = (of.gate, of.up);
         assert_eq!(x.width, gate.cols, "rows hold what experts take and nothing else");
         let formats = both(gate.format, up.format);
-        let more = context! { gate => gate.format.name(), up => up.format.name(), used => of.used };
-        let tile = self.experts.context(self.cooperative.experts, &formats);
-        let kernel = self.kernels.get("experts_up_many", context! { ..more, ..tile })?;
+        let tile = self.tiles.experts(groups.choices, of.experts);
+        let (name, context) = self.up_kernel(gate.format, up.format, of.used, tile);
+        let kernel = self.kernels.get(name, context)?;
         let params = Params {
             slot: of.slot,
             gate: gate.base,
@@ -237,7 +338,7 @@ impl Many {
         };
         let buffers = [of.slab, of.table, groups.order, groups.tiles, x.halves, x.inverses, mid];
         let buffers = with_code_book(&buffers, &formats, code_book);
-        let columns = params.width.div_ceil(self.experts.outputs / 2);
+        let columns = params.width.div_ceil(tile.outputs / 2);
         commands.run(&kernel, &buffers, &params, [columns, self.most_tiles(groups.choices, of.experts), 1]);
         Ok(())
     }
@@ -271,9 +372,9 @@ impl Many {
         }
         let down = of.down;
         let formats = [down.format];
-        let more = context! { down => down.format.name(), used => of.used };
-        let tile = self.experts.context(self.cooperative.experts, &formats);
-        let kernel = self.kernels.get("experts_down_many", context! { ..more, ..tile })?;
+        let tile = self.tiles.experts(groups.choices, of.experts);
+        let (name, context) = self.down_kernel(down.format, of.used, tile);
+        let kernel = self.kernels.get(name, context)?;
         let params = Params {
             slot: of.slot,
             down: down.base,
@@ -285,7 +386,7 @@ impl Many {
         };
         let buffers = [of.slab, of.table, groups.order, groups.tiles, mid, shares, outputs];
         let buffers = with_code_book(&buffers, &formats, code_book);
-        let columns = params.d.div_ceil(self.experts.outputs);
+        let columns = params.d.div_ceil(tile.outputs);
         commands.run(&kernel, &buffers, &params, [columns, self.most_tiles(groups.choices, of.experts), 1]);
         Ok(())
     }

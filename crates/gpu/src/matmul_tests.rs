@@ -289,7 +289,7 @@ fn choices_are_grouped_in_their_order() {
         let ids = bench.upload(bytemuck::cast_slice(&chosen));
         bench.many.group(&mut bench.commands, ids.all(), experts, groups).unwrap();
 
-        let tile = bench.many.experts.rows as usize;
+        let tile = bench.many.tiles.experts(choices, experts).rows as usize;
         let (mut order, mut tiles) = (Vec::new(), Vec::new());
         for expert in 0..experts as u32 {
             let mine: Vec<u32> = (0..choices as u32).filter(|&i| chosen[i as usize] == expert).collect();
@@ -470,16 +470,19 @@ fn cooperative_kernels_equal_their_plain_twins() {
             return;
         }
         println!("on {}, checks {checks:?}", adapter.name);
+        let mut first: BTreeMap<String, Vec<u32>> = BTreeMap::new();
+        let mut is_first = |formats: String, made: &[f32]| {
+            let bits: Vec<u32> = made.iter().map(|v| v.to_bits()).collect();
+            first.entry(formats).or_insert_with(|| bits.clone()) == &bits
+        };
         // Every format by the tiles that are used, and one by those that are only measured.
         for (n, (products, experts)) in tiles().into_iter().enumerate() {
             let (formats, layers) = match (n, checks) {
-                (0, _) => (&every_format[..], &layers[..]),
+                (0 | 1, _) => (&every_format[..], &layers[..]),
                 (_, Checks::Off) => (&every_format[3..4], &layers[..1]),
                 (_, Checks::On) => break,
             };
-            if tile_bytes(products, true).max(tile_bytes(experts, true) + CODE_BOOK_BYTES)
-                > bench.device.report.workgroup_bytes
-            {
+            if products.bytes(true).max(experts.bytes(true) + CODE_BOOK_BYTES) > bench.device.report.workgroup_bytes {
                 println!("skipped: {products:?} or {experts:?} takes too much workgroup memory");
                 continue;
             }
@@ -493,6 +496,7 @@ fn cooperative_kernels_equal_their_plain_twins() {
                     assert!(error < SUMS_DISTANCE, "{products:?} {formats:?} row {row}: {error}");
                 }
                 assert!(error < HALVES_ERROR, "{products:?} {formats:?}: {error}");
+                assert!(is_first(format!("{formats:?}"), &coop), "{products:?} {formats:?}: other bits");
             }
             for &formats in layers {
                 let layer = Layer::new(&mut Random(7), formats, 230);
@@ -500,6 +504,7 @@ fn cooperative_kernels_equal_their_plain_twins() {
                 let error = distance(wide(&coop), wide(&plain));
                 println!("{experts:?} {formats:?}: {error:.1e}");
                 assert!(error < EXPERTS_DISTANCE, "{experts:?} {formats:?}: {error}");
+                assert!(is_first(format!("experts {formats:?}"), &coop), "{experts:?} {formats:?}: other bits");
             }
         }
         row_alone_is_the_same(&mut bench);
@@ -514,17 +519,21 @@ fn twins(
     experts: Tile,
     mut run: impl FnMut(&mut Bench) -> Vec<f32>,
 ) -> [Vec<f32>; 2] {
-    (bench.many.products, bench.many.experts) = (products, experts);
+    bench.many.tiles = Tiles::always(products, experts);
     let coop = run(bench);
-    (bench.many.products, bench.many.experts) = (Tile::PRODUCTS, Tile::EXPERTS);
+    bench.many.tiles = Tiles::always(Tile::PRODUCTS, Tile::EXPERTS);
     bench.many.cooperative = Cooperative::default();
     let plain = run(bench);
     bench.many.cooperative = Cooperative::ALL;
     [coop, plain]
 }
 
-/// Bytes of the code book in workgroup memory.
-const CODE_BOOK_BYTES: u32 = 2048;
+impl Tiles {
+    /// The same for any number of rows.
+    fn always(products: Tile, experts: Tile) -> Tiles {
+        Tiles { products, wide_products: products, experts, crowded_experts: experts }
+    }
+}
 
 /// Tiles of products and of experts to compare: first those that are used.
 fn tiles() -> Vec<(Tile, Tile)> {
@@ -537,27 +546,19 @@ fn tiles() -> Vec<(Tile, Tile)> {
         warp_outputs,
     };
     let pairs = [
-        ([128, 128, 32, 1, 64, 64], [64, 128, 32, 1, 64, 32]),
+        ([128, 128, 32, 1, 64, 64], [128, 128, 32, 1, 64, 64]),
         ([128, 128, 32, 1, 32, 64], [32, 128, 32, 1, 32, 32]),
-        ([64, 128, 32, 1, 64, 32], [32, 128, 64, 1, 32, 32]),
+        ([64, 128, 32, 1, 64, 32], [64, 128, 32, 1, 32, 32]),
         ([128, 64, 32, 1, 64, 32], [64, 64, 64, 1, 32, 32]),
         ([64, 64, 32, 2, 32, 32], [32, 128, 32, 2, 32, 32]),
         // More than 32 KiB of workgroup memory.
-        ([128, 128, 32, 2, 64, 64], [64, 128, 32, 2, 32, 32]),
-        ([128, 128, 32, 2, 64, 32], [64, 128, 32, 2, 64, 32]),
-        ([128, 256, 32, 1, 64, 64], [64, 256, 32, 1, 64, 32]),
-        ([256, 128, 32, 1, 64, 64], [64, 128, 64, 1, 32, 32]),
-        ([128, 128, 64, 1, 64, 32], [64, 128, 64, 1, 64, 32]),
+        ([128, 256, 32, 1, 64, 64], [128, 256, 32, 1, 64, 32]),
+        ([256, 128, 32, 1, 64, 64], [64, 256, 32, 1, 64, 32]),
+        ([128, 128, 64, 1, 64, 32], [64, 128, 64, 1, 32, 32]),
     ];
     let pairs = pairs.into_iter().map(|(products, experts)| (tile(products), tile(experts)));
-    [(Tile::PRODUCTS, Tile::EXPERTS)].into_iter().chain(pairs).collect()
-}
-
-/// Bytes of workgroup memory, but for the code book's.
-fn tile_bytes(tile: Tile, coop: bool) -> u32 {
-    let threads = 32 * (tile.rows / tile.warp_rows) * (tile.outputs / tile.warp_outputs);
-    let factors = tile.buffers * (tile.rows + tile.outputs) * (tile.depth + 8) * 2;
-    factors + if coop { threads * 32 } else { 0 }
+    let used = [(Tile::PRODUCTS, Tile::EXPERTS), (Tile::WIDE_PRODUCTS, Tile::CROWDED_EXPERTS)];
+    used.into_iter().chain(pairs).collect()
 }
 
 #[test]
@@ -566,11 +567,11 @@ fn plain_products_do_not_depend_on_the_tile() {
     let case = Case::new(&mut Random(8), &[Format::Q8_0], 140, 150);
     let layer = Layer::new(&mut Random(9), [Format::Iq2Xxs, Format::Mxfp4, Format::Q8_0], 100);
     let mut first = None;
-    let fits = |tile| tile_bytes(tile, false) + CODE_BOOK_BYTES <= WORKGROUP_BYTES;
+    let fits = |tile: Tile| tile.bytes(false) + CODE_BOOK_BYTES <= WORKGROUP_BYTES;
     let fit: Vec<(Tile, Tile)> = tiles().into_iter().filter(|&(a, b)| fits(a) && fits(b)).collect();
     assert!(fit.len() >= 6, "{fit:?}");
     for (products, experts) in fit {
-        (bench.many.products, bench.many.experts) = (products, experts);
+        bench.many.tiles = Tiles::always(products, experts);
         let made = [case.run(&mut bench, 0, 140), layer.run(&mut bench, 0, 100, &[2])];
         let bits = made.map(|made| made.iter().map(|v| v.to_bits()).collect::<Vec<u32>>());
         assert!(*first.get_or_insert_with(|| bits.clone()) == bits, "{products:?} {experts:?}");
@@ -659,11 +660,11 @@ fn measure_matmul() {
         });
         println!("{name}: {rows} x {width} -> {y_at}; halves take {:.0} us", halve_s * 1e6);
         for (tile, _) in tiles() {
-            if tile_bytes(tile, true) > bench.device.report.workgroup_bytes {
+            if tile.bytes(true) > bench.device.report.workgroup_bytes {
                 println!("  {tile:?}: too much workgroup memory");
                 continue;
             }
-            bench.many.products = tile;
+            bench.many.tiles = Tiles::always(tile, Tile::EXPERTS);
             let x = halves(&halved, rows, width);
             let s = seconds(&mut bench, runs, |many, commands| {
                 many.matmul(commands, slab.all(), &jobs, x, y.all(), y_at, code_book.all()).unwrap();
@@ -671,7 +672,9 @@ fn measure_matmul() {
             println!("  {tile:?}: {:.0} us, {:.1} TFLOP/s", s * 1e6, flops as f64 / s / 1e12);
         }
     }
-    measure_experts(&mut bench, &mut random, rows, runs, &code_book);
+    for rows in [rows, 2 * rows] {
+        measure_experts(&mut bench, &mut random, rows, runs, &code_book);
+    }
 }
 
 fn measure_experts(bench: &mut Bench, random: &mut Random, rows: usize, runs: usize, code_book: &Buffer) {
@@ -719,11 +722,11 @@ fn measure_experts(bench: &mut Bench, random: &mut Random, rows: usize, runs: us
     };
     let flops = |matrices: usize| (2 * choices * matrices * d * f) as f64;
     for (_, tile) in tiles() {
-        if tile_bytes(tile, true) + CODE_BOOK_BYTES > bench.device.report.workgroup_bytes {
+        if tile.bytes(true) + CODE_BOOK_BYTES > bench.device.report.workgroup_bytes {
             println!("experts {tile:?}: too much workgroup memory");
             continue;
         }
-        bench.many.experts = tile;
+        bench.many.tiles = Tiles::always(Tile::PRODUCTS, tile);
         let group_s = seconds(bench, runs, |many, commands| many.group(commands, ids.all(), experts, groups).unwrap());
         let up_s = seconds(bench, runs, |many, commands| {
             many.experts_up(commands, &of, groups, halves(&halved, rows, d), mid.all(), code_book.all()).unwrap();
@@ -732,7 +735,7 @@ fn measure_experts(bench: &mut Bench, random: &mut Random, rows: usize, runs: us
             many.experts_down(commands, &of, groups, mid.all(), shares.all(), outputs.all(), code_book.all()).unwrap();
         });
         println!(
-            "experts {tile:?}: group {:.0} us; up {:.0} us, {:.1} TFLOP/s; down {:.0} us, {:.1} TFLOP/s",
+            "experts of {rows} rows, {tile:?}: group {:.0} us; up {:.0} us, {:.1} TFLOP/s; down {:.0} us, {:.1} TFLOP/s",
             group_s * 1e6,
             up_s * 1e6,
             flops(2) / up_s / 1e12,

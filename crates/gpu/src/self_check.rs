@@ -93,6 +93,7 @@ pub(crate) fn cooperative(
 }
 
 fn trusted(kernels: &Arc<Kernels>, shapes: &Shapes) -> Result<(Cooperative, Option<String>), GpuError> {
+    make_kernels(kernels, shapes)?;
     let mut faults = Vec::new();
     let mut trust = |family: Family| {
         let twin = |coop: bool| Trial::new(kernels, coop).run(family, shapes);
@@ -114,6 +115,23 @@ fn trusted(kernels: &Arc<Kernels>, shapes: &Shapes) -> Result<(Cooperative, Opti
         faults.join(", ")
     );
     Ok((trusted, (!faults.is_empty()).then_some(note)))
+}
+
+/// Makes what [`Trial`] runs, all at the same time: a driver takes up to half a second for each.
+fn make_kernels(kernels: &Arc<Kernels>, shapes: &Shapes) -> Result<(), GpuError> {
+    let mut wanted = Vec::new();
+    for coop in [true, false] {
+        let attention = shapes.attention.map(|(many, _)| ("attend_many", AttendMany { coop, ..many }.context()));
+        let scores = shapes.scores.map(|(many, _)| ("index_score_many", IndexScoreMany { coop, ..many }.context()));
+        wanted.extend(attention.into_iter().chain(scores));
+    }
+    let tiled = |coop: bool| {
+        let formats = [Format::Q8_0; 3];
+        Trial::new(kernels, coop).many().prepare([formats[..1].to_vec()], [formats], EXPERTS, USED)
+    };
+    let (made, (cooperative, plain)) =
+        rayon::join(|| kernels.make_all(&wanted), || rayon::join(|| tiled(true), || tiled(false)));
+    made.and(cooperative).and(plain)
 }
 
 /// What is wrong with results that should be those of a plain twin.
@@ -195,6 +213,10 @@ impl Random {
     }
 }
 
+/// Experts of a trial, and how many of them a row takes.
+const EXPERTS: usize = 3;
+const USED: usize = 2;
+
 /// One run of a family on fixed data, with cooperative matrices or without.
 struct Trial {
     kernels: Arc<Kernels>,
@@ -212,8 +234,9 @@ impl Trial {
     /// What it makes; nothing if the model has no such kernels.
     fn run(&mut self, family: Family, shapes: &Shapes) -> Result<Vec<f32>, GpuError> {
         match (family, &shapes.attention, &shapes.scores) {
-            (Family::Products, ..) => self.products(),
-            (Family::Experts, ..) => self.experts(),
+            // By the tiles for few rows, and by those for many.
+            (Family::Products, ..) => Ok([self.products(130)?, self.products(1030)?].concat()),
+            (Family::Experts, ..) => Ok([self.experts(90)?, self.experts(140)?].concat()),
             (Family::Attention, Some((many, format)), _) => {
                 self.attention(AttendMany { coop: self.coop, ..*many }, *format)
             }
@@ -250,45 +273,41 @@ impl Trial {
     }
 
     /// More rows and outputs than a tile has.
-    fn products(&mut self) -> Result<Vec<f32>, GpuError> {
-        const ROWS: usize = 130;
+    fn products(&mut self, rows: usize) -> Result<Vec<f32>, GpuError> {
         const WIDTH: usize = 96;
-        const OUTPUTS: usize = 132;
+        const OUTPUTS: usize = 260;
         let mut slab = Vec::new();
         let jobs = vec![Job { matrix: self.random.matrix(&mut slab, OUTPUTS, WIDTH), x_at: 0, y_at: 0 }];
         let table = slab.len() as u32 / 16;
         slab.extend_from_slice(bytemuck::cast_slice(&Jobs::words(&jobs)));
         let (jobs, slab, many) = (Jobs { jobs, table }, self.buffer(&slab)?, self.many());
-        let (x, y, book) = (self.random(ROWS * WIDTH)?, self.results(ROWS * OUTPUTS)?, self.buffer(&code_book())?);
-        let (halves, inverses) = (self.buffer(&[0_u16; ROWS * WIDTH])?, self.results(ROWS)?);
-        let halves = Halves { halves: halves.all(), inverses: inverses.all(), rows: ROWS, width: WIDTH };
+        let (x, y, book) = (self.random(rows * WIDTH)?, self.results(rows * OUTPUTS)?, self.buffer(&code_book())?);
+        let (halves, inverses) = (self.buffer(&vec![0_u16; rows * WIDTH])?, self.results(rows)?);
+        let halves = Halves { halves: halves.all(), inverses: inverses.all(), rows, width: WIDTH };
         many.halve(&mut self.commands, x.all(), WIDTH, halves)?;
         many.matmul(&mut self.commands, slab.all(), &jobs, halves, y.all(), OUTPUTS, book.all())?;
-        self.read(&y, ROWS * OUTPUTS)
+        self.read(&y, rows * OUTPUTS)
     }
 
-    /// Each row takes two of three experts, so that some have more rows than a tile.
-    fn experts(&mut self) -> Result<Vec<f32>, GpuError> {
-        const ROWS: usize = 120;
+    /// Each row takes two of three experts, one of them always, so that this one has more rows than a tile.
+    fn experts(&mut self, rows: usize) -> Result<Vec<f32>, GpuError> {
         const D: usize = 96;
         const F: usize = 160;
-        const EXPERTS: usize = 3;
-        const USED: usize = 2;
         let many = self.many();
         let mut slab = Vec::new();
         let mut expert = || [(F, D), (F, D), (D, F)].map(|(rows, cols)| self.random.matrix(&mut slab, rows, cols));
         // Of the first; those of the others lie alike.
         let [[gate, up, down], ..]: [[Matrix; 3]; EXPERTS] = std::array::from_fn(|_| expert());
         let slot = (slab.len() / EXPERTS / 16) as u32;
-        let chosen: Vec<u32> = (0..ROWS as u32).flat_map(|row| [row % 3, (row + 1) % 3]).collect();
+        let chosen: Vec<u32> = (0..rows as u32).flat_map(|row| [0, 1 + row % 2]).collect();
         let (slab, table, chosen) = (self.buffer(&slab)?, self.buffer(&[0_u32, 1, 2])?, self.buffer(&chosen)?);
-        let (x, shares) = (self.random(ROWS * D)?, self.random(ROWS * USED)?);
-        let (halves, inverses) = (self.buffer(&[0_u16; ROWS * D])?, self.results(ROWS)?);
-        let (order, mid) = (self.results(ROWS * USED)?, self.results(ROWS * USED * F / 2)?);
-        let tiles = self.results(Many::most_tiles_bytes(ROWS * USED, EXPERTS) as usize / 4)?;
-        let (y, book) = (self.buffer(&vec![0_f32; ROWS * (1 + USED) * D])?, self.buffer(&code_book())?);
-        let x_halves = Halves { halves: halves.all(), inverses: inverses.all(), rows: ROWS, width: D };
-        let groups = Groups { order: order.all(), tiles: tiles.all(), choices: ROWS * USED };
+        let (x, shares) = (self.random(rows * D)?, self.random(rows * USED)?);
+        let (halves, inverses) = (self.buffer(&vec![0_u16; rows * D])?, self.results(rows)?);
+        let (order, mid) = (self.results(rows * USED)?, self.results(rows * USED * F / 2)?);
+        let tiles = self.results(Many::most_tiles_bytes(rows * USED, EXPERTS) as usize / 4)?;
+        let (y, book) = (self.buffer(&vec![0_f32; rows * (1 + USED) * D])?, self.buffer(&code_book())?);
+        let x_halves = Halves { halves: halves.all(), inverses: inverses.all(), rows, width: D };
+        let groups = Groups { order: order.all(), tiles: tiles.all(), choices: rows * USED };
         let experts = Experts {
             slab: slab.all(),
             table: table.all(),
@@ -306,7 +325,7 @@ impl Trial {
         many.group(commands, chosen.all(), EXPERTS, groups)?;
         many.experts_up(commands, &experts, groups, x_halves, mid.all(), book.all())?;
         many.experts_down(commands, &experts, groups, mid.all(), shares.all(), y.all(), book.all())?;
-        self.read(&y, ROWS * (1 + USED) * D)
+        self.read(&y, rows * (1 + USED) * D)
     }
 
     /// Three rows that see a window which is cut by the end of the ring, and all compressed rows.
