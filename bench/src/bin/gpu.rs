@@ -194,13 +194,15 @@ fn main() -> Result<()> {
             let (now, host) = (backend.stats().since(&before.0), backend.host_stats().since(&before.1));
             let each = what.decode as f64;
             println!(
-                "  a token: {:.0} hits, {:.0} misses, {:.3} GB uploaded; host tier {:.0} hits, {:.0} misses, {:.3} GB read",
+                "  a token: {:.0} hits, {:.0} misses, {:.3} GB uploaded; host tier {:.0} hits, {:.0} misses, {:.3} GB read, \
+                 {:.1} ms waited for it",
                 now.cache.hits as f64 / each,
                 now.cache.misses as f64 / each,
                 now.read_bytes as f64 / each / 1e9,
                 host.cache.hits as f64 / each,
                 host.cache.misses as f64 / each,
-                host.read_bytes as f64 / each / 1e9
+                host.read_bytes as f64 / each / 1e9,
+                host.stall_us as f64 / each / 1e3
             );
         }
         if what.stages {
