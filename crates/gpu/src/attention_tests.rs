@@ -14,6 +14,7 @@ use crate::attend_many::{
 use crate::device::{AdapterReport, Checks, Choice, Device, adapters};
 use crate::emulation::emulated;
 use crate::kernel::{Buffer, Commands, Kernel, Kernels, render};
+use crate::pass::{PIECE_KEYS, Shapes};
 use crate::timer::Timer;
 
 const ROPE: usize = 64;
@@ -149,7 +150,8 @@ impl Shape {
 
     fn context(&self) -> Value {
         let Shape { heads, head_dim, plain, .. } = *self;
-        context! { heads, head_dim, rope => ROPE, plain, row_words => self.row_words() }
+        let together = Shapes::heads_together(heads);
+        context! { heads, head_dim, rope => ROPE, plain, row_words => self.row_words(), together }
     }
 
     fn row_words(&self) -> usize {
@@ -301,7 +303,7 @@ impl Scene {
     fn computed_in_pieces(&self, bench: &mut Bench) -> Vec<f32> {
         let Shape { heads, head_dim, start, rows, top_k, window, ratio, fresh, .. } = self.shape;
         let most = (0..rows).map(|row| self.shape.counts(start + row)).map(|(near, far)| near + far.min(top_k)).max();
-        let pieces = most.unwrap().div_ceil(64);
+        let pieces = most.unwrap().div_ceil(PIECE_KEYS);
         let q = bench.buffer(&self.q);
         let session = bench.buffer(&self.session);
         let own = bench.buffer(&self.fresh);
@@ -318,7 +320,12 @@ impl Scene {
         let params: [u32; 13] = params.try_into().unwrap();
         let attend = bench.kernels.get("attend", self.shape.context()).unwrap();
         let buffers = [q.all(), session.all(), own.all(), chosen.all(), partial.all()];
-        bench.commands.run(&attend, &buffers, &params, [heads as u32 / 4, pieces as u32, rows as u32]);
+        bench.commands.run(
+            &attend,
+            &buffers,
+            &params,
+            [(heads / Shapes::heads_together(heads)) as u32, pieces as u32, rows as u32],
+        );
         let params: [u32; 9] = words(&[0, start, 0, window, ratio, top_k, pieces, 1, 3]).try_into().unwrap();
         let combine = bench.kernels.get("combine", self.shape.context()).unwrap();
         let buffers = [w.all(), tables.all(), partial.all(), out.all()];

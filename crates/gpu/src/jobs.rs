@@ -2,8 +2,8 @@
 
 use crate::format::Format;
 
-/// Outputs of a workgroup of the kernel `matvec`.
-pub(crate) const MATVEC_OUTPUTS: usize = 16;
+/// Groups of 32 lanes in a workgroup of the kernel `matvec`.
+const MATVEC_LANES: usize = 8;
 
 /// A matrix on the device.
 #[derive(Clone, Copy, Debug)]
@@ -36,27 +36,50 @@ pub(crate) struct Job {
     pub(crate) y_at: usize,
 }
 
-/// The jobs of one dispatch. A slab has their table, two vectors for each:
-/// `[base, stride, chunks of 32, format]`, `[first workgroup of matvec, outputs, x_at / 4, y_at]`.
+/// The jobs of one dispatch. A slab has two tables of them, with two vectors each: of the jobs,
+/// `[base, stride, chunks of 32, format]`, `[0, outputs, x_at / 4, y_at]`; and of the workgroups of `matvec`, which so find
+/// theirs at once, `[base of the first row, stride, chunks of 32, format]`, `[outputs from there on, x_at / 4, y_at, 0]`.
 #[derive(Clone, Debug)]
 pub(crate) struct Jobs {
     pub(crate) jobs: Vec<Job>,
-    /// Where the table begins in the slab, in vectors.
+    /// Where the table of jobs begins in the slab, in vectors.
     pub(crate) table: u32,
+    /// Where the table of workgroups begins.
+    pub(crate) group_table: u32,
 }
 
 impl Jobs {
-    /// The table's words.
+    /// Words of the table of jobs.
     pub(crate) fn words(jobs: &[Job]) -> Vec<u32> {
-        let mut groups = 0;
-        let mut words = Vec::new();
-        for Job { matrix, x_at, y_at } in jobs {
+        let words = |Job { matrix, x_at, y_at }: &Job| {
             let chunks = (matrix.cols / 32) as u32;
-            words.extend([matrix.base, matrix.stride, chunks, matrix.format as u32]);
-            words.extend([groups, matrix.rows as u32, (x_at / 4) as u32, *y_at as u32]);
-            groups += matrix.rows.div_ceil(MATVEC_OUTPUTS) as u32;
-        }
-        words
+            let place = [0, matrix.rows as u32, (x_at / 4) as u32, *y_at as u32];
+            [[matrix.base, matrix.stride, chunks, matrix.format as u32], place].concat()
+        };
+        jobs.iter().flat_map(words).collect()
+    }
+
+    /// Words of the table of workgroups.
+    pub(crate) fn group_words(jobs: &[Job]) -> Vec<u32> {
+        let each = MATVEC_LANES * Jobs::lane_outputs(jobs);
+        let group = |job: &Job, first: usize| {
+            let part = job.matrix.part(first, job.matrix.rows - first);
+            let place = [part.rows as u32, (job.x_at / 4) as u32, (job.y_at + first) as u32, 0];
+            [[part.base, part.stride, (part.cols / 32) as u32, part.format as u32], place].concat()
+        };
+        jobs.iter().flat_map(|job| (0..job.matrix.rows).step_by(each).flat_map(|first| group(job, first))).collect()
+    }
+
+    /// Outputs of each 32 lanes of `matvec`: fewer where there are few, so that there is work for the whole device.
+    fn lane_outputs(jobs: &[Job]) -> usize {
+        let outputs: usize = jobs.iter().map(|job| job.matrix.rows).sum();
+        if outputs <= 6144 { 2 } else { 4 }
+    }
+
+    /// Outputs of each 32 lanes of `matvec`, and its workgroups.
+    pub(crate) fn matvec(&self) -> (usize, u32) {
+        let outputs = Jobs::lane_outputs(&self.jobs);
+        (outputs, self.groups(MATVEC_LANES * outputs))
     }
 
     /// Workgroups of `outputs_each` outputs.

@@ -297,7 +297,7 @@ pub(crate) struct Commands {
 }
 
 /// Dispatches after which what was encoded is handed over, so that the device computes while the host encodes.
-const DISPATCHES_TOGETHER: usize = 96;
+const DISPATCHES_TOGETHER: usize = 32;
 
 impl Commands {
     pub(crate) fn new(device: Arc<Device>, kernels: Arc<Kernels>) -> Commands {

@@ -4,22 +4,28 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use minijinja::{Value, context};
-use model::{Arithmetic, Config, KvLayout};
+use model::{Arithmetic, Config, KvLayout, Precision};
 
 use crate::GpuError;
 use crate::attend_many::{AttendMany, IndexScoreMany};
 use crate::experts::ExpertLayout;
 use crate::format::Format;
 use crate::kernel::{Kernel, Kernels};
+use crate::pass::Shapes;
 use crate::self_check::Cooperative;
 use crate::weights::LayerWeights;
 
-/// Formats of the matrices, rows together, and whether inputs are normalised.
-type MatvecKey = (Vec<Format>, usize, bool);
+/// Outputs of each 32 lanes of the kernels of experts.
+pub(crate) const LANE_OUTPUTS: usize = 4;
+
+/// Formats of the matrices, rows together, outputs of each 32 lanes, and whether inputs are normalised.
+type MatvecKey = (Vec<Format>, usize, usize, bool);
 
 /// Kernels by what they are for.
 pub(crate) struct Kit {
     kernels: Arc<Kernels>,
+    /// Whether few rows are multiplied as integers.
+    digits: bool,
     pub(crate) expand: Arc<Kernel>,
     /// Without and with a sub-layer's output.
     pub(crate) mix: [Arc<Kernel>; 2],
@@ -56,6 +62,12 @@ fn type_ids() -> Value {
     Value::from(ids)
 }
 
+/// What the template of `matvec` is filled in with.
+pub(crate) fn matvec_context(formats: &[Format], rows: usize, outputs: usize, norm: bool, digits: bool) -> Value {
+    let types: Vec<&str> = formats.iter().map(|format| format.name()).collect();
+    context! { types, rows, outputs, norm, digits, type_ids => type_ids() }
+}
+
 impl Kit {
     pub(crate) fn new(
         kernels: &Arc<Kernels>,
@@ -66,11 +78,13 @@ impl Kit {
         cooperative: Cooperative,
     ) -> Result<Kit, GpuError> {
         let Config { streams, heads, head_dim, .. } = *config;
-        let rope = config.rope_dim;
+        let (d, rope) = (config.d_model, config.rope_dim);
         let plain = layout.arithmetic == Arithmetic::Plain;
         let row_words = layout.layers[0].raw.row_bytes() / 4;
         let index_words = if plain { config.index_head_dim } else { 17 };
         let outputs = config.hc_outputs();
+        let together = Shapes::heads_together(heads);
+        let digits = layout.precision == Precision::Fast;
         let get = |name: &str, context: Value| kernels.get(name, context);
         let layer = |(i, (weights, experts)): (usize, (&LayerWeights, &ExpertLayout))| {
             let ratio = config.compress_ratios[i];
@@ -88,8 +102,8 @@ impl Kit {
                 pool: (ratio > 0).then(|| pool(head_dim, false, row_words)).transpose()?,
                 pool_index: indexer.then(|| pool(config.index_head_dim, true, index_words)).transpose()?,
                 route: get("route", context! { experts => config.experts, used, hashed => weights.hashed })?,
-                up: get("experts_up", context! { gate, up, used })?,
-                down: get("experts_down", context! { down, shared_down, used })?,
+                up: get("experts_up", context! { gate, up, used, digits, outputs => LANE_OUTPUTS})?,
+                down: get("experts_down", context! { down, shared_down, used, digits, outputs => LANE_OUTPUTS})?,
             })
         };
         let many = AttendMany::of(config, layout).map(|many| AttendMany { coop: cooperative.attention, ..many });
@@ -99,6 +113,7 @@ impl Kit {
         let score_many = many.map(|many| get("index_score_many", many.context())).transpose()?;
         Ok(Kit {
             kernels: kernels.clone(),
+            digits,
             expand: get("expand", context! { streams })?,
             mix: [
                 get("hc_mix", context! { streams, outputs, post => false })?,
@@ -108,10 +123,10 @@ impl Kit {
                 get("hc_mix", context! { streams, outputs => streams, post => false })?,
                 get("hc_mix", context! { streams, outputs => streams, post => true })?,
             ],
-            finish: get("hc_finish", context! { streams, outputs, head => false })?,
-            finish_head: get("hc_finish", context! { streams, outputs => streams, head => true })?,
+            finish: get("hc_finish", context! { streams, d, outputs, head => false })?,
+            finish_head: get("hc_finish", context! { streams, d, outputs => streams, head => true })?,
             layers: layers.iter().zip(experts).enumerate().map(layer).collect::<Result<_, GpuError>>()?,
-            attend: get("attend", context! { head_dim, rope, plain, heads, row_words })?,
+            attend: get("attend", context! { head_dim, rope, plain, heads, row_words, together })?,
             combine: get("combine", context! { head_dim, rope, heads })?,
             score: get("index_score", context! { index_heads => config.index_heads, plain, row_words => index_words })?,
             select: get("index_select", Value::from(()))?,
@@ -123,15 +138,22 @@ impl Kit {
         })
     }
 
-    /// The product with matrices of these formats for `rows` rows together; `norm` if the inputs are normalised first.
-    pub(crate) fn matvec(&self, formats: Vec<Format>, rows: usize, norm: bool) -> Result<Arc<Kernel>, GpuError> {
+    /// The product with matrices of these formats for `rows` rows together and `outputs` outputs of each 32 lanes; `norm` if
+    /// the inputs are normalised first.
+    pub(crate) fn matvec(
+        &self,
+        formats: Vec<Format>,
+        rows: usize,
+        outputs: usize,
+        norm: bool,
+    ) -> Result<Arc<Kernel>, GpuError> {
         let mut matvecs = self.matvecs.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (formats, rows, norm);
+        let key = (formats, rows, outputs, norm);
         if let Some(kernel) = matvecs.get(&key) {
             return Ok(kernel.clone());
         }
-        let types: Vec<&str> = key.0.iter().map(|format| format.name()).collect();
-        let kernel = self.kernels.get("matvec", context! { types, rows, norm, type_ids => type_ids() })?;
+        let (formats, rows, outputs, norm) = &key;
+        let kernel = self.kernels.get("matvec", matvec_context(formats, *rows, *outputs, *norm, self.digits))?;
         matvecs.insert(key, kernel.clone());
         Ok(kernel)
     }

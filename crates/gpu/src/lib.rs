@@ -16,6 +16,8 @@ mod jobs;
 mod kernel;
 mod kit;
 mod matmul;
+#[cfg(test)]
+mod matvec_tests;
 mod measure;
 mod memory;
 mod pass;

@@ -405,4 +405,4 @@ fn with_code_book<'b>(buffers: &[Span<'b>], formats: &[Format], code_book: Span<
 
 #[cfg(test)]
 #[path = "matmul_tests.rs"]
-mod tests;
+pub(crate) mod tests;

@@ -34,19 +34,19 @@ impl Random {
 }
 
 /// A matrix as in a file.
-struct Weights {
-    format: Format,
-    cols: usize,
-    rows: Vec<Vec<u8>>,
+pub(crate) struct Weights {
+    pub(crate) format: Format,
+    pub(crate) cols: usize,
+    pub(crate) rows: Vec<Vec<u8>>,
 }
 
 impl Weights {
-    fn random(random: &mut Random, format: Format, rows: usize, cols: usize) -> Weights {
+    pub(crate) fn random(random: &mut Random, format: Format, rows: usize, cols: usize) -> Weights {
         Weights { format, cols, rows: (0..rows).map(|_| random.row(format, cols)).collect() }
     }
 
     /// Puts it at the end of a slab that a device is given.
-    fn pack(&self, slab: &mut Vec<u8>) -> Matrix {
+    pub(crate) fn pack(&self, slab: &mut Vec<u8>) -> Matrix {
         let (base, row_bytes) = (slab.len() as u32 / 16, self.format.row_bytes(self.cols));
         for row in &self.rows {
             let at = slab.len();
@@ -57,7 +57,7 @@ impl Weights {
     }
 
     /// `[rows of x, rows]`.
-    fn product(&self, x: &[&[f64]]) -> Vec<Vec<f64>> {
+    pub(crate) fn product(&self, x: &[&[f64]]) -> Vec<Vec<f64>> {
         let mut products = vec![vec![0.0; self.rows.len()]; x.len()];
         let mut row = vec![0.0; self.cols];
         for (output, bytes) in self.rows.iter().enumerate() {
@@ -134,7 +134,7 @@ fn halves(buffers: &[Buffer; 2], rows: usize, width: usize) -> Halves<'_> {
 }
 
 /// |a - b| / |b|.
-fn distance(a: impl IntoIterator<Item = f64>, b: impl IntoIterator<Item = f64>) -> f64 {
+pub(crate) fn distance(a: impl IntoIterator<Item = f64>, b: impl IntoIterator<Item = f64>) -> f64 {
     let (mut difference, mut size) = (0.0, 0.0);
     for (a, b) in a.into_iter().zip(b) {
         difference += (a - b) * (a - b);
@@ -143,7 +143,7 @@ fn distance(a: impl IntoIterator<Item = f64>, b: impl IntoIterator<Item = f64>) 
     (difference / size).sqrt()
 }
 
-fn wide(x: &[f32]) -> Vec<f64> {
+pub(crate) fn wide(x: &[f32]) -> Vec<f64> {
     x.iter().map(|&v| f64::from(v)).collect()
 }
 
@@ -189,7 +189,7 @@ impl Case {
         let jobs: Vec<Job> = self.weights.iter().zip(&self.places).map(|(w, place)| job(w, place, &mut slab)).collect();
         let table = slab.len() as u32 / 16;
         slab.extend_from_slice(bytemuck::cast_slice(&Jobs::words(&jobs)));
-        let jobs = Jobs { jobs, table };
+        let jobs = Jobs { jobs, table, group_table: 0 };
         let slab = bench.upload(&slab);
         let x = bench.upload(bytemuck::cast_slice(&self.x[first * self.x_stride..][..rows * self.x_stride]));
         let y = bench.upload(&vec![0; rows * self.y_stride * 4]);
@@ -598,7 +598,7 @@ fn seconds(bench: &mut Bench, runs: usize, mut run: impl FnMut(&Many, &mut Comma
 }
 
 /// A slab of random weights of `shapes`, outputs by inputs.
-fn random_slab(random: &mut Random, shapes: &[(Format, usize, usize)]) -> (Vec<u8>, Vec<Matrix>) {
+pub(crate) fn random_slab(random: &mut Random, shapes: &[(Format, usize, usize)]) -> (Vec<u8>, Vec<Matrix>) {
     let mut slab = Vec::new();
     // A few rows over and over: their codes matter to nobody.
     let matrices = shapes.iter().map(|&(format, rows, cols)| {
@@ -650,7 +650,7 @@ fn measure_matmul() {
         let table = slab.len() as u32 / 16;
         slab.extend_from_slice(bytemuck::cast_slice(&Jobs::words(&jobs)));
         let flops: usize = jobs.iter().map(|job| 2 * rows * job.matrix.rows * job.matrix.cols).sum();
-        let jobs = Jobs { jobs, table };
+        let jobs = Jobs { jobs, table, group_table: 0 };
         let slab = bench.upload(&slab);
         let x = bench.upload(bytemuck::cast_slice(&random.values(rows * width)));
         let y = bench.empty(rows * y_at * 4);

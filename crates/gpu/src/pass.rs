@@ -15,7 +15,7 @@ use crate::weights::LayerWeights;
 pub(crate) const FEW_ROWS: usize = 8;
 
 /// Keys in a piece of attention: each is summed by itself.
-pub(crate) const PIECE_KEYS: usize = 64;
+pub(crate) const PIECE_KEYS: usize = 32;
 
 /// Bytes of partial attention, and of an indexer's scores: rows are taken in parts that fit.
 const PART_BYTES: usize = 64 << 20;
@@ -70,6 +70,11 @@ impl Shapes {
     /// Values of partial attention of a row with so many pieces.
     fn piece_values(&self) -> usize {
         self.config.heads * (self.config.head_dim + 2)
+    }
+
+    /// Heads whose keys are unpacked together in attention of few rows.
+    pub(crate) fn heads_together(heads: usize) -> usize {
+        if heads.is_multiple_of(8) { 8 } else { 4 }
     }
 
     /// Rows whose attention in `pieces` pieces is under way at once.

@@ -280,7 +280,7 @@ impl Trial {
         let jobs = vec![Job { matrix: self.random.matrix(&mut slab, OUTPUTS, WIDTH), x_at: 0, y_at: 0 }];
         let table = slab.len() as u32 / 16;
         slab.extend_from_slice(bytemuck::cast_slice(&Jobs::words(&jobs)));
-        let (jobs, slab, many) = (Jobs { jobs, table }, self.buffer(&slab)?, self.many());
+        let (jobs, slab, many) = (Jobs { jobs, table, group_table: 0 }, self.buffer(&slab)?, self.many());
         let (x, y, book) = (self.random(rows * WIDTH)?, self.results(rows * OUTPUTS)?, self.buffer(&code_book())?);
         let (halves, inverses) = (self.buffer(&vec![0_u16; rows * WIDTH])?, self.results(rows)?);
         let halves = Halves { halves: halves.all(), inverses: inverses.all(), rows, width: WIDTH };

@@ -5,10 +5,11 @@ use model::{Cancel, Error, Run, SubLayer};
 use crate::attend_many::{AttendManyParams, IndexScoreManyParams, index_tile};
 use crate::backend::GpuBackend;
 use crate::experts::{GpuLeases, Selection};
-use crate::jobs::{Jobs, MATVEC_OUTPUTS, Matrix};
+use crate::jobs::{Jobs, Matrix};
 use crate::kernel::{Buffer, Commands};
+use crate::kit::LANE_OUTPUTS;
 use crate::matmul::{Experts, Groups, Halves};
-use crate::pass::{Activations, FEW_ROWS, GpuPass, ManyActivations, Pending, windows};
+use crate::pass::{Activations, FEW_ROWS, GpuPass, ManyActivations, Pending, Shapes, windows};
 use crate::state::{GpuState, SMALL_PASS};
 use crate::weights::{At, HyperAt};
 
@@ -41,6 +42,12 @@ impl Word for f32 {
         self.to_bits()
     }
 }
+
+/// Outputs of a workgroup of `experts_up` and `experts_down`.
+const EXPERT_OUTPUTS: usize = 8 * LANE_OUTPUTS;
+
+/// Values of a workgroup of the kernel `finite`.
+const FINITE_VALUES: usize = 4096;
 
 /// Rows whose products share what is read of the weights.
 fn rows_together(rows: usize) -> usize {
@@ -91,9 +98,10 @@ impl GpuBackend {
             return Ok(());
         }
         let together = rows_together(rows);
-        let kernel = self.kit.matvec(jobs.formats(), together, norm.is_some())?;
-        let params = params![jobs.table, jobs.jobs.len(), rows, x.1 / 4, y.1, norm.unwrap_or(0), self.config.rms_eps];
-        let groups = [jobs.groups(MATVEC_OUTPUTS), rows.div_ceil(together) as u32, 1];
+        let (outputs, groups) = jobs.matvec();
+        let kernel = self.kit.matvec(jobs.formats(), together, outputs, norm.is_some())?;
+        let params = params![jobs.group_table, rows, x.1 / 4, y.1, norm.unwrap_or(0), self.config.rms_eps];
+        let groups = [groups, rows.div_ceil(together) as u32, 1];
         let mut buffers = vec![slab.all(), x.0.all(), y.0.all()];
         if jobs.formats().contains(&crate::format::Format::Iq2Xxs) {
             buffers.push(self.code_book.all());
@@ -145,10 +153,9 @@ impl GpuBackend {
         Ok(())
     }
 
-    fn finish_params(&self, at: &HyperAt, row0: usize, out0: usize) -> [u32; 10] {
+    fn finish_params(&self, at: &HyperAt, row0: usize, out0: usize) -> [u32; 9] {
         let c = &self.config;
         params![
-            c.d_model,
             self.shapes.slices(),
             at.scale,
             at.base,
@@ -403,7 +410,7 @@ impl GpuBackend {
                 ];
                 let buffers =
                     [on.queries.all(), memory.layers[layer].all(), on.fresh.all(), on.chosen.all(), on.partial.all()];
-                let groups = [(c.heads / 4) as u32, pieces as u32, rows as u32];
+                let groups = [(c.heads / Shapes::heads_together(c.heads)) as u32, pieces as u32, rows as u32];
                 commands.run(&self.kit.attend, &buffers, &params, groups);
                 let params = params![
                     row0,
@@ -517,7 +524,7 @@ impl GpuBackend {
             if has_book(&layout.formats[..2]) {
                 buffers.push(self.code_book.all());
             }
-            let groups = [c.expert_width.div_ceil(8) as u32, choices as u32, 1];
+            let groups = [c.expert_width.div_ceil(EXPERT_OUTPUTS) as u32, choices as u32, 1];
             commands.run(&self.kit.layers[layer].up, &buffers, &params, groups);
             commands.stage("experts down");
             let params = params![
@@ -547,7 +554,7 @@ impl GpuBackend {
                 buffers.push(self.code_book.all());
             }
             let shared = if is_first { rows } else { 0 };
-            let groups = [c.d_model.div_ceil(16) as u32, (choices + shared) as u32, 1];
+            let groups = [c.d_model.div_ceil(EXPERT_OUTPUTS) as u32, (choices + shared) as u32, 1];
             commands.run(&self.kit.layers[layer].down, &buffers, &params, groups);
             Ok(())
         })
@@ -618,7 +625,8 @@ impl GpuBackend {
         for run in pass.batch.runs() {
             let last = run.rows.end - 1;
             let params = params![last * c.stream_width(), c.stream_width(), last];
-            commands.run(&self.kit.finite, &[on.streams.all(), on.flags.all()], &params, [1, 1, 1]);
+            let groups = [c.stream_width().div_ceil(FINITE_VALUES) as u32, 1, 1];
+            commands.run(&self.kit.finite, &[on.streams.all(), on.flags.all()], &params, groups);
         }
         if wanted.is_empty() {
             return Ok(None);
@@ -637,7 +645,8 @@ impl GpuBackend {
         let mut at = 0;
         for rows in wanted.chunk_by(|a, b| a + 1 == *b) {
             let params = params![at * c.vocab_size, c.vocab_size, rows[0]];
-            commands.run(&self.kit.finite, &[logits.all(), on.flags.all()], &params, [1, rows.len() as u32, 1]);
+            let groups = [c.vocab_size.div_ceil(FINITE_VALUES) as u32, rows.len() as u32, 1];
+            commands.run(&self.kit.finite, &[logits.all(), on.flags.all()], &params, groups);
             at += rows.len();
         }
         commands.stage("end");

@@ -15,7 +15,10 @@ fn variants() -> Vec<(&'static str, Value)> {
     for rows in [1, 2, 4, 8] {
         for norm in [false, true] {
             for types in [vec!["q8_0"], vec!["q8_0", "f16"], all.to_vec()] {
-                variants.push(("matvec", context! { types, rows, norm, type_ids => ids.clone() }));
+                for (outputs, digits) in [(2, false), (4, false), (2, true), (4, true)] {
+                    let (types, type_ids) = (types.clone(), ids.clone());
+                    variants.push(("matvec", context! { types, rows, outputs, norm, digits, type_ids }));
+                }
             }
         }
     }
@@ -24,8 +27,10 @@ fn variants() -> Vec<(&'static str, Value)> {
             variants.push(("hc_mix", context! { streams => 4, outputs, post }));
         }
     }
-    variants.push(("hc_finish", context! { streams => 4, outputs => 24, head => false }));
-    variants.push(("hc_finish", context! { streams => 4, outputs => 4, head => true }));
+    for d in [64, 4096, 7168] {
+        variants.push(("hc_finish", context! { streams => 4, d, outputs => 24, head => false }));
+        variants.push(("hc_finish", context! { streams => 4, d, outputs => 4, head => true }));
+    }
     for plain in [false, true] {
         for (ratio, index_heads) in [(0, 0), (4, 64), (128, 0)] {
             for head_dim in [512, 256] {
@@ -34,7 +39,9 @@ fn variants() -> Vec<(&'static str, Value)> {
                 let heads = 64;
                 let context = context! { head_dim, rope => 64, plain, heads, index_heads, ratio, width, row_words };
                 variants.push(("settle", context.clone()));
-                variants.push(("attend", context.clone()));
+                for together in [4, 8] {
+                    variants.push(("attend", context! { together, ..context.clone() }));
+                }
                 for (heads, subgroups) in [(16, 2), (32, 4), (32, 8), (64, 8)] {
                     for coop in [false, true] {
                         let tiling = Tiling { heads, subgroups };
@@ -66,8 +73,13 @@ fn variants() -> Vec<(&'static str, Value)> {
         variants.push(("route", context! { experts => 256, used => 6, hashed }));
     }
     for ty in all {
-        variants.push(("experts_up", context! { gate => ty, up => ty, used => 6 }));
-        variants.push(("experts_down", context! { down => ty, shared_down => "q8_0", used => 6 }));
+        for digits in [false, true] {
+            variants.push(("experts_up", context! { gate => ty, up => ty, used => 6, digits, outputs => 2 }));
+            variants.push((
+                "experts_down",
+                context! { down => ty, shared_down => "q8_0", used => 6, digits, outputs => 4 },
+            ));
+        }
     }
     let tiles = [(128, 128, 32, 1, 64, 32), (64, 128, 32, 1, 32, 32), (64, 128, 64, 2, 64, 32)];
     for coop in [false, true] {

@@ -130,10 +130,13 @@ impl<'t> Placer<'t> {
     }
 
     fn jobs(&mut self, jobs: Vec<Job>) -> Jobs {
-        let words = Jobs::words(&jobs);
-        let table = self.room(words.len() * 4);
-        self.tables.push((table, words));
-        Jobs { jobs, table }
+        let mut table = |words: Vec<u32>| {
+            let at = self.room(words.len() * 4);
+            self.tables.push((at, words));
+            at
+        };
+        let (table, group_table) = (table(Jobs::words(&jobs)), table(Jobs::group_words(&jobs)));
+        Jobs { jobs, table, group_table }
     }
 
     /// Makes the slab and writes everything.

@@ -1,12 +1,15 @@
-{# Attention of four heads of a row over 64 of its keys, which are values as well (§2.3): unnormalised sums, with the largest
+{# Attention of a few heads of a row over 32 of its keys, which are values as well (§2.3): unnormalised sums, with the largest
    score and the sum of weights, for `combine`. Keys are the window's rows, then the compressed rows, ascending; they are cut
-   into pieces of 64 by their place in that list, whatever else is in the pass.
+   into pieces of 32 by their place in that list, whatever else is in the pass.
 
-   head_dim, rope, plain, heads. Workgroups: heads / 4, pieces, rows. -#}
+   head_dim, rope, plain, heads; row_words: of a key; together: heads of a workgroup, 4 or 8. Workgroups: heads / together,
+   pieces, rows. -#}
 {% import "functions.wgsl" as functions %}
 {% import "rows.wgsl" as rows %}
 {% set nope = head_dim - rope %}
 {% set vecs = head_dim // 4 %}
+{# Keys begin at odd words, so that threads with a key each meet no bank twice. #}
+{%- set pitch = row_words + 1 - row_words % 2 %}
 struct Params {
     q_stride: u32,
     row0: u32,
@@ -33,28 +36,40 @@ struct Params {
 @group(0) @binding(4) var<storage, read_write> partial: array<f32>;
 var<immediate> p: Params;
 
-var<workgroup> queries: array<vec4<f32>, {{ 4 * vecs }}>;
+{% if not plain %}
+// The keys as they are stored.
+var<workgroup> rows: array<u32, {{ 32 * pitch }}>;
+{% endif %}
 // Where each key begins; the highest bit says that it is one of the pass's own rows.
-var<workgroup> places: array<u32, 64>;
-// Halves of the products of 4 heads with 64 keys: [half, head, key].
-var<workgroup> dots: array<f32, 512>;
-// [head, key / 4].
-var<workgroup> scores: array<vec4<f32>, 64>;
-// Of each key, for the 4 heads.
-var<workgroup> weights: array<array<f32, 4>, 64>;
+var<workgroup> places: array<u32, 32>;
+// Eighths of the products of heads with keys: [eighth, head, key].
+var<workgroup> dots: array<f32, {{ 8 * together * 32 }}>;
+// [key, head].
+var<workgroup> weights: array<f32, {{ 32 * together }}>;
 
 {{ functions.exponential() }}
 {{ rows.scales() }}
 {{ rows.fp8() }}
+{% if plain %}
 {{ rows.key_loader("session", plain, nope) }}
 {{ rows.key_loader("fresh", plain, nope) }}
 
-fn key(place: u32, v: u32) -> vec4<f32> {
+// Values 4v..4v+3 of key `k`.
+fn key(k: u32, v: u32) -> vec4<f32> {
+    let place = places[k];
     if (place & 0x80000000u) != 0u {
         return key_fresh(place & 0x7fffffffu, v);
     }
     return key_session(place, v);
 }
+{% else %}
+{{ rows.key_loader("rows", plain, nope) }}
+
+// Values 4v..4v+3 of key `k`.
+fn key(k: u32, v: u32) -> vec4<f32> {
+    return key_rows(k * {{ pitch }}u, v);
+}
+{% endif %}
 
 fn place_of(number: u32, near: u32, position: u32, row: u32, listed: bool) -> u32 {
     if number < near {
@@ -71,7 +86,7 @@ fn place_of(number: u32, near: u32, position: u32, row: u32, listed: bool) -> u3
     return p.compressed + which * {{ row_words }}u;
 }
 
-@compute @workgroup_size(128)
+@compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let row = p.row0 + group.z;
     let position = p.start + row - p.run0;
@@ -84,93 +99,121 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         far = min(far, p.top_k);
     }
     let count = near + far;
-    let begin = group.y * 64u;
+    let begin = group.y * 32u;
     if begin >= count {
         return;
     }
-    let keys = min(64u, count - begin);
-    var i = thread;
-    while i < {{ 4 * vecs }}u {
-        queries[i] = q[row * p.q_stride + group.x * {{ 4 * vecs }}u + i];
-        i += 128u;
-    }
-    if thread < 64u {
+    let keys = min(32u, count - begin);
+    if thread < 32u {
         places[thread] = place_of(begin + min(thread, keys - 1u), near, position, row, listed);
     }
     workgroupBarrier();
-    // A key for each two threads, which all heads are multiplied with while it is unpacked. Threads that work at the same time
-    // read the same queries.
-    {
-        let place = places[thread & 63u];
-        var v = thread >> 6u;
-{% for h in range(4) %}
-        var dot{{ h }} = vec4<f32>(0.0);
+    let lane = thread & 31u;
+    let part = thread >> 5u;
+{% if not plain %}
+    // Everything is asked for before anything is waited for, where no key is one of the pass's own rows.
+    if position < p.fresh {
+{% for n in range((32 * row_words + 255) // 256) %}
+        let i{{ n }} = min(thread + {{ 256 * n }}u, {{ 32 * row_words - 1 }}u);
+        let word{{ n }} = session[places[i{{ n }} / {{ row_words }}u] + i{{ n }} % {{ row_words }}u];
 {% endfor %}
-        while v < {{ vecs }}u {
-            let values = key(place, v);
-{% for h in range(4) %}
-            dot{{ h }} = fma(queries[{{ h * vecs }}u + v], values, dot{{ h }});
+{% for n in range((32 * row_words + 255) // 256) %}
+        rows[i{{ n }} / {{ row_words }}u * {{ pitch }}u + i{{ n }} % {{ row_words }}u] = word{{ n }};
 {% endfor %}
-            v += 2u;
+    } else {
+        var i = thread;
+        while i < {{ 32 * row_words }}u {
+            let k = i / {{ row_words }}u;
+            let place = places[k];
+            let from_ = (place & 0x7fffffffu) + i - k * {{ row_words }}u;
+            var word = 0u;
+            if (place & 0x80000000u) != 0u {
+                word = fresh[from_];
+            } else {
+                word = session[from_];
+            }
+            rows[k * {{ pitch }}u + i - k * {{ row_words }}u] = word;
+            i += 256u;
         }
-        let to = (thread >> 6u) * 256u + (thread & 63u);
-{% for h in range(4) %}
-        dots[to + {{ h * 64 }}u] = (dot{{ h }}.x + dot{{ h }}.y) + (dot{{ h }}.z + dot{{ h }}.w);
-{% endfor %}
     }
     workgroupBarrier();
-    if thread < 64u {
-        // Of head thread / 16, four keys.
-        let at = (thread >> 4u) * 64u + (thread & 15u) * 4u;
-        let sum = vec4<f32>(dots[at], dots[at + 1u], dots[at + 2u], dots[at + 3u])
-            + vec4<f32>(dots[at + 256u], dots[at + 257u], dots[at + 258u], dots[at + 259u]);
-        let number = vec4<u32>((thread & 15u) * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
-        scores[thread] = select(vec4<f32>(-3.0e38), sum * p.scale, number < vec4<u32>(keys));
+{% endif %}
+    // A key for each lane, and an eighth of its values for each 32 threads, which all read the same of the queries.
+    let q_at = row * p.q_stride + group.x * {{ together * vecs }}u;
+{% for h in range(together) %}
+    var dot{{ h }} = vec4<f32>(0.0);
+{% endfor %}
+    var v = part * {{ vecs // 8 }}u;
+    let end = v + {{ vecs // 8 }}u;
+    while v < end {
+        let values = key(lane, v);
+{% for h in range(together) %}
+        dot{{ h }} = fma(q[q_at + {{ h * vecs }}u + v], values, dot{{ h }});
+{% endfor %}
+        v += 1u;
+    }
+{% for h in range(together) %}
+    dots[part * {{ together * 32 }}u + {{ h * 32 }}u + lane] = (dot{{ h }}.x + dot{{ h }}.y) + (dot{{ h }}.z + dot{{ h }}.w);
+{% endfor %}
+    workgroupBarrier();
+    // A head for each 32 threads, of each key.
+    var score = -3.0e38;
+    if part < {{ together }}u {
+        let at = part * 32u + lane;
+{% for i in range(8) %}
+        let d{{ i }} = dots[at + {{ i * together * 32 }}u];
+{% endfor %}
+        let sum = ((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7));
+        score = select(score, sum * p.scale, lane < keys);
     }
     workgroupBarrier();
-    // Of head thread / 32, two keys.
-    let head = thread >> 5u;
-    var high = scores[head * 16u];
-    i = 1u;
-    while i < 16u {
-        high = max(high, scores[head * 16u + i]);
-        i += 1u;
-    }
-    let most = max(max(high.x, high.y), max(high.z, high.w));
-    i = 2u * (thread & 31u);
-    while i < 2u * (thread & 31u) + 2u {
-        weights[i][head] = exp_of(scores[head * 16u + (i >> 2u)][i & 3u] - most);
-        i += 1u;
+    if part < {{ together }}u {
+        dots[part * 32u + lane] = score;
     }
     workgroupBarrier();
-{% for h in range(4) %}
-    var out{{ h }} = vec4<f32>(0.0);
-{% endfor %}
-    let mine = min(thread, {{ vecs - 1 }}u);
-    var k = 0u;
-    while k < keys {
-        let values = key(places[k], mine);
-{% for h in range(4) %}
-        out{{ h }} = fma(vec4<f32>(weights[k][{{ h }}]), values, out{{ h }});
-{% endfor %}
-        k += 1u;
-    }
-    let to = ((group.z * p.pieces + group.y) * {{ heads }}u + group.x * 4u) * {{ head_dim + 2 }}u;
-    if thread < {{ vecs }}u {
-{% for h in range(4) %}
-{% for i in range(4) %}
-        partial[to + {{ h * (head_dim + 2) + i }}u + 4u * thread] = out{{ h }}[{{ i }}];
-{% endfor %}
-{% endfor %}
-    }
-    if (thread & 31u) == 0u {
-        var sum = 0.0;
-        k = 0u;
-        while k < keys {
-            sum += weights[k][head];
+    let to = ((group.z * p.pieces + group.y) * {{ heads }}u + group.x * {{ together }}u) * {{ head_dim + 2 }}u;
+    if part < {{ together }}u {
+        var most = dots[part * 32u];
+        var k = 1u;
+        while k < 32u {
+            most = max(most, dots[part * 32u + k]);
             k += 1u;
         }
-        partial[to + head * {{ head_dim + 2 }}u + {{ head_dim }}u] = most;
-        partial[to + head * {{ head_dim + 2 }}u + {{ head_dim + 1 }}u] = sum;
+        weights[lane * {{ together }}u + part] = exp_of(score - most);
+        if lane == 0u {
+            partial[to + part * {{ head_dim + 2 }}u + {{ head_dim }}u] = most;
+        }
+    }
+    workgroupBarrier();
+    if thread < {{ together }}u {
+        var sum = 0.0;
+        var k = 0u;
+        while k < keys {
+            sum += weights[k * {{ together }}u + thread];
+            k += 1u;
+        }
+        partial[to + thread * {{ head_dim + 2 }}u + {{ head_dim + 1 }}u] = sum;
+    }
+    // Four values for each thread, and half of the heads.
+    v = thread & 127u;
+    let first = (thread >> 7u) * {{ together // 2 }}u;
+    while v < {{ vecs }}u {
+{% for h in range(together // 2) %}
+        var out{{ h }} = vec4<f32>(0.0);
+{% endfor %}
+        var k = 0u;
+        while k < keys {
+            let values = key(k, v);
+{% for h in range(together // 2) %}
+            out{{ h }} = fma(vec4<f32>(weights[k * {{ together }}u + first + {{ h }}u]), values, out{{ h }});
+{% endfor %}
+            k += 1u;
+        }
+{% for h in range(together // 2) %}
+{% for i in range(4) %}
+        partial[to + (first + {{ h }}u) * {{ head_dim + 2 }}u + 4u * v + {{ i }}u] = out{{ h }}[{{ i }}];
+{% endfor %}
+{% endfor %}
+        v += 128u;
     }
 }

@@ -21,9 +21,13 @@ struct Params {
 @group(0) @binding(3) var<storage, read_write> out: array<f32>;
 var<immediate> p: Params;
 
+// Of up to 256 pieces: the largest scores, then weights; and sums.
+var<workgroup> shares: array<f32, 256>;
+var<workgroup> sums: array<f32, 256>;
+
 {{ functions.exponential() }}
 
-@compute @workgroup_size({{ head_dim // 2 }})
+@compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let row = p.row0 + group.y;
     let position = p.start + row - p.run0;
@@ -31,23 +35,52 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if p.ratio > 0u {
         count += min((position + 1u) / p.ratio, p.top_k);
     }
-    let pieces = (count + 63u) / 64u;
+    let pieces = (count + 31u) / 32u;
+    let first = (group.y * p.pieces * {{ heads }}u + group.x) * {{ head_dim + 2 }}u;
     let sink = bitcast<f32>(w[p.sinks + (group.x >> 2u)][group.x & 3u]);
     var most = sink;
-    var i = 0u;
+    var i = thread;
     while i < pieces {
-        most = max(most, partial[((group.y * p.pieces + i) * {{ heads }}u + group.x) * {{ head_dim + 2 }}u + {{ head_dim }}u]);
+        most = max(most, partial[first + i * {{ heads * (head_dim + 2) }}u + {{ head_dim }}u]);
+        i += 256u;
+    }
+    shares[thread] = most;
+    workgroupBarrier();
+    i = 0u;
+    while i < min(pieces, 256u) {
+        most = max(most, shares[i]);
         i += 1u;
     }
     var sum = 0.0;
     var value = vec2<f32>(0.0);
-    i = 0u;
-    while i < pieces {
-        let at = ((group.y * p.pieces + i) * {{ heads }}u + group.x) * {{ head_dim + 2 }}u;
-        let share = exp_of(partial[at + {{ head_dim }}u] - most);
-        sum = fma(partial[at + {{ head_dim + 1 }}u], share, sum);
-        value = fma(vec2<f32>(partial[at + 2u * thread], partial[at + 2u * thread + 1u]), vec2<f32>(share), value);
-        i += 1u;
+    let mine = min(2u * thread, {{ head_dim - 2 }}u);
+    var begin = 0u;
+    while begin < pieces {
+        workgroupBarrier();
+        let at = first + min(begin + thread, pieces - 1u) * {{ heads * (head_dim + 2) }}u + {{ head_dim }}u;
+        shares[thread] = exp_of(partial[at] - most);
+        sums[thread] = partial[at + 1u];
+        workgroupBarrier();
+        let end = min(256u, pieces - begin);
+        i = 0u;
+        while i < end {
+            // Eight at once, so that they come together; what is past the last is left out.
+{% for j in range(8) %}
+            let at{{ j }} = first + min(begin + i + {{ j }}u, pieces - 1u) * {{ heads * (head_dim + 2) }}u + mine;
+            let v{{ j }} = vec2<f32>(partial[at{{ j }}], partial[at{{ j }} + 1u]);
+{% endfor %}
+{% for j in range(8) %}
+            if i + {{ j }}u < end {
+                value = fma(v{{ j }}, vec2<f32>(shares[i + {{ j }}u]), value);
+                sum = fma(sums[i + {{ j }}u], shares[i + {{ j }}u], sum);
+            }
+{% endfor %}
+            i += 8u;
+        }
+        begin += 256u;
+    }
+    if thread >= {{ head_dim // 2 }}u {
+        return;
     }
     value = value / (sum + exp_of(sink - most));
     if thread >= {{ (head_dim - rope) // 2 }}u {

@@ -1,9 +1,10 @@
 {# Outputs of one choice of a row, if its expert is in a slot, each at its own place `[rows, 1 + K, D]`; of the shared expert
    at place 0, where that is asked for.
 
-   down, shared_down: types; used: K. Workgroups: D / 16, choices (then rows, for the shared expert). -#}
+   down, shared_down: types; used: K; digits: whether integers are multiplied where types allow; outputs: of each 32
+   lanes. Workgroups: D / (8 outputs), choices (then rows, for the shared expert). -#}
 {% import "weights.wgsl" as weights with context %}
-{{ weights.chunk_struct() }}
+{% set types = [down] if down == shared_down else [down, shared_down] %}
 
 struct Params {
     slot: u32,
@@ -35,23 +36,25 @@ var<immediate> p: Params;
 
 {{ weights.helpers("slab") }}
 {{ weights.helpers("w") }}
-{{ weights.type_functions([down, shared_down]) }}
-{{ weights.loader(down, "slab") }}
-{{ weights.loader(shared_down, "w") }}
-{{ weights.reduction(16, 128) }}
-{{ weights.staged(1, 128) }}
+{{ weights.product_types(types, digits) }}
+{{ weights.product_functions([down], "slab", digits) }}
+{{ weights.product_functions([shared_down], "w", digits) }}
+{{ weights.reduction(8 * outputs, 256) }}
+{{ weights.staged(1, 128, types, digits) }}
 
-@compute @workgroup_size(128)
+@compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let lane = thread & 31u;
-    let first = group.x * 16u + (thread >> 5u) * 4u;
+    let first = group.x * {{ 8 * outputs }}u + (thread >> 5u) * {{ outputs }}u;
     var to: u32;
-{% if "iq2_xxs" in [down, shared_down] %}
-    load_points(thread, 128u);
+{% if "iq2_xxs" in types %}
+    load_points(thread, 256u);
     workgroupBarrier();
 {% endif %}
-{% for n in range(4) %}
-    var acc{{ n }} = 0.0;
+{% set of = namespace(list=[]) %}
+{% for n in range(outputs) %}
+    var acc{{ n }}_0 = 0.0;
+{% set of.list = of.list + [["row" ~ n, down, "acc" ~ n]] %}
 {% endfor %}
     if group.y < p.choices {
         let choice = p.choice0 + group.y;
@@ -61,56 +64,28 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
         to = (choice / {{ used }}u) * {{ 1 + used }}u + 1u + choice % {{ used }}u;
         let x_at = choice * p.chunks * 8u;
-{% for n in range(4) %}
+        let chunks = p.chunks;
+{% for n in range(outputs) %}
         let row{{ n }} = slot * p.slot + p.down + min(first + {{ n }}u, p.d - 1u) * p.stride;
 {% endfor %}
-        let chunks = p.chunks;
-        var first_chunk = 0u;
-        while first_chunk < chunks {
-{% call(r, i) weights.stage(1, 128) %}mid[x_at + {{ i }}]{% endcall %}
-            var c = lane;
-            while c < 128u && first_chunk + c < chunks {
-                {{ weights.inputs(0, 128) }}
-{% for n in range(4) %}
-                {
-                    let k = load_{{ down }}_slab(row{{ n }}, chunks, first_chunk + c);
-                    {{ weights.dot(down, "acc" ~ n, "k") }}
-                }
-{% endfor %}
-                c += 32u;
-            }
-            first_chunk += 128u;
-        }
+{% call(r, i) weights.products(of.list, "slab", 1, 128, 256, digits) %}mid[x_at + {{ i }}]{% endcall %}
     } else {
         let row = p.row0 + group.y - p.choices;
         to = row * {{ 1 + used }}u;
         let x_at = row * p.shared_chunks * 8u;
-{% for n in range(4) %}
-        let row{{ n }} = p.shared_down + min(first + {{ n }}u, p.d - 1u) * p.shared_stride;
-{% endfor %}
         let chunks = p.shared_chunks;
-        var first_chunk = 0u;
-        while first_chunk < chunks {
-{% call(r, i) weights.stage(1, 128) %}shared_mid[x_at + {{ i }}]{% endcall %}
-            var c = lane;
-            while c < 128u && first_chunk + c < chunks {
-                {{ weights.inputs(0, 128) }}
-{% for n in range(4) %}
-                {
-                    let k = load_{{ shared_down }}_w(row{{ n }}, chunks, first_chunk + c);
-                    {{ weights.dot(shared_down, "acc" ~ n, "k") }}
-                }
+{% set of.list = [] %}
+{% for n in range(outputs) %}
+        let row{{ n }} = p.shared_down + min(first + {{ n }}u, p.d - 1u) * p.shared_stride;
+{% set of.list = of.list + [["row" ~ n, shared_down, "acc" ~ n]] %}
 {% endfor %}
-                c += 32u;
-            }
-            first_chunk += 128u;
-        }
+{% call(r, i) weights.products(of.list, "w", 1, 128, 256, digits) %}shared_mid[x_at + {{ i }}]{% endcall %}
     }
-{% for n in range(4) %}
-    partial[((thread >> 5u) * 4u + {{ n }}u) * 32u + lane] = acc{{ n }};
+{% for n in range(outputs) %}
+    partial[((thread >> 5u) * {{ outputs }}u + {{ n }}u) * 32u + lane] = acc{{ n }}_0;
 {% endfor %}
     reduce(thread);
-    if thread < 16u && group.x * 16u + thread < p.d {
-        outputs[to * p.d + group.x * 16u + thread] = totals[thread];
+    if thread < {{ 8 * outputs }}u && group.x * {{ 8 * outputs }}u + thread < p.d {
+        outputs[to * p.d + group.x * {{ 8 * outputs }}u + thread] = totals[thread];
     }
 }

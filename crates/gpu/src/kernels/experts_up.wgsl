@@ -1,10 +1,10 @@
 {# silu(min(gate, limit)) · clamp(up, ±limit) · weight of one choice of a row (§2.7), if its expert is in a slot.
 
-   gate, up: types; used: K. Workgroups: width / 8, choices. -#}
+   gate, up: types; used: K; digits: whether integers are multiplied where types allow; outputs: of each 32 lanes.
+   Workgroups: width / (8 outputs), choices. -#}
 {% import "weights.wgsl" as weights with context %}
 {% import "functions.wgsl" as functions %}
-{{ weights.chunk_struct() }}
-
+{% set types = [gate] if gate == up else [gate, up] %}
 struct Params {
     // Of a slot in vec4s, and where gate and up begin in it; of their rows.
     slot: u32,
@@ -26,73 +26,57 @@ struct Params {
 @group(0) @binding(3) var<storage, read> shares: array<f32>;
 @group(0) @binding(4) var<storage, read> x: array<vec4<f32>>;
 @group(0) @binding(5) var<storage, read_write> mid: array<f32>;
-{% if "iq2_xxs" in [gate, up] %}
+{% if "iq2_xxs" in types %}
 @group(0) @binding(6) var<storage, read> code_book: array<vec2<u32>>;
 {% endif %}
 var<immediate> p: Params;
 
 {{ weights.helpers("slab") }}
-{{ weights.type_functions([gate, up]) }}
-{{ weights.loader(gate, "slab") }}
-{% if up != gate %}
-{{ weights.loader(up, "slab") }}
-{% endif %}
-{{ weights.reduction(16, 128) }}
-{{ weights.staged(1, 128) }}
+{{ weights.product_types(types, digits) }}
+{{ weights.product_functions(types, "slab", digits) }}
+{{ weights.reduction(16 * outputs, 256) }}
+{{ weights.staged(1, 128, types, digits) }}
 {{ functions.exponential() }}
 
-@compute @workgroup_size(128)
+@compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let choice = p.choice0 + group.y;
     let slot = table[p.table + experts[choice]];
     if slot == 0xffffffffu {
         return;
     }
-{% if "iq2_xxs" in [gate, up] %}
-    load_points(thread, 128u);
+{% if "iq2_xxs" in types %}
+    load_points(thread, 256u);
     workgroupBarrier();
 {% endif %}
     let lane = thread & 31u;
-    let first = group.x * 8u + (thread >> 5u) * 2u;
+    let first = group.x * {{ 8 * outputs }}u + (thread >> 5u) * {{ outputs }}u;
     let x_at = (choice / {{ used }}u) * p.chunks * 8u;
-{% for n in range(2) %}
+    let chunks = p.chunks;
+{% set gates = namespace(list=[]) %}
+{% set ups = namespace(list=[]) %}
+{% for n in range(outputs) %}
     let gate{{ n }} = slot * p.slot + p.gate + min(first + {{ n }}u, p.width - 1u) * p.gate_stride;
     let up{{ n }} = slot * p.slot + p.up + min(first + {{ n }}u, p.width - 1u) * p.up_stride;
-    var gate_acc{{ n }} = 0.0;
-    var up_acc{{ n }} = 0.0;
+    var gates{{ n }}_0 = 0.0;
+    var ups{{ n }}_0 = 0.0;
+{% set gates.list = gates.list + [["gate" ~ n, gate, "gates" ~ n]] %}
+{% set ups.list = ups.list + [["up" ~ n, up, "ups" ~ n]] %}
 {% endfor %}
-    let chunks = p.chunks;
-    var first_chunk = 0u;
-    while first_chunk < chunks {
-{% call(r, i) weights.stage(1, 128) %}x[x_at + {{ i }}]{% endcall %}
-        var c = lane;
-        while c < 128u && first_chunk + c < chunks {
-            {{ weights.inputs(0, 128) }}
-{% for n in range(2) %}
-            {
-                let k = load_{{ gate }}_slab(gate{{ n }}, chunks, first_chunk + c);
-                {{ weights.dot(gate, "gate_acc" ~ n, "k") }}
-            }
-            {
-                let k = load_{{ up }}_slab(up{{ n }}, chunks, first_chunk + c);
-                {{ weights.dot(up, "up_acc" ~ n, "k") }}
-            }
+{% for of in ([gates.list + ups.list] if gate == up else [gates.list, ups.list]) %}
+{% call(r, i) weights.products(of, "slab", 1, 128, 256, digits) %}x[x_at + {{ i }}]{% endcall %}
 {% endfor %}
-            c += 32u;
-        }
-        first_chunk += 128u;
-    }
-{% for n in range(2) %}
-    partial[((thread >> 5u) * 4u + {{ n }}u) * 32u + lane] = gate_acc{{ n }};
-    partial[((thread >> 5u) * 4u + {{ 2 + n }}u) * 32u + lane] = up_acc{{ n }};
+{% for n in range(outputs) %}
+    partial[((thread >> 5u) * {{ 2 * outputs }}u + {{ n }}u) * 32u + lane] = gates{{ n }}_0;
+    partial[((thread >> 5u) * {{ 2 * outputs }}u + {{ outputs + n }}u) * 32u + lane] = ups{{ n }}_0;
 {% endfor %}
     reduce(thread);
-    if thread < 8u {
-        let at = (thread >> 1u) * 4u + (thread & 1u);
-        let f = group.x * 8u + thread;
+    if thread < {{ 8 * outputs }}u {
+        let at = thread / {{ outputs }}u * {{ 2 * outputs }}u + thread % {{ outputs }}u;
+        let f = group.x * {{ 8 * outputs }}u + thread;
         if f < p.width {
             let gate = min(totals[at], p.limit);
-            let up = clamp(totals[at + 2u], -p.limit, p.limit);
+            let up = clamp(totals[at + {{ outputs }}u], -p.limit, p.limit);
             mid[choice * p.width + f] = silu(gate) * up * shares[choice];
         }
     }

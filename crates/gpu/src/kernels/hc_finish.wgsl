@@ -1,10 +1,11 @@
 {# From the sums of `hc_mix`: the sub-layer's input, normalised (§2.1, steps 3 and 5; §2.9 for the head), by workgroup 0 of a
    row; weights and doubly stochastic mix of the streams (steps 3 and 4) by workgroup 1.
 
-   streams: S; outputs: rows of the projection; head: whether it is the output head's. -#}
+   streams: S; d: D; outputs: rows of the projection; head: whether it is the output head's. -#}
 {% import "functions.wgsl" as functions %}
+{# Vectors of a row for each thread. #}
+{%- set each = (d // 4 + 255) // 256 %}
 struct Params {
-    d: u32,
     // Sums of a row.
     slices: u32,
     // Where these are in the weights.
@@ -20,9 +21,9 @@ struct Params {
 }
 
 @group(0) @binding(0) var<storage, read> w: array<vec4<u32>>;
-@group(0) @binding(1) var<storage, read> x: array<f32>;
+@group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read> sums: array<f32>;
-@group(0) @binding(3) var<storage, read_write> input: array<f32>;
+@group(0) @binding(3) var<storage, read_write> input: array<vec4<f32>>;
 @group(0) @binding(4) var<storage, read_write> weights: array<f32>;
 var<immediate> p: Params;
 
@@ -31,6 +32,7 @@ var<workgroup> projected: array<f32, {{ outputs + 1 }}>;
 var<workgroup> pre: array<f32, {{ streams }}>;
 var<workgroup> mix: array<f32, {{ 2 * streams * streams }}>;
 var<workgroup> squares: array<f32, 256>;
+var<workgroup> sixteenths: array<f32, 16>;
 
 {{ functions.exponential() }}
 
@@ -42,27 +44,43 @@ fn weight(at: u32, i: u32) -> f32 {
 fn sum_all(thread: u32, value: f32) -> f32 {
     squares[thread] = value;
     workgroupBarrier();
-    var half = 128u;
-    while half > 0u {
-        if thread < half {
-            squares[thread] += squares[thread + half];
-        }
-        workgroupBarrier();
-        half >>= 1u;
+    if thread < 16u {
+        var sum = 0.0;
+{% for i in range(16) %}
+        sum += squares[thread + {{ 16 * i }}u];
+{% endfor %}
+        sixteenths[thread] = sum;
     }
-    return squares[0];
+    workgroupBarrier();
+    var sum = 0.0;
+{% for i in range(16) %}
+    sum += sixteenths[{{ i }}];
+{% endfor %}
+    return sum;
 }
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let row = p.row0 + group.y;
+    // The streams are on their way while the sums are made.
+{% for n in range(each) %}
+    let at{{ n }} = min(thread + {{ 256 * n }}u, {{ d // 4 - 1 }}u);
+{% for s in range(streams) %}
+    let x{{ n }}_{{ s }} = x[(row * {{ streams }}u + {{ s }}u) * {{ d // 4 }}u + at{{ n }}];
+{% endfor %}
+{% endfor %}
     var i = thread;
     while i < {{ (outputs + 1) * 8 }}u {
         var sum = 0.0;
         var slice = i & 7u;
         while slice < p.slices {
-            sum += sums[(row * p.slices + slice) * {{ outputs + 1 }}u + (i >> 3u)];
-            slice += 8u;
+{% for j in range(8) %}
+            let s{{ j }} = sums[(row * p.slices + min(slice + {{ 8 * j }}u, p.slices - 1u)) * {{ outputs + 1 }}u + (i >> 3u)];
+{% endfor %}
+{% for j in range(8) %}
+            sum += select(0.0, s{{ j }}, slice + {{ 8 * j }}u < p.slices);
+{% endfor %}
+            slice += 64u;
         }
         eighths[i] = sum;
         i += 256u;
@@ -76,7 +94,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         i += 256u;
     }
     workgroupBarrier();
-    let inverse = 1.0 / sqrt(projected[{{ outputs }}] / f32({{ streams }}u * p.d) + p.epsilon);
+    let inverse = 1.0 / sqrt(projected[{{ outputs }}] / {{ streams * d }}.0 + p.epsilon);
 
 {% if not head %}
     if group.x == 1u {
@@ -135,22 +153,22 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         pre[thread] = sigmoid(fma(projected[thread] * inverse, weight(p.scale, 0u), weight(p.base, thread))) + p.hc_epsilon;
     }
     workgroupBarrier();
-    let out = (p.out0 + group.y) * p.d;
+    let out = (p.out0 + group.y) * {{ d // 4 }}u;
     var square = 0.0;
-    var d = thread;
-    while d < p.d {
-        var value = 0.0;
+{% for n in range(each) %}
+    var value{{ n }} = vec4<f32>(0.0);
+    let norm{{ n }} = bitcast<vec4<f32>>(w[p.norm + at{{ n }}]);
 {% for s in range(streams) %}
-        value = fma(pre[{{ s }}], x[(row * {{ streams }}u + {{ s }}u) * p.d + d], value);
+    value{{ n }} = fma(vec4<f32>(pre[{{ s }}]), x{{ n }}_{{ s }}, value{{ n }});
 {% endfor %}
-        input[out + d] = value;
-        square = fma(value, value, square);
-        d += 256u;
+    if thread + {{ 256 * n }}u < {{ d // 4 }}u {
+        square = fma(value{{ n }}.w, value{{ n }}.w, fma(value{{ n }}.z, value{{ n }}.z, fma(value{{ n }}.y, value{{ n }}.y, fma(value{{ n }}.x, value{{ n }}.x, square))));
     }
-    let scale = 1.0 / sqrt(sum_all(thread, square) / f32(p.d) + p.epsilon);
-    d = thread;
-    while d < p.d {
-        input[out + d] = input[out + d] * scale * weight(p.norm, d);
-        d += 256u;
+{% endfor %}
+    let scale = 1.0 / sqrt(sum_all(thread, square) / {{ d }}.0 + p.epsilon);
+{% for n in range(each) %}
+    if thread + {{ 256 * n }}u < {{ d // 4 }}u {
+        input[out + at{{ n }}] = value{{ n }} * scale * norm{{ n }};
     }
+{% endfor %}
 }

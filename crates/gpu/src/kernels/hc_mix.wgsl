@@ -33,19 +33,31 @@ fn main(
     let quarter = thread >> 6u;
     let d = group.x * 64u + lane;
     let row = p.row0 + group.y;
+    // Everything that is read is asked for before anything is waited for.
+{% for i in range((outputs + 3) // 4) %}
+{% for s in range(streams) %}
+    let at{{ i }}_{{ s }} = (min({{ 4 * i }}u + quarter, {{ outputs - 1 }}u) * {{ streams }}u + {{ s }}u) * p.d + d;
+    let f{{ i }}_{{ s }} = bitcast<f32>(w[p.function + (at{{ i }}_{{ s }} >> 2u)][at{{ i }}_{{ s }} & 3u]);
+{% endfor %}
+{% endfor %}
     var s = quarter;
     while s < {{ streams }}u {
         old[s * 64u + lane] = x[(row * {{ streams }}u + s) * p.d + d];
         s += 4u;
     }
-    workgroupBarrier();
 {% if post %}
     var y = 0.0;
     var part = 0u;
     while part < p.parts {
-        y += output[(row * p.parts + part) * p.d + d];
-        part += 1u;
+{% for i in range(8) %}
+        let y{{ i }} = output[(row * p.parts + min(part + {{ i }}u, p.parts - 1u)) * p.d + d];
+{% endfor %}
+{% for i in range(8) %}
+        y += select(0.0, y{{ i }}, part + {{ i }}u < p.parts);
+{% endfor %}
+        part += 8u;
     }
+    workgroupBarrier();
     let at = row * {{ streams + streams * streams }}u;
     s = quarter;
     while s < {{ streams }}u {
@@ -57,23 +69,20 @@ fn main(
         x[(row * {{ streams }}u + s) * p.d + d] = value;
         s += 4u;
     }
-    workgroupBarrier();
 {% set now = "fresh" %}
 {% else %}
 {% set now = "old" %}
 {% endif %}
-    var o = quarter;
-    while o < {{ outputs }}u {
+    workgroupBarrier();
+{% for i in range((outputs + 3) // 4) %}
+    if {{ 4 * i }}u + quarter < {{ outputs }}u {
         var sum = 0.0;
 {% for s in range(streams) %}
-        {
-            let i = (o * {{ streams }}u + {{ s }}u) * p.d + d;
-            sum = fma(bitcast<f32>(w[p.function + (i >> 2u)][i & 3u]), {{ now }}[{{ s * 64 }}u + lane], sum);
-        }
+        sum = fma(f{{ i }}_{{ s }}, {{ now }}[{{ s * 64 }}u + lane], sum);
 {% endfor %}
-        partial[o * 64u + lane] = sum;
-        o += 4u;
+        partial[({{ 4 * i }}u + quarter) * 64u + lane] = sum;
     }
+{% endfor %}
     if quarter == 3u {
         var square = 0.0;
 {% for s in range(streams) %}

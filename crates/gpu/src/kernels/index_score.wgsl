@@ -2,6 +2,8 @@
 
    index_heads, plain. Workgroups: keys / 32, rows. -#}
 {% import "rows.wgsl" as rows %}
+{# Heads of each eighth of the threads. #}
+{%- set each = (index_heads + 7) // 8 %}
 struct Params {
     q_stride: u32,
     // First value of the indexer's query in a row.
@@ -20,7 +22,7 @@ struct Params {
     stride: u32,
 }
 
-@group(0) @binding(0) var<storage, read> q: array<f32>;
+@group(0) @binding(0) var<storage, read> q: array<vec4<f32>>;
 @group(0) @binding(1) var<storage, read> projected: array<f32>;
 @group(0) @binding(2) var<storage, read> session: array<u32>;
 @group(0) @binding(3) var<storage, read_write> scores: array<f32>;
@@ -28,13 +30,12 @@ var<immediate> p: Params;
 
 // One key a column: element e of key k at e * 33 + k.
 var<workgroup> keys: array<f32, {{ 128 * 33 }}>;
-var<workgroup> query: array<f32, 512>;
-var<workgroup> sums: array<f32, 128>;
+var<workgroup> sums: array<f32, 256>;
 
 {{ rows.scales() }}
 {{ rows.fp4() }}
 
-@compute @workgroup_size(128)
+@compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let row = p.row0 + group.y;
     let visible = (p.start + row - p.run0 + 1u) / p.ratio;
@@ -42,64 +43,63 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if first >= visible {
         return;
     }
-    // Thread: a quarter of a key.
+    // Thread: an eighth of a key.
     {
-        let k = thread >> 2u;
-        let part = thread & 3u;
+        let k = thread >> 3u;
+        let part = thread & 7u;
         let key = p.keys + min(first + k, visible - 1u) * {{ row_words }}u;
 {% if plain %}
         var i = 0u;
-        while i < 32u {
-            keys[(part * 32u + i) * 33u + k] = bitcast<f32>(session[key + part * 32u + i]);
+        while i < 16u {
+            keys[(part * 16u + i) * 33u + k] = bitcast<f32>(session[key + part * 16u + i]);
             i += 1u;
         }
 {% else %}
-        let scale = scale_of((session[key + 16u] >> (8u * part)) & 255u);
+        let scale = scale_of((session[key + 16u] >> (8u * (part >> 1u))) & 255u);
+        let words = vec2<u32>(session[key + part * 2u], session[key + part * 2u + 1u]);
         var i = 0u;
-        while i < 4u {
-            let word = session[key + part * 4u + i];
-            var j = 0u;
-            while j < 8u {
-                keys[(part * 32u + i * 8u + j) * 33u + k] = e2m1_value((word >> (4u * j)) & 15u) * scale;
-                j += 1u;
-            }
+        while i < 16u {
+            keys[(part * 16u + i) * 33u + k] = e2m1_value((words[i >> 3u] >> (4u * (i & 7u))) & 15u) * scale;
             i += 1u;
         }
 {% endif %}
     }
-    // Thread: a key and one of four heads.
+    workgroupBarrier();
+    // Thread: a key, and an eighth of the heads, four of them at a time with each of its values.
     let k = thread & 31u;
-    let quarter = thread >> 5u;
+    let first_head = (thread >> 5u) * {{ each }}u;
+    let q_at = (row * p.q_stride + p.q) >> 2u;
     var sum = 0.0;
-    var head = 0u;
-    while head < {{ index_heads }}u {
-        workgroupBarrier();
-        var i = thread;
-        while i < 512u {
-            if head + (i >> 7u) < {{ index_heads }}u {
-                query[i] = q[row * p.q_stride + p.q + head * 128u + i];
-            }
-            i += 128u;
+{% for block in range(0, each, 4) %}
+    {
+{% set heads = [4, each - block] | min %}
+{% for h in range(heads) %}
+        let head{{ h }} = first_head + {{ block + h }}u;
+        let q{{ h }} = q_at + min(head{{ h }}, {{ index_heads - 1 }}u) * 32u;
+        var dot{{ h }} = vec4<f32>(0.0);
+{% endfor %}
+        var v = 0u;
+        while v < 32u {
+            let values = vec4<f32>(keys[v * 132u + k], keys[v * 132u + 33u + k], keys[v * 132u + 66u + k], keys[v * 132u + 99u + k]);
+{% for h in range(heads) %}
+            dot{{ h }} = fma(q[q{{ h }} + v], values, dot{{ h }});
+{% endfor %}
+            v += 1u;
         }
-        workgroupBarrier();
-        if head + quarter < {{ index_heads }}u {
-            var a = 0.0;
-            var b = 0.0;
-            i = 0u;
-            while i < 128u {
-                a = fma(query[quarter * 128u + i], keys[i * 33u + k], a);
-                b = fma(query[quarter * 128u + i + 1u], keys[(i + 1u) * 33u + k], b);
-                i += 2u;
-            }
-            let weight = projected[row * p.p_stride + p.weights + head + quarter] * p.scale;
-            sum = fma(weight, max(a + b, 0.0), sum);
+{% for h in range(heads) %}
+        if head{{ h }} < {{ index_heads }}u {
+            let weight = projected[row * p.p_stride + p.weights + head{{ h }}] * p.scale;
+            sum = fma(weight, max((dot{{ h }}.x + dot{{ h }}.y) + (dot{{ h }}.z + dot{{ h }}.w), 0.0), sum);
         }
-        head += 4u;
+{% endfor %}
     }
+{% endfor %}
     sums[thread] = sum;
     workgroupBarrier();
     if thread < 32u && first + thread < visible {
-        scores[group.y * p.stride + first + thread] =
-            (sums[thread] + sums[thread + 32u]) + (sums[thread + 64u] + sums[thread + 96u]);
+{% for i in range(8) %}
+        let s{{ i }} = sums[thread + {{ 32 * i }}u];
+{% endfor %}
+        scores[group.y * p.stride + first + thread] = ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7));
     }
 }

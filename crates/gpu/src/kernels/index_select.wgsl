@@ -57,14 +57,22 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             i += 256u;
         }
         workgroupBarrier();
-        // Of each digit: how many have a higher one.
-        var higher = 0u;
-        i = thread + 1u;
-        while i < 256u {
-            higher += atomicLoad(&counts[i]);
-            i += 1u;
+        // Of each digit: how many have it or a higher one.
+        let mine = atomicLoad(&counts[thread]);
+        above[thread] = mine;
+        var step = 1u;
+        while step < 256u {
+            workgroupBarrier();
+            var more = 0u;
+            if thread + step < 256u {
+                more = above[thread + step];
+            }
+            workgroupBarrier();
+            above[thread] += more;
+            step <<= 1u;
         }
-        if higher < wanted && higher + atomicLoad(&counts[thread]) >= wanted {
+        let higher = above[thread] - mine;
+        if higher < wanted && above[thread] >= wanted {
             found = vec2<u32>(thread, wanted - higher);
         }
         workgroupBarrier();

@@ -1,19 +1,17 @@
 {# y[r] = W x[r] for a list of matrices (jobs) at once and a few rows: each output is one dot product, summed by 32 lanes in one
    order whatever the number of rows.
 
-   types: those of the matrices; rows: activation rows together; norm: whether x is divided by its RMS and weighed first. -#}
+   types: those of the matrices; rows: activation rows together; outputs: of each 32 lanes; norm: whether x is divided by its
+   RMS and weighed first; digits: whether integers are multiplied where types allow. -#}
 {% import "weights.wgsl" as weights with context %}
-{% set outputs = 4 %}
-{% set values = 4 * outputs * rows %}
-{# Chunks of inputs in workgroup memory at a time; for more than four rows there is no room. #}
-{%- set tile = 128 if rows == 1 else 32 %}
-{% set is_staged = rows <= 4 %}
-{{ weights.chunk_struct() }}
+{# Chunks of inputs in workgroup memory at a time, and outputs that are summed at a time. #}
+{%- set tile = 128 // rows if rows < 4 else 32 %}
+{% set together = outputs if rows <= 2 else 8 // rows %}
+{% set values = 8 * together * rows %}
 
 struct Params {
-    // Where the jobs are, and how many.
-    jobs: u32,
-    job_count: u32,
+    // Where the list of workgroups is.
+    groups: u32,
     rows: u32,
     // Of a row, in vec4s.
     x_stride: u32,
@@ -33,125 +31,85 @@ struct Params {
 var<immediate> p: Params;
 
 {{ weights.helpers("w") }}
-{{ weights.type_functions(types) }}
-{% for ty in types %}
-{{ weights.loader(ty, "w") }}
-{% endfor %}
-{{ weights.reduction(values, 128) }}
-{% if is_staged %}
-{{ weights.staged(rows, tile) }}
-{% endif %}
+{{ weights.product_types(types, digits) }}
+{{ weights.product_functions(types, "w", digits) }}
+{{ weights.reduction(values, 256) }}
+{{ weights.staged(rows, tile, types, digits) }}
 {% if norm %}
-var<workgroup> inverse: array<f32, {{ rows }}>;
+// Sums of squares of each row, by lane.
+var<workgroup> squares: array<f32, {{ rows * 32 }}>;
 {% endif %}
 
-@compute @workgroup_size(128)
+@compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
-    // The job of this workgroup: the last that begins at or before it.
-    var j = p.job_count - 1u;
-    while j > 0u && w[p.jobs + 2u * j + 1u].x > group.x {
-        j -= 1u;
-    }
-    let matrix = w[p.jobs + 2u * j];
-    let place = w[p.jobs + 2u * j + 1u];
-    let base = matrix.x;
+    let matrix = w[p.groups + 2u * group.x];
+    let place = w[p.groups + 2u * group.x + 1u];
     let stride = matrix.y;
     let chunks = matrix.z;
     let ty = matrix.w;
-    let output_count = place.y;
+    let output_count = place.x;
     let lane = thread & 31u;
-    let first = (group.x - place.x) * {{ 4 * outputs }}u + (thread >> 5u) * {{ outputs }}u;
+    let first = (thread >> 5u) * {{ outputs }}u;
     let row0 = group.y * {{ rows }}u;
 {% for r in range(rows) %}
-    let x_at{{ r }} = min(row0 + {{ r }}u, p.rows - 1u) * p.x_stride + place.z;
+    let x_at{{ r }} = min(row0 + {{ r }}u, p.rows - 1u) * p.x_stride + place.y;
 {% endfor %}
 {% if "iq2_xxs" in types %}
-    load_points(thread, 128u);
+    load_points(thread, 256u);
     workgroupBarrier();
 {% endif %}
 {% if norm %}
-    // Each quarter of the threads takes rows of its own.
-    {
-        var squares: f32;
 {% for r in range(rows) %}
-        if (thread >> 5u) == {{ r % 4 }}u {
-            squares = 0.0;
-            var i = lane;
-            while i < chunks * 8u {
-                let v = x[x_at{{ r }} + i];
-                squares = fma(v.w, v.w, fma(v.z, v.z, fma(v.y, v.y, fma(v.x, v.x, squares))));
-                i += 32u;
-            }
-            partial[{{ r }}u * 32u + lane] = squares;
+    if (thread >> 5u) == {{ r % 8 }}u {
+        var sum = 0.0;
+        var i = lane;
+        while i < chunks * 8u {
+            let v = x[x_at{{ r }} + i];
+            sum = fma(v.w, v.w, fma(v.z, v.z, fma(v.y, v.y, fma(v.x, v.x, sum))));
+            i += 32u;
         }
-{% endfor %}
-        reduce(thread);
-        if thread < {{ rows }}u {
-            inverse[thread] = 1.0 / sqrt(totals[thread] / f32(chunks * 32u) + p.epsilon);
-        }
-        workgroupBarrier();
+        squares[{{ r * 32 }}u + lane] = sum;
     }
+{% endfor %}
 {% endif %}
 {% for n in range(outputs) %}
-    let at{{ n }} = base + min(first + {{ n }}u, output_count - 1u) * stride;
+    let at{{ n }} = matrix.x + min(first + {{ n }}u, output_count - 1u) * stride;
 {% for r in range(rows) %}
     var acc{{ n }}_{{ r }} = 0.0;
 {% endfor %}
 {% endfor %}
-    var first_chunk = 0u;
-    while first_chunk < chunks {
-{% if is_staged %}
-{% call(r, i) weights.stage(rows, tile) %}
-{% if norm %}x[{{ "x_at" ~ r }} + {{ i }}] * inverse[{{ r }}] * bitcast<vec4<f32>>(w[p.norm + {{ i }}]){% else %}x[{{ "x_at" ~ r }} + {{ i }}]{% endif %}
-{%- endcall %}
-{% endif %}
-{% for ty in types %}
-        {% if not loop.first %}else {% endif %}{% if not loop.last %}if ty == {{ type_ids[ty] }}u {% endif %}{
-            var c = lane;
-            while {% if is_staged %}c < {{ tile }}u && {% endif %}first_chunk + c < chunks {
-{% if rows > 1 %}
+{% for type in types %}
+{% set of = namespace(list=[]) %}
 {% for n in range(outputs) %}
-                let k{{ n }} = load_{{ ty }}_w(at{{ n }}, chunks, first_chunk + c);
+{% set of.list = of.list + [["at" ~ n, type, "acc" ~ n]] %}
 {% endfor %}
-{% endif %}
-{% for r in range(rows) %}
-                {
-{% if is_staged %}
-                {{ weights.inputs(r, tile) }}
-{% else %}
-{% for i in range(8) %}
-                    let x{{ i }} = x[x_at{{ r }} + 8u * c + {{ i }}u]{% if norm %} * inverse[{{ r }}] * bitcast<vec4<f32>>(w[p.norm + 8u * c + {{ i }}u]){% endif %};
-{% endfor %}
-{% endif %}
-{% for n in range(outputs) %}
-{% if rows > 1 %}
-                    {{ weights.dot(ty, "acc" ~ n ~ "_" ~ r, "k" ~ n) }}
-{% else %}
-                    {
-                        let k{{ n }} = load_{{ ty }}_w(at{{ n }}, chunks, first_chunk + c);
-                        {{ weights.dot(ty, "acc" ~ n ~ "_" ~ r, "k" ~ n) }}
-                    }
-{% endif %}
-{% endfor %}
-                }
-{% endfor %}
-                c += 32u;
-            }
-        }
-{% endfor %}
-        first_chunk += {% if is_staged %}{{ tile }}u{% else %}chunks{% endif %};
+    {% if not loop.first %}else {% endif %}{% if not loop.last %}if ty == {{ type_ids[type] }}u {% endif %}{
+{% call(r, i) weights.products(of.list, "w", rows, tile, 256, digits) %}x[{{ "x_at" ~ r }} + {{ i }}]{% if norm %} * bitcast<vec4<f32>>(w[p.norm + {{ i }}]){% endif %}{% endcall %}
     }
-{% for n in range(outputs) %}
+{% endfor %}
+{% for n0 in range(0, outputs, together) %}
+{% for n in range(n0, n0 + together) %}
 {% for r in range(rows) %}
-    partial[(((thread >> 5u) * {{ outputs }}u + {{ n }}u) * {{ rows }}u + {{ r }}u) * 32u + lane] = acc{{ n }}_{{ r }};
+    partial[(((thread >> 5u) * {{ together }}u + {{ n - n0 }}u) * {{ rows }}u + {{ r }}u) * 32u + lane] = acc{{ n }}_{{ r }};
 {% endfor %}
 {% endfor %}
     reduce(thread);
     if thread < {{ values }}u {
-        let output = (group.x - place.x) * {{ 4 * outputs }}u + thread / {{ rows }}u;
-        let row = row0 + thread % {{ rows }}u;
-        if output < output_count && row < p.rows {
-            y[row * p.y_stride + place.w + output] = totals[thread];
+        let of_group = thread / {{ rows }}u;
+        let output = of_group / {{ together }}u * {{ outputs }}u + {{ n0 }}u + of_group % {{ together }}u;
+        let row = thread % {{ rows }}u;
+        if output < output_count && row0 + row < p.rows {
+{% if norm %}
+            var sum = 0.0;
+            var i = 0u;
+            while i < 32u {
+                sum += squares[row * 32u + i];
+                i += 1u;
+            }
+            let scale = 1.0 / sqrt(sum / f32(chunks * 32u) + p.epsilon);
+{% endif %}
+            y[(row0 + row) * p.y_stride + place.z + output] = totals[thread]{% if norm %} * scale{% endif %};
         }
     }
+{% endfor %}
 }

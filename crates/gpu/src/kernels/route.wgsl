@@ -24,7 +24,8 @@ struct Params {
 var<immediate> p: Params;
 
 var<workgroup> scores: array<f32, {{ experts }}>;
-var<workgroup> biased: array<f32, {{ experts }}>;
+// Four a vector; what is past the last expert is below every one.
+var<workgroup> biased: array<vec4<f32>, {{ (experts + 3) // 4 }}>;
 var<workgroup> ranked: array<u32, {{ used }}>;
 
 {{ functions.exponential() }}
@@ -52,10 +53,15 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
         scores[e] = sqrt(softplus(logit));
 {% if not hashed %}
-        biased[e] = scores[e] + bitcast<f32>(w[p.choice + (e >> 2u)][e & 3u]);
+        biased[e >> 2u][e & 3u] = scores[e] + bitcast<f32>(w[p.choice + (e >> 2u)][e & 3u]);
 {% endif %}
         e += 256u;
     }
+{% if not hashed and experts % 4 > 0 %}
+    if thread >= {{ experts % 4 }}u && thread < 4u {
+        biased[{{ experts // 4 }}][thread] = -3.4e38;
+    }
+{% endif %}
     workgroupBarrier();
 {% if hashed %}
     if thread < {{ used }}u {
@@ -65,15 +71,18 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% else %}
     e = thread;
     while e < {{ experts }}u {
-        let mine = biased[e];
-        var better = 0u;
+        let mine = vec4<f32>(biased[e >> 2u][e & 3u]);
+        var better = vec4<u32>(0u);
         var other = 0u;
-        while other < {{ experts }}u {
-            better += u32(biased[other] > mine || (biased[other] == mine && other < e));
+        while other < {{ (experts + 3) // 4 }}u {
+            let theirs = biased[other];
+            let comes_first = vec4<u32>(4u * other) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(e);
+            better += vec4<u32>((theirs > mine) | ((theirs == mine) & comes_first));
             other += 1u;
         }
-        if better < {{ used }}u {
-            ranked[better] = e;
+        let place = (better.x + better.y) + (better.z + better.w);
+        if place < {{ used }}u {
+            ranked[place] = e;
         }
         e += 256u;
     }

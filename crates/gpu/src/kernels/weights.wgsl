@@ -106,6 +106,196 @@ fn load_{{ ty }}_{{ memory }}(row: u32, chunks: u32, c: u32) -> Chunk {
 }
 {% endmacro %}
 
+{# ---- Codes as they are, for products of integers (`Fast`) ----
+
+   What a lane takes at a time is a *unit*: 16 elements of these types, so that lanes that work at the same time read memory without
+   gaps; a chunk of the others. -#}
+{% set halved = ["q8_0", "q2_k", "q4_k"] %}
+
+{% macro raw_struct() %}
+// A unit as it lies in memory: codes, and the words that its scales are in.
+struct Raw {
+    codes: vec4<u32>,
+    head: vec4<u32>,
+}
+
+// A unit as bytes with signs, four a word: the second vector is a chunk's only.
+struct Codes {
+    first: vec4<u32>,
+    second: vec4<u32>,
+    scale: f32,
+    minimum: f32,
+}
+
+fn half_of(word: u32, i: u32) -> f32 {
+    let both = unpack2x16float(word);
+    return select(both.x, both.y, (i & 1u) != 0u);
+}
+
+// Four bytes below 128, negative where `signs` has a 1 in the lowest bit of the byte.
+fn with_signs(bytes: u32, signs: u32) -> u32 {
+    let high = signs << 7u;
+    return ((bytes ^ (high - signs)) + signs) ^ high;
+}
+{% endmacro %}
+
+{% macro raw_loader(ty, memory) %}
+// Unit `u` of the row that begins at `row` and has `chunks` chunks.
+fn raw_{{ ty }}_{{ memory }}(row: u32, chunks: u32, u: u32) -> Raw {
+    var raw: Raw;
+{% if ty == "q8_0" %}
+    raw.codes = {{ memory }}[row + u];
+    raw.head.x = {{ memory }}[row + 2u * chunks + (u >> 4u)][(u >> 2u) & 3u];
+{% elif ty == "q2_k" %}
+    raw.codes = {{ memory }}[row + 4u * (u >> 4u) + ((u >> 2u) & 2u) + (u & 1u)];
+    let blocks = chunks >> 3u;
+    raw.head.x = {{ memory }}[row + 4u * blocks + (u >> 4u)][(u >> 2u) & 3u];
+    raw.head.y = {{ memory }}[row + 5u * blocks + (u >> 6u)][(u >> 4u) & 3u];
+{% elif ty == "q4_k" %}
+    let at = row + 9u * (u >> 4u);
+    raw.codes = {{ memory }}[at + 1u + ((u >> 1u) & 6u) + (u & 1u)];
+    raw.head = {{ memory }}[at];
+{% elif ty == "iq2_xxs" %}
+    raw.codes = {{ memory }}[row + (u >> 1u)];
+    raw.head.x = {{ memory }}[row + (chunks >> 1u) + (u >> 6u)][(u >> 4u) & 3u];
+{% elif ty == "mxfp4" %}
+    raw.codes = {{ memory }}[row + u];
+    raw.head.x = {{ memory }}[row + chunks + (u >> 4u)][(u >> 2u) & 3u];
+{% endif %}
+    return raw;
+}
+{% endmacro %}
+
+{% macro codes(ty) %}
+// Unit `u` of a row.
+fn codes_{{ ty }}(raw: Raw, u: u32) -> Codes {
+    var codes: Codes;
+{% if ty == "q8_0" %}
+    codes.first = raw.codes;
+    codes.scale = half_of(raw.head.x, u >> 1u);
+{% elif ty == "q2_k" %}
+    codes.first = (raw.codes >> vec4<u32>(u & 6u)) & vec4<u32>(0x03030303u);
+    let both = raw.head.x >> (8u * (u & 3u));
+    let d = unpack2x16float(raw.head.y);
+    codes.scale = d.x * f32(both & 15u);
+    codes.minimum = d.y * f32((both >> 4u) & 15u);
+{% elif ty == "q4_k" %}
+    let part = (u >> 1u) & 7u;
+    codes.first = (raw.codes >> vec4<u32>(4u * (part & 1u))) & vec4<u32>(0x0f0f0f0fu);
+    let d = unpack2x16float(raw.head.x);
+    let by = 8u * (part & 3u);
+    let low = vec2<u32>(raw.head.y >> by, raw.head.z >> by);
+    let rest = vec2<u32>(raw.head.w >> by, raw.head.w >> (by + 4u));
+    let six = select((rest & vec2<u32>(15u)) | ((low >> vec2<u32>(2u)) & vec2<u32>(48u)), low & vec2<u32>(63u), part < 4u);
+    codes.scale = d.x * f32(six.x);
+    codes.minimum = d.y * f32(six.y);
+{% elif ty == "iq2_xxs" %}
+    let group = select(raw.codes.xy, raw.codes.zw, (u & 1u) != 0u);
+{% for i in range(4) %}
+    let point{{ i }} = points[(group.x >> {{ 8 * i }}u) & 255u];
+    let signs{{ i }} = even((group.y >> {{ 7 * i }}u) & 127u);
+{% set half = "first" if i < 2 else "second" %}
+    codes.{{ half }}.{{ "xz"[i % 2] }} = with_signs(point{{ i }}.x, ((signs{{ i }} & 15u) * 0x00204081u) & 0x01010101u);
+    codes.{{ half }}.{{ "yw"[i % 2] }} = with_signs(point{{ i }}.y, ((signs{{ i }} >> 4u) * 0x00204081u) & 0x01010101u);
+{% endfor %}
+    codes.scale = half_of(raw.head.x, u >> 3u) * (0.5 + f32(group.y >> 28u)) * 0.25;
+{% elif ty == "mxfp4" %}
+    codes.first = doubled(raw.codes);
+    codes.second = doubled(raw.codes >> vec4<u32>(4u));
+    let exponent = (raw.head.x >> (8u * (u & 3u))) & 255u;
+    codes.scale = bitcast<f32>(select((exponent - 1u) << 23u, 0x00200000u << exponent, exponent < 2u));
+{% endif %}
+    return codes;
+}
+{% endmacro %}
+
+{% macro digit_functions() %}
+fn dot16(codes: vec4<u32>, digits: vec4<u32>) -> i32 {
+    return (dot4I8Packed(codes.x, digits.x) + dot4I8Packed(codes.y, digits.y))
+        + (dot4I8Packed(codes.z, digits.z) + dot4I8Packed(codes.w, digits.w));
+}
+{% endmacro %}
+
+{# Inputs as whole numbers of two digits, 128 high + low, with a scale for each half of a chunk: vectors 0 and 1 have the high
+   digits of chunk `c`, 2 and 3 the low ones, 4 of each half the scale and the sum of its values. A value is off by at most the
+   largest of its half / 32,512. Fills `staged` with the chunks from `first_chunk` on of `chunks`, vector `i` of chunk `c` at
+   `i * (tile + 4) + c`, so that lanes with a unit each meet no bank twice; `source(r, i)` is vector `i` of row `r`. All
+   `threads` run it. -#}
+{% macro stage_digits(rows, tile, threads) %}
+    {
+        workgroupBarrier();
+        let left = min({{ tile }}u, chunks - first_chunk) * 2u;
+{% for r in range(rows) %}
+        {
+            var h = thread;
+            while h < left {
+{% for i in range(4) %}
+                let v{{ i }} = {{ caller(r, "8u * first_chunk + 4u * h + " ~ i ~ "u") }};
+{% endfor %}
+                // As bits: so also what is no number is the largest.
+                let bits = max(max(bitcast<vec4<u32>>(v0) & vec4<u32>(0x7fffffffu), bitcast<vec4<u32>>(v1) & vec4<u32>(0x7fffffffu)),
+                    max(bitcast<vec4<u32>>(v2) & vec4<u32>(0x7fffffffu), bitcast<vec4<u32>>(v3) & vec4<u32>(0x7fffffffu)));
+                let most = bitcast<f32>(max(max(bits.x, bits.y), max(bits.z, bits.w)));
+                // So small that its inverse might be none: all digits are 0.
+                let by = select(16256.0 / most, 0.0, most < 1e-30);
+                var high: vec4<u32>;
+                var low: vec4<u32>;
+                var sum = vec4<i32>(0);
+{% for i in range(4) %}
+                {
+                    let q = vec4<i32>(round(v{{ i }} * by));
+                    let upper = (q + vec4<i32>(64)) >> vec4<u32>(7u);
+                    high.{{ "xyzw"[i] }} = pack4xI8(upper);
+                    low.{{ "xyzw"[i] }} = pack4xI8(q - (upper << vec4<u32>(7u)));
+                    sum += q;
+                }
+{% endfor %}
+                let scale = most / 16256.0;
+                let to = {{ r * 5 * (tile + 4) }}u + (h & 1u) * {{ tile + 4 }}u + (h >> 1u);
+                staged[to] = high;
+                staged[to + {{ 2 * (tile + 4) }}u] = low;
+                let last = {{ (r * 5 + 4) * (tile + 4) }}u + (h >> 1u);
+                staged[last][2u * (h & 1u)] = bitcast<u32>(scale);
+                staged[last][2u * (h & 1u) + 1u] = bitcast<u32>(f32((sum.x + sum.y) + (sum.z + sum.w)) * scale);
+                h += {{ threads }}u;
+            }
+        }
+{% endfor %}
+        workgroupBarrier();
+    }
+{% endmacro %}
+
+{# The digits of unit `u` of those that are staged, of a type. -#}
+{% macro digits_of_unit(ty, r, tile) %}
+{% if ty in halved %}
+                let x0 = staged[{{ r * 5 * (tile + 4) }}u + (u & 1u) * {{ tile + 4 }}u + (u >> 1u)];
+                let x1 = staged[{{ (r * 5 + 2) * (tile + 4) }}u + (u & 1u) * {{ tile + 4 }}u + (u >> 1u)];
+                let of_x = vec2<f32>(bitcast<f32>(staged[{{ (r * 5 + 4) * (tile + 4) }}u + (u >> 1u)][2u * (u & 1u)]),
+                    bitcast<f32>(staged[{{ (r * 5 + 4) * (tile + 4) }}u + (u >> 1u)][2u * (u & 1u) + 1u]));
+{% else %}
+{% for i in range(4) %}
+                let x{{ i }} = staged[{{ (r * 5 + i) * (tile + 4) }}u + u];
+{% endfor %}
+                let of_x = bitcast<vec4<f32>>(staged[{{ (r * 5 + 4) * (tile + 4) }}u + u]);
+{% endif %}
+{% endmacro %}
+
+{# acc + codes · digits, in one order. -#}
+{% macro dot_digits(ty, acc, codes) %}
+{% if ty in halved %}
+{{ acc }} = fma({{ codes }}.scale, f32((dot16({{ codes }}.first, x0) << 7u) + dot16({{ codes }}.first, x1)) * of_x.x, {{ acc }});
+{% if ty in minimums %}
+{{ acc }} = fma(-{{ codes }}.minimum, of_x.y, {{ acc }});
+{% endif %}
+{% else %}
+{
+    let a = f32((dot16({{ codes }}.first, x0) << 7u) + dot16({{ codes }}.first, x2)) * of_x.x;
+    let b = f32((dot16({{ codes }}.second, x1) << 7u) + dot16({{ codes }}.second, x3)) * of_x.z;
+    {{ acc }} = fma({{ codes }}.scale, a + b, {{ acc }});
+}
+{% endif %}
+{% endmacro %}
+
 {% macro helpers(memory) %}
 // Half `i` of those that begin at `at`.
 fn half_{{ memory }}(at: u32, i: u32) -> f32 {
@@ -142,6 +332,19 @@ fn signed(magnitudes: vec4<f32>, signs: u32) -> vec4<f32> {
 }
 {% endif %}
 {% if "mxfp4" in types %}
+// The 4-bit floats in the lower halves of bytes, doubled, as bytes with signs.
+fn doubled(codes: vec4<u32>) -> vec4<u32> {
+    let ones = vec4<u32>(0x01010101u);
+    let low = codes & vec4<u32>(0x07070707u);
+    let odd = low & (low >> vec4<u32>(2u)) & ones;
+    let high = (low >> vec4<u32>(1u)) & (low >> vec4<u32>(2u)) & ones;
+    // 0, 1, 2, 3, 4, 6, 8, 12: what a code is more than itself.
+    let bytes = low + odd + ((high + (odd & high)) << vec4<u32>(1u));
+    let signs = (codes >> vec4<u32>(3u)) & ones;
+    let top = signs << vec4<u32>(7u);
+    return ((bytes ^ (top - signs)) + signs) ^ top;
+}
+
 // Four doubled 4-bit floats, one in each byte.
 fn e2m1(codes: u32) -> vec4<f32> {
     let code = unpack4xU8(codes);
@@ -155,13 +358,18 @@ fn e2m1(codes: u32) -> vec4<f32> {
 {% endmacro %}
 
 {# Inputs in workgroup memory, `tile` chunks of `rows` rows: vector `i` of chunk `c` at `i * (tile + 1) + c`, so that threads that
-   work at the same time, each at a chunk of its own, meet no bank twice. -#}
-{% macro staged(rows, tile) %}
-var<workgroup> staged: array<vec4<f32>, {{ rows * 8 * (tile + 1) }}>;
+   work at the same time, each at a chunk of its own, meet no bank twice: eight vectors of floats, of four rows at most, or five
+   of digits (at `i * (tile + 4) + c`). -#}
+{% macro staged(rows, tile, types, digits) %}
+{% set floats = 8 * ([rows, 4] | min) * (tile + 1) %}
+{% set digits_of_all = 5 * rows * (tile + 4) %}
+{% set has_floats = not digits or types | select("in", unscaled) | list %}
+{% set has_digits = digits and types | reject("in", unscaled) | list %}
+var<workgroup> staged: array<vec4<u32>, {{ [floats if has_floats else 0, digits_of_all if has_digits else 0] | max }}>;
 {% endmacro %}
 
-{# Fills them with the chunks from `first_chunk` on of `chunks`. `source(r, i)` is vector `i` of row `r`. All 128 threads run it. -#}
-{% macro stage(rows, tile) %}
+{# Fills them with the chunks from `first_chunk` on of `chunks`. `source(r, i)` is vector `i` of row `r`. All `threads` run it. -#}
+{% macro stage(rows, tile, threads) %}
     {
         workgroupBarrier();
         let left = min({{ tile }}u, chunks - first_chunk) * 8u;
@@ -169,8 +377,8 @@ var<workgroup> staged: array<vec4<f32>, {{ rows * 8 * (tile + 1) }}>;
         {
             var i = thread;
             while i < left {
-                staged[{{ r * 8 * (tile + 1) }}u + (i & 7u) * {{ tile + 1 }}u + (i >> 3u)] = {{ caller(r, "8u * first_chunk + i") }};
-                i += 128u;
+                staged[{{ r * 8 * (tile + 1) }}u + (i & 7u) * {{ tile + 1 }}u + (i >> 3u)] = bitcast<vec4<u32>>({{ caller(r, "8u * first_chunk + i") }});
+                i += {{ threads }}u;
             }
         }
 {% endfor %}
@@ -181,7 +389,7 @@ var<workgroup> staged: array<vec4<f32>, {{ rows * 8 * (tile + 1) }}>;
 {# The 32 inputs of chunk `c` of those that are staged, as `x0`..`x7`. -#}
 {% macro inputs(r, tile) %}
 {% for i in range(8) %}
-                let x{{ i }} = staged[{{ (r * 8 + i) * (tile + 1) }}u + c];
+                let x{{ i }} = bitcast<vec4<f32>>(staged[{{ (r * 8 + i) * (tile + 1) }}u + c]);
 {% endfor %}
 {% endmacro %}
 
@@ -214,6 +422,118 @@ var<workgroup> staged: array<vec4<f32>, {{ rows * 8 * (tile + 1) }}>;
 {% endif %}
 {% endif %}
 }
+{% endmacro %}
+
+{# Functions that products with these types of rows in `memory` need. -#}
+{% macro product_functions(types, memory, digits) %}
+{% for ty in types %}
+{% if digits and ty not in unscaled %}
+{{ raw_loader(ty, memory) }}
+{% else %}
+{{ loader(ty, memory) }}
+{% endif %}
+{% endfor %}
+{% endmacro %}
+
+{# What every kernel with products begins with. -#}
+{% macro product_types(types, digits) %}
+{{ chunk_struct() }}
+{{ type_functions(types) }}
+{% if digits %}
+{{ raw_struct() }}
+{{ digit_functions() }}
+{% for ty in types %}
+{% if digits and ty not in unscaled %}
+{{ codes(ty) }}
+{% endif %}
+{% endfor %}
+{% endif %}
+{% endmacro %}
+
+{# Dot products of `rows` rows of inputs with rows of weights: `of` lists [where the row begins, its type, what is added to].
+   Lane `lane` of 32 takes every 32nd unit (chunk, of floats), in one order whatever else is computed. `source(r, i)` is vector `i` of row `r` of
+   the inputs; all `threads` run it. Integers are computed where `digits` and the type allow: the types must agree in that, and in
+   their units. -#}
+{% macro products(of, memory, rows, tile, threads, digits) %}
+{% set source = caller %}
+    {
+    var first_chunk = 0u;
+{% if digits and of[0][1] not in unscaled %}
+{% set ahead = rows <= 2 %}
+{% set units = 2 if of[0][1] in halved else 1 %}
+    // The next codes are on their way while these are multiplied.
+{% for at, ty, acc in of %}
+{% if ahead %}
+    var k{{ loop.index0 }} = raw_{{ ty }}_{{ memory }}({{ at }}, chunks, min(lane, {{ units }}u * chunks - 1u));
+{% endif %}
+{% endfor %}
+    while first_chunk < chunks {
+{% call(r, i) stage_digits(rows, tile, threads) %}{{ source(r, i) }}{% endcall %}
+        let first_unit = {{ units }}u * first_chunk;
+        let left = {{ units }}u * min({{ tile }}u, chunks - first_chunk);
+        var u = lane;
+        while u < left {
+{% for at, ty, acc in of %}
+{% if ahead %}
+            let m{{ loop.index0 }} = raw_{{ ty }}_{{ memory }}({{ at }}, chunks, min(first_unit + u + 32u, {{ units }}u * chunks - 1u));
+{% else %}
+            let k{{ loop.index0 }} = raw_{{ ty }}_{{ memory }}({{ at }}, chunks, first_unit + u);
+{% endif %}
+{% endfor %}
+{% for at, ty, acc in of %}
+            let w{{ loop.index0 }} = codes_{{ ty }}(k{{ loop.index0 }}, first_unit + u);
+{% endfor %}
+{% for r in range(rows) %}
+            {
+                {{ digits_of_unit(of[0][1], r, tile) }}
+{% for at, ty, acc in of %}
+                {{ dot_digits(ty, acc ~ "_" ~ r, "w" ~ loop.index0) }}
+{% endfor %}
+            }
+{% endfor %}
+{% if ahead %}
+{% for at, ty, acc in of %}
+            k{{ loop.index0 }} = m{{ loop.index0 }};
+{% endfor %}
+{% endif %}
+            u += 32u;
+        }
+        first_chunk += {{ tile }}u;
+    }
+{% else %}
+{# As many rows at a time as there is room for. #}
+{% for r0 in range(0, rows, 4) %}
+{% set count = [4, rows - r0] | min %}
+    first_chunk = 0u;
+    while first_chunk < chunks {
+{% call(r, i) stage(count, tile, threads) %}{{ source(r0 + r, i) }}{% endcall %}
+        var c = lane;
+        while c < {{ tile }}u && first_chunk + c < chunks {
+{% if rows > 1 %}
+{% for at, ty, acc in of %}
+            let k{{ loop.index0 }} = load_{{ ty }}_{{ memory }}({{ at }}, chunks, first_chunk + c);
+{% endfor %}
+{% endif %}
+{% for r in range(count) %}
+            {
+                {{ inputs(r, tile) }}
+{% for at, ty, acc in of %}
+                {
+{% if rows == 1 %}
+                    let k{{ loop.index0 }} = load_{{ ty }}_{{ memory }}({{ at }}, chunks, first_chunk + c);
+{% endif %}
+                    {{ dot(ty, acc ~ "_" ~ (r0 + r), "k" ~ loop.index0) }}
+                }
+{% endfor %}
+            }
+{% endfor %}
+            c += 32u;
+        }
+        first_chunk += {{ tile }}u;
+    }
+{% endfor %}
+{% endif %}
+    }
 {% endmacro %}
 
 {# Sums of 32 lanes each: `partial[v * 32 + lane]` of `values` values, in one order, into `totals[v]`. `threads` run it. -#}
