@@ -5,7 +5,7 @@
 //! Each session has read a prompt of its own and goes on with its likeliest tokens. The experts that one pass's rows chose are leased
 //! once for all of them: the table shows how many were chosen, and how many had to be read. Routes that were generated
 //! (`policies --generate --layers L --prompt 0 --out ROUTES`) replace what the learned routers of random weights choose, which is too even;
-//! every session is then at another position of theirs.
+//! every session is then at another position of theirs (`--device cpu` only). On a GPU what is read is what is copied to it.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -15,11 +15,12 @@ use anyhow::Result;
 use bench::simulated_router::SimulatedRouter;
 use clap::Parser;
 use cpu::CpuBackend;
+use gpu::GpuBackend;
 use infall::Machine;
-use infall::device::Processor;
+use infall::device::{Chosen, Device};
 use infall::load::ModelFile;
 use infall::placement::Work;
-use model::{Backend, Cancel};
+use model::Cancel;
 use session::{Context, Session, read_together};
 
 /// What decoding several sessions in one pass gains.
@@ -49,21 +50,34 @@ fn main() -> Result<()> {
     let most = arguments.streams.iter().copied().max().unwrap_or(1);
     let context_tokens = arguments.prompt + most + arguments.tokens + 1;
     let work = Work { sessions: most, ..Work::new(&arguments.machine, context_tokens) };
-    let (backend, setting) = file.load::<CpuBackend>(&work, &Processor, &Arc::default())?;
-    let backend = match &arguments.routes {
-        None => backend,
-        Some(path) => {
-            backend.with_routes(Box::new(SimulatedRouter::read(std::fs::File::open(path)?, &file.model.config)?))
+    match file.device(&work)? {
+        Chosen::Cpu(on) => {
+            let (mut backend, setting) = file.load::<CpuBackend>(&work, &on, &Arc::default())?;
+            if let Some(path) = &arguments.routes {
+                let routes = SimulatedRouter::read(std::fs::File::open(path)?, &file.model.config)?;
+                backend = backend.with_routes(Box::new(routes));
+            }
+            table(&backend, &setting.line(), &arguments, context_tokens)
         }
-    };
-    println!("{}; {}", bench::machine(), setting.line());
+        Chosen::Gpu(_) if arguments.routes.is_some() => {
+            anyhow::bail!("found --routes with a GPU, expected --device cpu")
+        }
+        Chosen::Gpu(on) => {
+            let (backend, setting) = file.load::<GpuBackend>(&work, &on, &Arc::default())?;
+            table(&backend, &setting.line(), &arguments, context_tokens)
+        }
+    }
+}
+
+fn table<D: Device>(backend: &D, setting: &str, arguments: &Arguments, context_tokens: usize) -> Result<()> {
+    println!("{}; {setting}", bench::machine());
     println!(
         "| sessions | ms a pass | tokens/s of all | against one | chosen a token | read a token | GB read a token |"
     );
     println!("|---|---|---|---|---|---|---|");
-    let one = measure(&backend, 1, &arguments, context_tokens)?.tokens_per_second;
+    let one = measure(backend, 1, arguments, context_tokens)?.tokens_per_second;
     for &streams in &arguments.streams {
-        let row = measure(&backend, streams, &arguments, context_tokens)?;
+        let row = measure(backend, streams, arguments, context_tokens)?;
         let against = row.tokens_per_second / one;
         let Row { pass_ms, tokens_per_second, chosen, read, gigabytes } = row;
         println!(
@@ -83,7 +97,7 @@ struct Row {
 }
 
 /// Decodes `streams` sessions together.
-fn measure(backend: &CpuBackend, streams: usize, arguments: &Arguments, context_tokens: usize) -> Result<Row> {
+fn measure<D: Device>(backend: &D, streams: usize, arguments: &Arguments, context_tokens: usize) -> Result<Row> {
     let config = backend.config();
     let context = Context::new(config, Some(context_tokens))?;
     let (mut sessions, mut next) = (Vec::new(), Vec::new());
@@ -91,12 +105,12 @@ fn measure(backend: &CpuBackend, streams: usize, arguments: &Arguments, context_
         let mut session = Session::new(backend, context)?;
         let token = |at: usize| ((at * 7919 + number * 104_729 + 13) % (config.vocab_size - 16) + 3) as u32;
         let prompt: Vec<u32> = (0..arguments.prompt + number).map(token).collect();
-        let logits = session.prefill(backend, &prompt, CpuBackend::PASS_ROWS, &Cancel::default(), &mut |_| ())?;
+        let logits = session.prefill(backend, &prompt, D::PASS_ROWS, &Cancel::default(), &mut |_| ())?;
         next.push([likeliest(&logits)]);
         sessions.push(session);
     }
     // The first passes fill the slots.
-    let mut pass = |sessions: &mut [Session<CpuBackend>]| -> Result<()> {
+    let mut pass = |sessions: &mut [Session<D>]| -> Result<()> {
         let mut parts: Vec<_> = sessions.iter_mut().zip(&next).map(|(session, next)| (session, &next[..])).collect();
         let logits = read_together(backend, &mut parts, &Cancel::default())?;
         next = logits.iter().map(|logits| [likeliest(logits)]).collect();
@@ -104,11 +118,11 @@ fn measure(backend: &CpuBackend, streams: usize, arguments: &Arguments, context_
     };
     let warm = arguments.tokens / 3;
     (0..warm).try_for_each(|_| pass(&mut sessions))?;
-    let (before, start) = (backend.stats(), Instant::now());
+    let (before, start) = (backend.counts().slots, Instant::now());
     let passes = arguments.tokens - warm;
     (0..passes).try_for_each(|_| pass(&mut sessions))?;
     let seconds = start.elapsed().as_secs_f64();
-    let counts = backend.stats().since(&before);
+    let counts = backend.counts().slots.since(&before);
     let tokens = (passes * streams) as f64;
     Ok(Row {
         pass_ms: seconds * 1e3 / passes as f64,

@@ -7,6 +7,7 @@
 {% set overlaps = ratio == 4 %}
 {% set width = 2 * dim if overlaps else dim %}
 {% set nope = dim - rope %}
+{% set block = 8 if ratio % 8 == 0 or overlaps else 1 %}
 struct Params {
     p_stride: u32,
     u: u32,
@@ -93,21 +94,33 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var square = 0.0;
     var i = thread;
     while i < {{ dim }}u {
+        // A block of slots at a time, so that they come together; before the first window there is none.
         var most = -3.4e38;
-        var s = first;
+        var s = 0u;
         while s < last {
-            most = max(most, slot(window, s, i).y);
-            s += 1u;
+{% for n in range(block) %}
+            let z{{ n }} = slot(window, max(s + {{ n }}u, first), i).y;
+{% endfor %}
+{% for n in range(block) %}
+            most = max(most, z{{ n }});
+{% endfor %}
+            s += {{ block }}u;
         }
         var sum = 0.0;
         var value = 0.0;
-        s = first;
+        s = 0u;
         while s < last {
-            let one = slot(window, s, i);
-            let share = exp_of(one.y - most);
-            value = fma(share, one.x, value);
-            sum += share;
-            s += 1u;
+{% for n in range(block) %}
+            let one{{ n }} = slot(window, max(s + {{ n }}u, first), i);
+{% endfor %}
+{% for n in range(block) %}
+            if s + {{ n }}u >= first {
+                let share = exp_of(one{{ n }}.y - most);
+                value = fma(share, one{{ n }}.x, value);
+                sum += share;
+            }
+{% endfor %}
+            s += {{ block }}u;
         }
         value = value / sum;
         row[i] = value;
