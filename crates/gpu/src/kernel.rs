@@ -4,7 +4,7 @@
 //! and loops to be unrolled are filled in before the driver sees them. A kernel has one group of buffers, numbered from 0,
 //! and parameters as immediates.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -117,12 +117,14 @@ impl Kernels {
         Ok(self.made().entry(key).or_insert(kernel).clone())
     }
 
-    /// Makes kernels that will be wanted, all at the same time.
+    /// Makes kernels that will be wanted, each once, all at the same time.
     ///
     /// # Errors
     /// The driver does not take one.
     pub(crate) fn make_all(&self, wanted: &[(&str, Value)]) -> Result<(), GpuError> {
-        wanted.par_iter().try_for_each(|(name, context)| self.get(name, context.clone()).map(drop))
+        let each: BTreeMap<String, &(&str, Value)> =
+            wanted.iter().map(|kernel| (format!("{} {}", kernel.0, kernel.1), kernel)).collect();
+        each.into_par_iter().try_for_each(|(_, (name, context))| self.get(name, context.clone()).map(drop))
     }
 
     fn made(&self) -> MutexGuard<'_, HashMap<String, Arc<Kernel>>> {

@@ -15,8 +15,8 @@ use crate::pass::Shapes;
 use crate::self_check::Cooperative;
 use crate::weights::LayerWeights;
 
-/// Outputs of each 32 lanes of the kernels of experts.
-pub(crate) const LANE_OUTPUTS: usize = 4;
+/// Outputs of each 32 lanes of `experts_up`, of gate and of up, and of `experts_down`.
+pub(crate) const LANE_OUTPUTS: [usize; 2] = [2, 4];
 
 /// Formats of the matrices, rows together, outputs of each 32 lanes, and whether inputs are normalised.
 type MatvecKey = (Vec<Format>, usize, usize, bool);
@@ -102,8 +102,8 @@ impl Kit {
                 pool: (ratio > 0).then(|| pool(head_dim, false, row_words)).transpose()?,
                 pool_index: indexer.then(|| pool(config.index_head_dim, true, index_words)).transpose()?,
                 route: get("route", context! { experts => config.experts, used, hashed => weights.hashed })?,
-                up: get("experts_up", context! { gate, up, used, digits, outputs => LANE_OUTPUTS})?,
-                down: get("experts_down", context! { down, shared_down, used, digits, outputs => LANE_OUTPUTS})?,
+                up: get("experts_up", context! { gate, up, used, digits, outputs => LANE_OUTPUTS[0] })?,
+                down: get("experts_down", context! { down, shared_down, used, digits, outputs => LANE_OUTPUTS[1] })?,
             })
         };
         let many = AttendMany::of(config, layout).map(|many| AttendMany { coop: cooperative.attention, ..many });
@@ -111,6 +111,13 @@ impl Kit {
             many.map(|many| Ok::<_, GpuError>((get("attend_many", many.context())?, many))).transpose()?;
         let many = IndexScoreMany::of(config, layout).map(|many| IndexScoreMany { coop: cooperative.scores, ..many });
         let score_many = many.map(|many| get("index_score_many", many.context())).transpose()?;
+        // What the first token would wait for.
+        let products = |layer: &LayerWeights| {
+            let LayerWeights { project, queries, output_a, output_b, route, .. } = layer;
+            let jobs = [(project, false), (queries, true), (output_a, false), (output_b, false), (route, false)];
+            jobs.map(|(jobs, norm)| ("matvec", matvec_context(&jobs.formats(), 1, jobs.matvec().0, norm, digits)))
+        };
+        kernels.make_all(&layers.iter().flat_map(products).collect::<Vec<_>>())?;
         Ok(Kit {
             kernels: kernels.clone(),
             digits,

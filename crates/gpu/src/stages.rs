@@ -43,8 +43,8 @@ impl Word for f32 {
     }
 }
 
-/// Outputs of a workgroup of `experts_up` and `experts_down`.
-const EXPERT_OUTPUTS: usize = 8 * LANE_OUTPUTS;
+/// Outputs of a workgroup of `experts_up` and of `experts_down`.
+const EXPERT_OUTPUTS: [usize; 2] = [8 * LANE_OUTPUTS[0], 8 * LANE_OUTPUTS[1]];
 
 /// Values of a workgroup of the kernel `finite`.
 const FINITE_VALUES: usize = 4096;
@@ -524,7 +524,7 @@ impl GpuBackend {
             if has_book(&layout.formats[..2]) {
                 buffers.push(self.code_book.all());
             }
-            let groups = [c.expert_width.div_ceil(EXPERT_OUTPUTS) as u32, choices as u32, 1];
+            let groups = [c.expert_width.div_ceil(EXPERT_OUTPUTS[0]) as u32, choices as u32, 1];
             commands.run(&self.kit.layers[layer].up, &buffers, &params, groups);
             commands.stage("experts down");
             let params = params![
@@ -554,7 +554,7 @@ impl GpuBackend {
                 buffers.push(self.code_book.all());
             }
             let shared = if is_first { rows } else { 0 };
-            let groups = [c.d_model.div_ceil(EXPERT_OUTPUTS) as u32, (choices + shared) as u32, 1];
+            let groups = [c.d_model.div_ceil(EXPERT_OUTPUTS[1]) as u32, (choices + shared) as u32, 1];
             commands.run(&self.kit.layers[layer].down, &buffers, &params, groups);
             Ok(())
         })
