@@ -25,10 +25,10 @@ struct What {
     #[arg(long, value_delimiter = ',', default_value = "2048,8192")]
     context: Vec<usize>,
     /// Tokens to decode at each.
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, default_value_t = 64, value_parser = at_least_one)]
     decode: usize,
     /// Rows of a pass of prefill, a power of two.
-    #[arg(long, default_value_t = GpuBackend::PASS_ROWS)]
+    #[arg(long, default_value_t = GpuBackend::PASS_ROWS, value_parser = at_least_one)]
     pass_rows: usize,
     /// Exact instead of Fast.
     #[arg(long)]
@@ -54,6 +54,10 @@ struct What {
     /// Writes logits of so many decoded tokens after the first context to a file: to be compared between runs.
     #[arg(long)]
     logits: Option<PathBuf>,
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|&number| number > 0).ok_or_else(|| "expected a number from 1 on".into())
 }
 
 fn token(position: usize, vocab: usize) -> u32 {
@@ -109,7 +113,10 @@ fn main() -> Result<()> {
     let placement = match what.slots_gib {
         None => Placement::Resident,
         Some(gib) => {
-            let report = &gpu::adapters()[what.gpu];
+            let adapters = gpu::adapters();
+            let report = adapters.get(what.gpu).ok_or_else(|| {
+                anyhow::anyhow!("found --gpu {}, expected one of {} adapters", what.gpu, adapters.len())
+            })?;
             let extents: Vec<ExpertExtents> = model.experts.iter().map(|layer| layer.extents).collect();
             let slot_bytes = gpu::slot_bytes(&model)?;
             let slabs = Slabs::plan(&slot_bytes, config.experts, (gib * 1_073_741_824.0) as u64, report.binding_bytes)

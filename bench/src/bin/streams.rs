@@ -3,7 +3,7 @@
 //! `cargo run --release -p infall-bench --bin streams -- FILE [--streams 1,2,4,8] [--tokens 24] [--routes ROUTES] [--memory 6GiB …]`
 //!
 //! Each session has read a prompt of its own and goes on with its likeliest tokens. The experts that one pass's rows chose are leased
-//! once for all of them: the table shows how many were chosen, and how many had to be read. Routes that were generated
+//! once for all of them: the table shows how many that were (0 where everything is resident), and how many had to be read. Routes that were generated
 //! (`policies --generate --layers L --prompt 0 --out ROUTES`) replace what the learned routers of random weights choose, which is too even;
 //! every session is then at another position of theirs (`--device cpu` only). On a GPU what is read is what is copied to it.
 
@@ -72,7 +72,7 @@ fn main() -> Result<()> {
 fn table<D: Device>(backend: &D, setting: &str, arguments: &Arguments, context_tokens: usize) -> Result<()> {
     println!("{}; {setting}", bench::machine());
     println!(
-        "| sessions | ms a pass | tokens/s of all | against one | chosen a token | read a token | GB read a token |"
+        "| sessions | ms a pass | tokens/s of all | against one | leased a token | read a token | GB read a token |"
     );
     println!("|---|---|---|---|---|---|---|");
     let one = measure(backend, 1, arguments, context_tokens)?.tokens_per_second;
@@ -127,7 +127,7 @@ fn measure<D: Device>(backend: &D, streams: usize, arguments: &Arguments, contex
     Ok(Row {
         pass_ms: seconds * 1e3 / passes as f64,
         tokens_per_second: tokens / seconds,
-        chosen: (config.experts_used * config.layers) as f64,
+        chosen: (counts.cache.hits + counts.cache.misses) as f64 / tokens,
         read: (counts.cache.misses + counts.cache.prefetch_hits) as f64 / tokens,
         gigabytes: counts.read_bytes as f64 / tokens / 1e9,
     })

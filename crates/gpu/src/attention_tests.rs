@@ -150,7 +150,7 @@ impl Shape {
 
     fn context(&self) -> Value {
         let Shape { heads, head_dim, plain, .. } = *self;
-        let together = Shapes::heads_together(heads);
+        let together = Shapes::heads_together(heads, self.row_words());
         context! { heads, head_dim, rope => ROPE, plain, row_words => self.row_words(), together }
     }
 
@@ -324,7 +324,7 @@ impl Scene {
             &attend,
             &buffers,
             &params,
-            [(heads / Shapes::heads_together(heads)) as u32, pieces as u32, rows as u32],
+            [(heads / Shapes::heads_together(heads, self.shape.row_words())) as u32, pieces as u32, rows as u32],
         );
         let params: [u32; 9] = words(&[0, start, 0, window, ratio, top_k, pieces, 1, 3]).try_into().unwrap();
         let combine = bench.kernels.get("combine", self.shape.context()).unwrap();

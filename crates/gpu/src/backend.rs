@@ -40,7 +40,7 @@ pub enum Placement {
 pub struct Options {
     /// With or without the model's own low-precision roundings.
     pub arithmetic: Arithmetic,
-    /// How passes of many rows multiply.
+    /// How rows are multiplied.
     pub precision: Precision,
     /// Where routed experts live.
     pub placement: Placement,
@@ -170,7 +170,7 @@ impl GpuBackend {
         let many = Many::new(kernels.clone(), cooperative);
         let shapes = Shapes::new(&model.config, &layout, &layers, Many::most_tiles_bytes);
         let embedding = &model.tensors.embedding;
-        let kit = || Kit::new(&kernels, &model.config, &layout, &layers, &experts.layouts, cooperative);
+        let kit = || Kit::new(&kernels, &model.config, &layout, (&layers, &head), &experts.layouts, cooperative);
         let (kit, prepared) = rayon::join(kit, || match options.precision {
             Precision::Exact => Ok(()),
             Precision::Fast => prepare(&many, &layers, &experts.layouts, &model.config),
@@ -317,6 +317,7 @@ pub(crate) fn check_sizes(c: &Config) -> Result<(), Error> {
         ("deepseek4.embedding_length", c.d_model, c.d_model.is_multiple_of(64), "a multiple of 64"),
         ("deepseek4.attention.head_count", c.heads, c.heads.is_multiple_of(4), "a multiple of 4"),
         ("deepseek4.attention.key_length", c.head_dim, c.head_dim <= 512, "at most 512"),
+        ("deepseek4.attention.indexer.head_count", c.index_heads, c.index_heads.is_multiple_of(4), "a multiple of 4"),
         ("deepseek4.rope.dimension_count", c.rope_dim, c.rope_dim.is_multiple_of(4), "a multiple of 4"),
         ("deepseek4.hyper_connection.count", c.streams, c.streams <= 8, "at most 8"),
         ("deepseek4.expert_count", c.experts, c.experts <= 1024, "at most 1024"),

@@ -151,8 +151,11 @@ impl Kernels {
             Checks::On => wgpu::ShaderRuntimeChecks::checked(),
             Checks::Off => wgpu::ShaderRuntimeChecks::unchecked(),
         };
-        // SAFETY: unchecked kernels must keep their indices within their buffers, end their loops and not divide by 0.
-        // That they do is tested by running the whole test suite both ways: a check that ever acted would change bits.
+        // SAFETY: unchecked kernels must keep their indices within their buffers, end their loops and not divide by 0. Sizes
+        // come from a model that `check_sizes` took, and buffers are made for them; no index is made of an activation's
+        // value (choices of experts and rows are ranks, also of what is no number). Tests run with checks, and whole models
+        // without them give the same bits (`checks_change_no_bit`); what a check would have changed of a number that
+        // nothing uses they cannot see.
         let shader = unsafe { device.create_shader_module_trusted(source, checks) };
         let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label: Some(name),
@@ -173,8 +176,6 @@ impl Kernels {
     /// `buffers` bound to `kernel`, in the order of their numbers there.
     fn bind(&self, kernel: &Kernel, buffers: &[Span<'_>]) -> wgpu::BindGroup {
         assert_eq!(buffers.len(), kernel.bindings, "buffers of {}", kernel.name);
-        let key = (kernel.id, buffers.iter().map(|span| (span.buffer.number, span.start)).collect());
-        let mut bound = self.bound.lock().unwrap_or_else(PoisonError::into_inner);
         let make = || {
             let entries: Vec<wgpu::BindGroupEntry<'_>> =
                 buffers.iter().enumerate().map(|(binding, span)| span.entry(binding as u32)).collect();
@@ -184,7 +185,11 @@ impl Kernels {
                 entries: &entries,
             })
         };
-        bound.entry(key).or_insert_with(make).clone()
+        let places: Option<Vec<(u64, u64)>> =
+            buffers.iter().map(|span| span.buffer.number.map(|number| (number, span.start))).collect();
+        let Some(places) = places else { return make() };
+        let mut bound = self.bound.lock().unwrap_or_else(PoisonError::into_inner);
+        bound.entry((kernel.id, places)).or_insert_with(make).clone()
     }
 
     /// Forgets what was bound: to be called when buffers are given back, which would live on otherwise.
@@ -219,8 +224,8 @@ fn immediate_bytes(module: &naga::Module) -> u32 {
 pub(crate) struct Buffer {
     pub(crate) raw: wgpu::Buffer,
     pub(crate) bytes: u64,
-    /// Tells it from every other of the process.
-    number: u64,
+    /// Tells it from every other of the process; `None` of those whose bindings are not kept.
+    number: Option<u64>,
 }
 
 impl Buffer {
@@ -257,7 +262,12 @@ impl Buffer {
 
     pub(crate) fn from_raw(raw: wgpu::Buffer, bytes: u64) -> Buffer {
         static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
-        Buffer { raw, bytes, number: NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed) }
+        Buffer { raw, bytes, number: Some(NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed)) }
+    }
+
+    /// One that lives no longer than a pass: what is bound to it is not kept for the next, and so does not keep it.
+    pub(crate) fn of_one_pass(self) -> Buffer {
+        Buffer { number: None, ..self }
     }
 
     /// All of it.

@@ -13,7 +13,7 @@ use crate::format::Format;
 use crate::kernel::{Kernel, Kernels};
 use crate::pass::Shapes;
 use crate::self_check::Cooperative;
-use crate::weights::LayerWeights;
+use crate::weights::{HeadWeights, LayerWeights};
 
 /// Outputs of each 32 lanes of `experts_up`, of gate and of up, and of `experts_down`.
 pub(crate) const LANE_OUTPUTS: [usize; 2] = [2, 4];
@@ -73,7 +73,7 @@ impl Kit {
         kernels: &Arc<Kernels>,
         config: &Config,
         layout: &KvLayout,
-        layers: &[LayerWeights],
+        (layers, head): (&[LayerWeights], &HeadWeights),
         experts: &[ExpertLayout],
         cooperative: Cooperative,
     ) -> Result<Kit, GpuError> {
@@ -83,7 +83,7 @@ impl Kit {
         let row_words = layout.layers[0].raw.row_bytes() / 4;
         let index_words = if plain { config.index_head_dim } else { 17 };
         let outputs = config.hc_outputs();
-        let together = Shapes::heads_together(heads);
+        let together = Shapes::heads_together(heads, row_words);
         let digits = layout.precision == Precision::Fast;
         let get = |name: &str, context: Value| kernels.get(name, context);
         let layer = |(i, (weights, experts)): (usize, (&LayerWeights, &ExpertLayout))| {
@@ -117,7 +117,8 @@ impl Kit {
             let jobs = [(project, false), (queries, true), (output_a, false), (output_b, false), (route, false)];
             jobs.map(|(jobs, norm)| ("matvec", matvec_context(&jobs.formats(), 1, jobs.matvec().0, norm, digits)))
         };
-        kernels.make_all(&layers.iter().flat_map(products).collect::<Vec<_>>())?;
+        let of_head = ("matvec", matvec_context(&head.output.formats(), 1, head.output.matvec().0, false, digits));
+        kernels.make_all(&layers.iter().flat_map(products).chain([of_head]).collect::<Vec<_>>())?;
         Ok(Kit {
             kernels: kernels.clone(),
             digits,

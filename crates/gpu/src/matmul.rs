@@ -5,7 +5,7 @@
 //! on its row and its weights only, never on what else is in the dispatch.
 //!
 //! Halves: a row is multiplied by a power of two that brings its largest magnitude below 2^15, so that no activation leaves
-//! their range. Weights are not: one above 65504 becomes infinite, which shows in the results, and below 6e-5 (2^-14) they
+//! their range. Weights are not: one above 65504 becomes infinite (which the limits of SwiGLU hide), and below 6e-5 (2^-14) they
 //! are multiples of 2^-24. The matrices of the model are far from both.
 
 use std::collections::{BTreeMap, BTreeSet};

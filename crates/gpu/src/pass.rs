@@ -7,7 +7,7 @@ use model::{Batch, Config, KvLayout, Precision, Run};
 use store::Prefetching;
 
 use crate::GpuError;
-use crate::device::Device;
+use crate::device::{Device, WORKGROUP_BYTES};
 use crate::kernel::{Buffer, Commands};
 use crate::weights::LayerWeights;
 
@@ -19,6 +19,17 @@ pub(crate) const PIECE_KEYS: usize = 32;
 
 /// Bytes of partial attention, and of an indexer's scores: rows are taken in parts that fit.
 const PART_BYTES: usize = 64 << 20;
+
+/// Of `rows` rows with `each` values as many as are taken at once.
+fn part_rows(rows: usize, each: usize) -> usize {
+    (PART_BYTES / (4 * each.max(1))).clamp(1, rows)
+}
+
+/// Values that there has to be room for, if up to `rows` rows with up to `each` values are taken in such parts: parts of rows with
+/// fewer values may have more of them together.
+fn part_values(rows: usize, each: usize) -> usize {
+    (PART_BYTES / 4).min(rows * each).max(each)
+}
 
 /// Sizes of a model that buffers follow from.
 #[derive(Clone, Debug)]
@@ -72,19 +83,21 @@ impl Shapes {
         self.config.heads * (self.config.head_dim + 2)
     }
 
-    /// Heads whose keys are unpacked together in attention of few rows.
-    pub(crate) fn heads_together(heads: usize) -> usize {
-        if heads.is_multiple_of(8) { 8 } else { 4 }
+    /// Heads whose keys are unpacked together in attention of few rows, where a key takes `row_words`: eight, if that many
+    /// divide the heads and fit workgroup memory beside 32 keys.
+    pub(crate) fn heads_together(heads: usize, row_words: usize) -> usize {
+        let bytes = |heads: usize| 4 * (32 * (row_words | 1) + 32 + 9 * 32 * heads);
+        if heads.is_multiple_of(8) && bytes(8) <= WORKGROUP_BYTES as usize { 8 } else { 4 }
     }
 
     /// Rows whose attention in `pieces` pieces is under way at once.
     pub(crate) fn attended_together(&self, pieces: usize, rows: usize) -> usize {
-        (PART_BYTES / (4 * self.piece_values() * pieces)).clamp(1, rows)
+        part_rows(rows, self.piece_values() * pieces)
     }
 
     /// Rows whose scores of `keys` keys are held at once.
     pub(crate) fn scored_together(&self, keys: usize, rows: usize) -> usize {
-        (PART_BYTES / (4 * keys.max(1))).clamp(1, rows)
+        part_rows(rows, keys)
     }
 
     /// Most pieces of a row at a position before `end`.
@@ -161,7 +174,6 @@ impl<B> Activations<B> {
         let c = &shapes.config;
         let floats = |what: &str, count: usize| make(what, 4 * count as u64);
         let pieces = shapes.pieces(end);
-        let together = shapes.attended_together(pieces, rows);
         let keys = end / 4;
         Ok(Activations {
             rows,
@@ -176,8 +188,8 @@ impl<B> Activations<B> {
             queries: floats("queries", rows * shapes.queried)?,
             heads: floats("heads", rows * c.heads * c.head_dim)?,
             low: floats("low-rank outputs", rows * c.o_groups * c.o_rank)?,
-            partial: floats("pieces of attention", together * pieces * shapes.piece_values())?,
-            scores: floats("scores", shapes.scored_together(keys, rows) * keys)?,
+            partial: floats("pieces of attention", part_values(rows, pieces * shapes.piece_values()))?,
+            scores: floats("scores", part_values(rows, keys))?,
             chosen: floats("chosen rows", rows * c.index_top_k)?,
             routed: floats("router and shared expert", rows * shapes.routed)?,
             experts: floats("chosen experts", rows * c.experts_used)?,
@@ -186,8 +198,8 @@ impl<B> Activations<B> {
             mid: floats("experts", rows * c.experts_used * c.expert_width)?,
             hidden: floats("hidden rows", rows * c.d_model)?,
             flags: floats("flags", rows + 1)?,
-            // Two rotations of every row, one of every window, a token.
-            tables: floats("tables", rows * (3 * c.rope_dim + 2) + 4 * c.rope_dim)?,
+            // Two rotations of every row, one of a window of each kind that may end at it, a token.
+            tables: floats("tables", rows * (4 * c.rope_dim + 1))?,
             fresh: floats("new rows", rows * shapes.row_words)?,
             many: (shapes.has_tiles && rows > FEW_ROWS)
                 .then(|| ManyActivations::new(make, shapes, rows))
@@ -341,6 +353,31 @@ impl Drop for GpuPass {
     fn drop(&mut self) {
         if let Some(activations) = self.on.take() {
             self.pool.give_back(activations);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// Rows are taken in parts by what a dispatch needs, and room is made for the largest: parts of any smaller need must fit.
+        #[test]
+        fn parts_of_every_pass_fit_their_room(
+            (rows, end) in (1_usize..4097, 1_usize..200_000),
+            (of_rows, of_pieces) in (0.0..1.0, 0.0..1.0),
+            each in prop::sample::select(vec![64 * 514, 128 * 514, 8 * 82, 4]),
+            most_pieces in 1_usize..2000,
+        ) {
+            let (room_rows, _) = room(rows, end);
+            let held = part_values(room_rows, most_pieces * each);
+            let pieces = 1 + (of_pieces * (most_pieces - 1) as f64) as usize;
+            let count = 1 + (of_rows * (rows - 1) as f64) as usize;
+            let together = part_rows(count, pieces * each);
+            prop_assert!(together * pieces * each <= held, "{together} rows of {pieces} pieces in {held}");
         }
     }
 }

@@ -133,7 +133,7 @@ impl GpuBackend {
             Pending::Nothing => (&kernels[0], 0),
         };
         let buffers = [slab.all(), on.output.all(), on.hyper.all(), on.streams.all(), on.sums.all()];
-        let params = params![self.config.d_model, outputs, function, 0_u32];
+        let params = params![self.config.d_model, outputs, function];
         commands.run(kernel, &buffers, &params, [self.shapes.slices() as u32, pass.rows() as u32, 1]);
     }
 
@@ -410,7 +410,11 @@ impl GpuBackend {
                 ];
                 let buffers =
                     [on.queries.all(), memory.layers[layer].all(), on.fresh.all(), on.chosen.all(), on.partial.all()];
-                let groups = [(c.heads / Shapes::heads_together(c.heads)) as u32, pieces as u32, rows as u32];
+                let groups = [
+                    (c.heads / Shapes::heads_together(c.heads, self.shapes.row_words)) as u32,
+                    pieces as u32,
+                    rows as u32,
+                ];
                 commands.run(&self.kit.attend, &buffers, &params, groups);
                 let params = params![
                     row0,
@@ -510,7 +514,6 @@ impl GpuBackend {
                 c.expert_width,
                 c.swiglu_limits[layer],
                 table,
-                0_u32,
             ];
             let mut buffers = vec![
                 slab.all(),
@@ -534,12 +537,10 @@ impl GpuBackend {
                 c.expert_width / 32,
                 c.d_model,
                 table,
-                0_u32,
                 choices,
                 down.base,
                 down.stride,
                 c.shared_width / 32,
-                0_u32,
             ];
             let mut buffers = vec![
                 slab.all(),
@@ -639,7 +640,7 @@ impl GpuBackend {
             out0 += rows.len();
         }
         commands.stage("head");
-        let logits = Buffer::new(&self.device, "logits", 4 * (wanted.len() * c.vocab_size) as u64)?;
+        let logits = Buffer::new(&self.device, "logits", 4 * (wanted.len() * c.vocab_size) as u64)?.of_one_pass();
         let operands = Operands { x: (&on.hidden, c.d_model), y: (&logits, c.vocab_size), rows: wanted.len() };
         self.products(&mut commands, on, &self.head.slab, &self.head.output, operands, None)?;
         let mut at = 0;

@@ -58,7 +58,9 @@ fn variants() -> Vec<(&'static str, Value)> {
         }
         let row_words = if plain { 128 } else { 17 };
         variants.push(("pool", context! { ratio => 4, dim => 128, rope => 64, plain, indexer => true, row_words }));
-        variants.push(("index_score", context! { index_heads => 64, plain, row_words }));
+        for index_heads in [4, 12, 64] {
+            variants.push(("index_score", context! { index_heads, plain, row_words }));
+        }
         for (coop, index_heads) in [(false, 8), (false, 64), (true, 8), (true, 64)] {
             variants.push(("index_score_many", context! { index_heads, plain, row_words, coop }));
         }
@@ -70,7 +72,14 @@ fn variants() -> Vec<(&'static str, Value)> {
     variants.push(("normalise", context! {}));
     variants.push(("copy", context! {}));
     for hashed in [false, true] {
-        variants.push(("route", context! { experts => 256, used => 6, hashed }));
+        for (experts, used) in [(256, 6), (30, 1), (3, 2)] {
+            variants.push(("route", context! { experts, used, hashed }));
+        }
+    }
+    for streams in [1, 2, 8] {
+        let outputs = 2 * streams + streams * streams;
+        variants.push(("hc_mix", context! { streams, outputs, post => true }));
+        variants.push(("hc_finish", context! { streams, d => 192, outputs, head => false }));
     }
     for ty in all {
         for digits in [false, true] {
@@ -315,4 +324,18 @@ fn every_source_is_translated() {
     let sources: BTreeSet<String> =
         crate::kernel::SOURCES.iter().filter(has_entry).map(|(name, _)| (*name).to_owned()).collect();
     assert_eq!(used, sources);
+}
+
+/// Kernels that every adapter runs take no more workgroup memory than one must have; those of tiles are chosen by what it has.
+#[test]
+fn workgroup_memory_is_what_adapters_must_have() {
+    let by_tiles = ["matmul", "experts_up_many", "experts_down_many", "attend_many", "index_score_many"];
+    for (name, context) in variants().into_iter().filter(|(name, _)| !by_tiles.contains(name)) {
+        let (module, _) = validated(name, &context);
+        let of_workgroup = |(_, variable): &(_, &naga::GlobalVariable)| variable.space == naga::AddressSpace::WorkGroup;
+        let variables = module.global_variables.iter().filter(of_workgroup);
+        let bytes: u32 =
+            variables.map(|(_, v)| module.types[v.ty].inner.size(module.to_ctx()).next_multiple_of(16)).sum();
+        assert!(bytes <= crate::device::WORKGROUP_BYTES, "{name} {context}: {bytes} bytes of workgroup memory");
+    }
 }

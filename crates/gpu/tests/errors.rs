@@ -4,7 +4,7 @@ mod common;
 
 use common::{on_gpu, open, software};
 use gpu::{Checks, Choice, Device, GpuBackend, GpuError, Options, Placement, Slabs};
-use model::{Backend, Error};
+use model::{Activation, Backend, Batch, Error, Row};
 use store::Residency;
 
 /// Bytes of addresses that the process below may use: enough for tiny-iq2, the driver and its compiler.
@@ -19,6 +19,25 @@ fn no_adapter_of_that_number() {
     let text = cause.to_string();
     assert!(text.contains("gpu:99") && text.contains("gpu:0") && text.contains("infall devices"), "{text}");
     assert!(matches!(Device::open(Choice::Index(99), Checks::On), Err(GpuError::NoAdapter { .. })));
+}
+
+/// A row of no numbers still has experts, each once: what they compute is refused at the end of the pass, and nothing is read
+/// from elsewhere before.
+#[test]
+fn choices_of_what_is_no_number_are_experts() {
+    let backend = on_gpu("tiny-iq2", Options::default());
+    let (experts, used, layers) = (backend.config().experts, backend.config().experts_used, backend.config().layers);
+    let state = backend.new_state().unwrap();
+    let row = Row { session: 0, position: 0, token: 1, logits: true };
+    let batch = Batch::new(vec![row], &[0], backend.config()).unwrap();
+    let mut pass = backend.begin(batch, &[&state]).unwrap();
+    backend.write(&mut pass, Activation::Input, &vec![f32::NAN; backend.config().d_model]);
+    backend.route(layers - 1, &mut pass).unwrap();
+    let mut chosen = backend.read(&pass, Activation::Experts);
+    chosen.sort_by(f32::total_cmp);
+    chosen.dedup();
+    assert_eq!(chosen.len(), used, "{chosen:?}");
+    assert!(chosen.iter().all(|&expert| expert < experts as f32), "{chosen:?}");
 }
 
 /// As many slots as fill many times the addresses that the process may have.

@@ -71,6 +71,25 @@ fn what_is_told_is_what_is_held() {
     }
 }
 
+/// The logits of every token stayed on the device: bindings that are kept for the next token kept them.
+#[test]
+fn decoding_takes_no_more_memory_the_longer_it_goes_on() {
+    let (model, source) = open("tiny-iq2");
+    let adapter = (Choice::Index(software().index), Checks::On);
+    let backend = GpuBackend::load(&model, &source, adapter, Options::default(), &mut |_| ()).unwrap();
+    let mut state = backend.new_state().unwrap();
+    let mut decode = |positions: std::ops::Range<usize>| {
+        for position in positions {
+            let row = Row { session: 0, position, token: position as u32, logits: true };
+            forward(&backend, vec![row], &mut [&mut state], &Cancel::default(), &mut NoObserver).unwrap();
+        }
+        backend.allocated_bytes().expect("Vulkan counts")[0]
+    };
+    let early = decode(0..10);
+    let late = decode(10..60);
+    assert!(late < early + 8 * 4 * model.config.vocab_size as u64, "{early} bytes after 10 tokens, {late} after 60");
+}
+
 #[test]
 fn what_no_buffer_can_hold_is_refused_before_loading() {
     let (model, _) = open("tiny-iq2");

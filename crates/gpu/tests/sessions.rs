@@ -54,6 +54,24 @@ fn small_passes_change_no_bit_of_fast() {
     assert!(distance > 1e-6 && distance < 0.3, "Fast is another computation than Exact but near it: {distance:e}");
 }
 
+/// Sessions that go on in step end their windows of every kind in the same pass: there was no room for so many rotations.
+#[test]
+fn sessions_in_step_end_their_windows_together() {
+    let (backend, tokens) = (on_gpu(MODEL, in_precision(Precision::Exact)), tokens(MODEL, 130));
+    let mut alone = backend.new_state().unwrap();
+    advance(&backend, &mut alone, &tokens[..126]);
+    let mut sessions: Vec<_> = (0..8).map(|_| backend.fork(&alone).unwrap()).collect();
+    for position in 126..130 {
+        let expected = advance(&backend, &mut alone, &tokens[position..][..1]);
+        let batch: Vec<_> = (0..8).flat_map(|session| rows(session, position, &tokens[position..][..1])).collect();
+        let mut states: Vec<_> = sessions.iter_mut().collect();
+        let all = forward(&backend, batch, &mut states, &Cancel::default(), &mut NoObserver).unwrap();
+        for logits in all.chunks(expected.len()) {
+            assert_same(logits, &expected, 512, &format!("at {position}"));
+        }
+    }
+}
+
 #[test]
 fn other_sessions_in_a_pass_change_no_bit() {
     for precision in PRECISIONS {

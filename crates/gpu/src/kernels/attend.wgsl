@@ -143,8 +143,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% for h in range(together) %}
     var dot{{ h }} = vec4<f32>(0.0);
 {% endfor %}
-    var v = part * {{ vecs // 8 }}u;
-    let end = v + {{ vecs // 8 }}u;
+    var v = part * {{ (vecs + 7) // 8 }}u;
+    let end = min(v + {{ (vecs + 7) // 8 }}u, {{ vecs }}u);
     while v < end {
         let values = key(lane, v);
 {% for h in range(together) %}

@@ -40,6 +40,9 @@
 enable f16;
 enable wgpu_cooperative_matrix;
 {% endif %}
+{% macro four_staged(at, coop) %}
+{% if coop %}staged[{{ at }}]{% else %}vec4<f32>(staged[4u * ({{ at }})], staged[4u * ({{ at }}) + 1u], staged[4u * ({{ at }}) + 2u], staged[4u * ({{ at }}) + 3u]){% endif %}
+{%- endmacro %}
 struct Params {
     q_stride: u32,
     row0: u32,
@@ -73,7 +76,8 @@ var<immediate> p: Params;
 
 var<workgroup> keys: array<{{ "vec4<f16>" if coop else "vec2<u32>" }}, {{ 16 * pitch }}>;
 // Scores of a head at 5 · head, once for each part of a key; or 16 · 16 sums of each subgroup on their way.
-var<workgroup> staged: array<vec4<f32>, {{ staging }}>;
+// Without matrices single numbers: threads may not write components of one vector.
+var<workgroup> staged: array<{{ "vec4<f32>" if coop else "f32" }}, {{ staging if coop else 4 * staging }}>;
 // Weights of 16 keys of a head, in pairs, at 12 · head.
 var<workgroup> weights: array<{{ "vec2<f16>" if coop else "u32" }}, {{ 12 * heads_tile }}>;
 // What a head's sums are to be multiplied with.
@@ -318,7 +322,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% for i in range(2 * pairs) %}
             {
                 let which = head_part * {{ 2 * pairs }}u + {{ i }}u;
-                staged[head * 5u + (which >> 2u)][which & 3u] = dot{{ i }};
+                staged[head * 20u + which] = dot{{ i }};
             }
 {% endfor %}
         }
@@ -329,7 +333,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             var high = -3.0e38;
 {% for g in range(4) %}
             {
-                var scores = staged[head * 5u + {{ g }}u];
+                var scores = {{ four_staged("head * 5u + " ~ g ~ "u", coop) }};
 {% for i in range(1, parts) %}
                 scores += staged[{{ i * heads_tile * 5 }}u + head * 5u + {{ g }}u];
 {% endfor %}
@@ -354,7 +358,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% for i in range(pairs) %}
         {
             let pair = head_part * {{ pairs }}u + {{ i }}u;
-            var scores = staged[head * 5u + (pair >> 1u)];
+            var scores = {{ four_staged("head * 5u + (pair >> 1u)", coop) }};
 {% for i in range(1, parts) %}
             scores += staged[{{ i * heads_tile * 5 }}u + head * 5u + (pair >> 1u)];
 {% endfor %}

@@ -13,13 +13,11 @@ struct Params {
     chunks: u32,
     d: u32,
     table: u32,
-    choice0: u32,
     choices: u32,
     // The shared expert: where it is in the layer, of its rows.
     shared_down: u32,
     shared_stride: u32,
     shared_chunks: u32,
-    row0: u32,
 }
 
 @group(0) @binding(0) var<storage, read> slab: array<vec4<u32>>;
@@ -57,7 +55,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% set of.list = of.list + [["row" ~ n, down, "acc" ~ n]] %}
 {% endfor %}
     if group.y < p.choices {
-        let choice = p.choice0 + group.y;
+        let choice = group.y;
         let slot = table[p.table + experts[choice]];
         if slot == 0xffffffffu {
             return;
@@ -70,7 +68,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% endfor %}
 {% call(r, i) weights.products(of.list, "slab", 1, 128, 256, digits) %}mid[x_at + {{ i }}]{% endcall %}
     } else {
-        let row = p.row0 + group.y - p.choices;
+        let row = group.y - p.choices;
         to = row * {{ 1 + used }}u;
         let x_at = row * p.shared_chunks * 8u;
         let chunks = p.shared_chunks;

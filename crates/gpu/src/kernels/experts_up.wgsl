@@ -15,9 +15,8 @@ struct Params {
     chunks: u32,
     width: u32,
     limit: f32,
-    // First entry of the slot table, and first slot of the slab.
+    // First entry of the layer in the slot table.
     table: u32,
-    choice0: u32,
 }
 
 @group(0) @binding(0) var<storage, read> slab: array<vec4<u32>>;
@@ -40,7 +39,7 @@ var<immediate> p: Params;
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
-    let choice = p.choice0 + group.y;
+    let choice = group.y;
     let slot = table[p.table + experts[choice]];
     if slot == 0xffffffffu {
         return;

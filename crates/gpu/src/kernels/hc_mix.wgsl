@@ -8,7 +8,6 @@ struct Params {
     parts: u32,
     // Where the projection is, f32.
     function: u32,
-    row0: u32,
 }
 
 @group(0) @binding(0) var<storage, read> w: array<vec4<u32>>;
@@ -32,7 +31,7 @@ fn main(
     let lane = thread & 63u;
     let quarter = thread >> 6u;
     let d = group.x * 64u + lane;
-    let row = p.row0 + group.y;
+    let row = group.y;
     // Everything that is read is asked for before anything is waited for.
 {% for i in range((outputs + 3) // 4) %}
 {% for s in range(streams) %}

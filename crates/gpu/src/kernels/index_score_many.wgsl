@@ -45,7 +45,8 @@ var<immediate> p: Params;
 // Keys, 34 vectors each (32 and two more, so that they lie in different banks); first of all, queries.
 var<workgroup> keys: array<{{ "vec4<f16>" if coop else "vec2<u32>" }}, {{ 32 * 34 }}>;
 // Products of a key with all heads at 33 · key.
-var<workgroup> products: array<vec4<f32>, {{ 32 * 33 }}>;
+// Without matrices single numbers: threads may not write components of one vector.
+var<workgroup> products: array<{{ "vec4<f32>" if coop else "f32" }}, {{ 32 * 33 if coop else 4 * 32 * 33 }}>;
 var<workgroup> weights: array<vec4<f32>, 32>;
 var<workgroup> sums: array<f32, 256>;
 
@@ -111,14 +112,16 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var raw{{ i }}: {{ "vec4<u32>" if plain else "u32" }};
 {% endfor %}
 {{ fetch("first") }}
-    if thread < 128u {
-        let row = row0 + thread / {{ heads_tile }}u;
-        let head = thread % {{ heads_tile }}u;
-        var weight = 0.0;
-        if row < p.rows && head < {{ index_heads }}u {
-            weight = projected[(p.row0 + row) * p.p_stride + p.weights + head] * p.scale;
+    if thread < 32u {
+        let row = row0 + 4u * thread / {{ heads_tile }}u;
+        let head = 4u * thread % {{ heads_tile }}u;
+        var weight = vec4<f32>(0.0);
+{% for i in range(4) %}
+        if row < p.rows && head + {{ i }}u < {{ index_heads }}u {
+            weight.{{ "xyzw"[i] }} = projected[(p.row0 + row) * p.p_stride + p.weights + head + {{ i }}u] * p.scale;
         }
-        weights[thread >> 2u][thread & 3u] = weight;
+{% endfor %}
+        weights[thread] = weight;
     }
 {% if coop %}
     let subgroup = thread >> 5u;
@@ -209,14 +212,20 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 v += 1u;
             }
 {% for i in range(16) %}
-            products[(n0 + {{ i }}u) * 33u + (m >> 2u)][m & 3u] = dot{{ i }};
+            products[(n0 + {{ i }}u) * 132u + m] = dot{{ i }};
 {% endfor %}
         }
 {% endif %}
         workgroupBarrier();
         var sum = vec4<f32>(0.0);
 {% for i in range(4) %}
-        sum = fma(weights[tile * 4u + {{ i }}u], max(products[key * 33u + tile * 4u + {{ i }}u], vec4<f32>(0.0)), sum);
+{% if coop %}
+        let product{{ i }} = products[key * 33u + tile * 4u + {{ i }}u];
+{% else %}
+        let at{{ i }} = 4u * (key * 33u + tile * 4u + {{ i }}u);
+        let product{{ i }} = vec4<f32>(products[at{{ i }}], products[at{{ i }} + 1u], products[at{{ i }} + 2u], products[at{{ i }} + 3u]);
+{% endif %}
+        sum = fma(weights[tile * 4u + {{ i }}u], max(product{{ i }}, vec4<f32>(0.0)), sum);
 {% endfor %}
         sums[thread] = (sum.x + sum.y) + (sum.z + sum.w);
         workgroupBarrier();

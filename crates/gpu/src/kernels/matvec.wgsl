@@ -4,10 +4,11 @@
    types: those of the matrices; rows: activation rows together; outputs: of each 32 lanes; norm: whether x is divided by its
    RMS and weighed first; digits: whether integers are multiplied where types allow. -#}
 {% import "weights.wgsl" as weights with context %}
-{# Chunks of inputs in workgroup memory at a time, and outputs that are summed at a time. #}
+{# Chunks of inputs in workgroup memory at a time, and outputs and rows that are summed at a time. #}
 {%- set tile = 128 // rows if rows < 4 else 32 %}
-{% set together = outputs if rows <= 2 else 8 // rows %}
-{% set values = 8 * together * rows %}
+{% set at_once = [rows, 4] | min %}
+{% set together = outputs if rows == 1 else 4 // at_once %}
+{% set values = 8 * together * at_once %}
 
 struct Params {
     // Where the list of workgroups is.
@@ -88,16 +89,17 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
 {% endfor %}
 {% for n0 in range(0, outputs, together) %}
+{% for r0 in range(0, rows, at_once) %}
 {% for n in range(n0, n0 + together) %}
-{% for r in range(rows) %}
-    partial[(((thread >> 5u) * {{ together }}u + {{ n - n0 }}u) * {{ rows }}u + {{ r }}u) * 32u + lane] = acc{{ n }}_{{ r }};
+{% for r in range(r0, r0 + at_once) %}
+    partial[(((thread >> 5u) * {{ together }}u + {{ n - n0 }}u) * {{ at_once }}u + {{ r - r0 }}u) * 32u + lane] = acc{{ n }}_{{ r }};
 {% endfor %}
 {% endfor %}
     reduce(thread);
     if thread < {{ values }}u {
-        let of_group = thread / {{ rows }}u;
+        let of_group = thread / {{ at_once }}u;
         let output = of_group / {{ together }}u * {{ outputs }}u + {{ n0 }}u + of_group % {{ together }}u;
-        let row = thread % {{ rows }}u;
+        let row = {{ r0 }}u + thread % {{ at_once }}u;
         if output < output_count && row0 + row < p.rows {
 {% if norm %}
             var sum = 0.0;
@@ -111,5 +113,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             y[(row0 + row) * p.y_stride + place.z + output] = totals[thread]{% if norm %} * scale{% endif %};
         }
     }
+{% endfor %}
 {% endfor %}
 }

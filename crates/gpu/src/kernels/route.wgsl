@@ -45,23 +45,31 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
         return;
     }
-    var e = thread;
-    while e < {{ experts }}u {
-        let logit = projected[row * p.stride + e];
-        if !is_finite(logit) {
-            flags[row] = 1u;
+    var v = thread;
+    while v < {{ (experts + 3) // 4 }}u {
+        // Below every score where there is no expert, or none that is a number: so there are always enough to choose.
+        var four = vec4<f32>(-3.4e38);
+{% for i in range(4) %}
+        {
+            let e = 4u * v + {{ i }}u;
+            if e < {{ experts }}u {
+                let logit = projected[row * p.stride + e];
+                let score = sqrt(softplus(logit));
+                scores[e] = score;
+                if !is_finite(logit) {
+                    flags[row] = 1u;
+                }{% if not hashed %} else {
+                    four.{{ "xyzw"[i] }} = score + bitcast<f32>(w[p.choice + v].{{ "xyzw"[i] }});
+                }{% endif %}
+
+            }
         }
-        scores[e] = sqrt(softplus(logit));
+{% endfor %}
 {% if not hashed %}
-        biased[e >> 2u][e & 3u] = scores[e] + bitcast<f32>(w[p.choice + (e >> 2u)][e & 3u]);
+        biased[v] = four;
 {% endif %}
-        e += 256u;
+        v += 256u;
     }
-{% if not hashed and experts % 4 > 0 %}
-    if thread >= {{ experts % 4 }}u && thread < 4u {
-        biased[{{ experts // 4 }}][thread] = -3.4e38;
-    }
-{% endif %}
     workgroupBarrier();
 {% if hashed %}
     if thread < {{ used }}u {
@@ -69,7 +77,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         ranked[thread] = w[p.choice + (i >> 2u)][i & 3u];
     }
 {% else %}
-    e = thread;
+    var e = thread;
     while e < {{ experts }}u {
         let mine = vec4<f32>(biased[e >> 2u][e & 3u]);
         var better = vec4<u32>(0u);

@@ -217,10 +217,10 @@ fn dot16(codes: vec4<u32>, digits: vec4<u32>) -> i32 {
 {% endmacro %}
 
 {# Inputs as whole numbers of two digits, 128 high + low, with a scale for each half of a chunk: vectors 0 and 1 have the high
-   digits of chunk `c`, 2 and 3 the low ones, 4 of each half the scale and the sum of its values. A value is off by at most the
-   largest of its half / 32,512. Fills `staged` with the chunks from `first_chunk` on of `chunks`, vector `i` of chunk `c` at
-   `i * (tile + 4) + c`, so that lanes with a unit each meet no bank twice; `source(r, i)` is vector `i` of row `r`. All
-   `threads` run it. -#}
+   digits of chunk `c`, 2 and 3 the low ones; `halves` has the scale of each half and the sum of its values. A value is off by at
+   most the largest of its half / 32,512. Fills `staged` with the chunks from `first_chunk` on of `chunks`, vector `i` of
+   chunk `c` at `i * (tile + 4) + c`, so that lanes with a unit each meet no bank twice; `source(r, i)` is vector `i` of row
+   `r`. All `threads` run it. -#}
 {% macro stage_digits(rows, tile, threads) %}
     {
         workgroupBarrier();
@@ -251,12 +251,10 @@ fn dot16(codes: vec4<u32>, digits: vec4<u32>) -> i32 {
                 }
 {% endfor %}
                 let scale = most / 16256.0;
-                let to = {{ r * 5 * (tile + 4) }}u + (h & 1u) * {{ tile + 4 }}u + (h >> 1u);
+                let to = {{ r * 4 * (tile + 4) }}u + (h & 1u) * {{ tile + 4 }}u + (h >> 1u);
                 staged[to] = high;
                 staged[to + {{ 2 * (tile + 4) }}u] = low;
-                let last = {{ (r * 5 + 4) * (tile + 4) }}u + (h >> 1u);
-                staged[last][2u * (h & 1u)] = bitcast<u32>(scale);
-                staged[last][2u * (h & 1u) + 1u] = bitcast<u32>(f32((sum.x + sum.y) + (sum.z + sum.w)) * scale);
+                halves[{{ r * 2 * tile }}u + h] = vec2<f32>(scale, f32((sum.x + sum.y) + (sum.z + sum.w)) * scale);
                 h += {{ threads }}u;
             }
         }
@@ -268,15 +266,14 @@ fn dot16(codes: vec4<u32>, digits: vec4<u32>) -> i32 {
 {# The digits of unit `u` of those that are staged, of a type. -#}
 {% macro digits_of_unit(ty, r, tile) %}
 {% if ty in halved %}
-                let x0 = staged[{{ r * 5 * (tile + 4) }}u + (u & 1u) * {{ tile + 4 }}u + (u >> 1u)];
-                let x1 = staged[{{ (r * 5 + 2) * (tile + 4) }}u + (u & 1u) * {{ tile + 4 }}u + (u >> 1u)];
-                let of_x = vec2<f32>(bitcast<f32>(staged[{{ (r * 5 + 4) * (tile + 4) }}u + (u >> 1u)][2u * (u & 1u)]),
-                    bitcast<f32>(staged[{{ (r * 5 + 4) * (tile + 4) }}u + (u >> 1u)][2u * (u & 1u) + 1u]));
+                let x0 = staged[{{ r * 4 * (tile + 4) }}u + (u & 1u) * {{ tile + 4 }}u + (u >> 1u)];
+                let x1 = staged[{{ (r * 4 + 2) * (tile + 4) }}u + (u & 1u) * {{ tile + 4 }}u + (u >> 1u)];
+                let of_x = halves[{{ r * 2 * tile }}u + u];
 {% else %}
 {% for i in range(4) %}
-                let x{{ i }} = staged[{{ (r * 5 + i) * (tile + 4) }}u + u];
+                let x{{ i }} = staged[{{ (r * 4 + i) * (tile + 4) }}u + u];
 {% endfor %}
-                let of_x = bitcast<vec4<f32>>(staged[{{ (r * 5 + 4) * (tile + 4) }}u + u]);
+                let of_x = vec4<f32>(halves[{{ r * 2 * tile }}u + 2u * u], halves[{{ r * 2 * tile }}u + 2u * u + 1u]);
 {% endif %}
 {% endmacro %}
 
@@ -358,14 +355,17 @@ fn e2m1(codes: u32) -> vec4<f32> {
 {% endmacro %}
 
 {# Inputs in workgroup memory, `tile` chunks of `rows` rows: vector `i` of chunk `c` at `i * (tile + 1) + c`, so that threads that
-   work at the same time, each at a chunk of its own, meet no bank twice: eight vectors of floats, of four rows at most, or five
+   work at the same time, each at a chunk of its own, meet no bank twice: eight vectors of floats, of four rows at most, or four
    of digits (at `i * (tile + 4) + c`). -#}
 {% macro staged(rows, tile, types, digits) %}
 {% set floats = 8 * ([rows, 4] | min) * (tile + 1) %}
-{% set digits_of_all = 5 * rows * (tile + 4) %}
+{% set digits_of_all = 4 * rows * (tile + 4) %}
 {% set has_floats = not digits or types | select("in", unscaled) | list %}
 {% set has_digits = digits and types | reject("in", unscaled) | list %}
 var<workgroup> staged: array<vec4<u32>, {{ [floats if has_floats else 0, digits_of_all if has_digits else 0] | max }}>;
+{% if has_digits %}
+var<workgroup> halves: array<vec2<f32>, {{ 2 * rows * tile }}>;
+{% endif %}
 {% endmacro %}
 
 {# Fills them with the chunks from `first_chunk` on of `chunks`. `source(r, i)` is vector `i` of row `r`. All `threads` run it. -#}
