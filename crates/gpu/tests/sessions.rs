@@ -23,8 +23,7 @@ fn chunking_changes_no_bit_of_exact() {
     let tokens = tokens(MODEL, 150);
     // Passes that fit a ring and that do not, of as many rows as share weights and of one more, over a checkpoint.
     let (mixed, few): (&[usize], &[usize]) = (&[65, 1, 3, 8, 9, 64], &[1, 1, 2, 66, 7, 64, 9]);
-    for (options, cuts) in [(in_precision(Precision::Exact), &[mixed, few][..]), (in_plain(Precision::Exact), &[mixed])]
-    {
+    for (options, cuts) in [(in_precision(Precision::Exact), [few]), (in_plain(Precision::Exact), [mixed])] {
         let backend = on_gpu(MODEL, options.clone());
         let whole = logits(&backend, &tokens, &[tokens.len()]);
         for sizes in cuts {
@@ -282,7 +281,7 @@ fn a_fork_shares_nothing() {
 #[test]
 fn a_session_moves_between_backends() {
     use Arithmetic::{Official, Plain};
-    for (name, arithmetic) in [(MODEL, Plain), (MODEL, Official), ("mixed3-mixed", Official)] {
+    for (name, arithmetic) in [(MODEL, Plain), ("mixed3-mixed", Official)] {
         let options = gpu::Options { arithmetic, ..in_precision(Precision::Exact) };
         let (gpu, cpu, tokens) = (on_gpu(name, options), on_cpu(name, arithmetic), tokens(name, 300));
         let mut here = gpu.new_state().unwrap();

@@ -265,10 +265,12 @@ function say(text) {
 const root = document.documentElement;
 const scrollToEnd = () => scrollTo(0, root.scrollHeight);
 
-/** Who is at the end stays there, whatever grows: an answer, the figures. */
-let isAtEnd = true;
-addEventListener("scroll", () => { isAtEnd = innerHeight + scrollY > root.scrollHeight - 60; });
-new ResizeObserver(() => isAtEnd && scrollToEnd()).observe(document.body);
+/** Changes the document; who is at its end stays there. */
+function followEnd(change) {
+	const isAtEnd = innerHeight + scrollY > root.scrollHeight - 60;
+	change();
+	if (isAtEnd) scrollToEnd();
+}
 
 function copy(text) {
 	document.oncopy = event => {
@@ -372,7 +374,7 @@ async function ask(...added) {
 
 	let frame, end = "Answered.";
 	const changed = () => {
-		frame ??= requestAnimationFrame(() => { frame = null; update(); });
+		frame ??= requestAnimationFrame(() => { frame = null; followEnd(update); });
 	};
 	try {
 		await receive(message, signal, changed);
@@ -383,7 +385,7 @@ async function ask(...added) {
 		end = page.note = signal.aborted ? "Stopped." : told;
 	}
 	setCurrent(null);
-	update();
+	followEnd(update);
 	say(end);
 	$("spoken").textContent = message.content.slice(0, 2000);
 	save();

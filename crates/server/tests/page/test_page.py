@@ -391,8 +391,9 @@ class Scripted(PageTest):
         self.talk("long")
         self.page.wait_for_function(at_end)
         # The line of figures grew from none to one at any time, and left the end behind.
-        self.page.evaluate("document.querySelector('#figures').style.paddingTop = '200px'")
-        self.page.wait_for_function(at_end)
+        height = "document.querySelector('#composer').offsetHeight"
+        with_figures = self.page.evaluate(f"document.querySelector('#figures').textContent = 'figures', {height}")
+        self.assertEqual(self.page.evaluate(f"document.querySelector('#figures').textContent = '', {height}"), with_figures)
         self.say("slow")
         expect(self.answer).to_contain_text("word3 ")
         self.page.evaluate("scrollTo(0, 0)")
