@@ -5,6 +5,9 @@ only what is new: `cached_tokens` must be at least the tokens of the turn before
 pass has read yet. That must hold however the client sends its history back (with or without the reasoning, with the arguments' keys
 in another order), whether it streams, and after the server was restarted between two turns, asked to end or killed.
 
+One answer is read again: one without calls whose reasoning the client leaves out. Nothing in such a history says whose it is, and nobody is
+given another's reasoning; then all that came before the answer must be known.
+
 Raw completions have no tools: there the text is continued twice.
 """
 import itertools, json, signal, time
@@ -227,11 +230,13 @@ def rebased(dialog, url):
     return dialog
 
 
-def figures(said):
+def figures(said, form):
     """Whether each turn read only what was new, and the figures that show it."""
     ok, cells = True, []
+    is_left_out = form.thinking and not form.send_reasoning and not form.by_id
     for before, now in zip(said, said[1:]):
-        least = before.prompt + before.completion - 1
+        is_known = before.calls or not is_left_out
+        least = before.prompt + (before.completion if is_known else 0) - 1
         ok &= now.cached >= least
         cells.append(f"{now.cached} of {now.prompt}, at least {least}")
     return ok, cells
@@ -239,7 +244,7 @@ def figures(said):
 
 def run_loop(report, name, api, url, form, between=None):
     try:
-        ok, cells = figures(loop(api, url, form, between or (lambda turn: url)))
+        ok, cells = figures(loop(api, url, form, between or (lambda turn: url)), form)
     except Exception as error:  # a client library's complaint is a finding, too
         ok, cells = False, [f"{type(error).__name__}: {error}"[:300], ""]
     report.row(ok, name, api.__name__, form, *cells)
