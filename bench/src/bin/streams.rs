@@ -3,8 +3,8 @@
 //! `cargo run --release -p infall-bench --bin streams -- FILE [--streams 1,2,4,8] [--tokens 24] [--routes ROUTES] [--memory 6GiB …]`
 //!
 //! Each session has read a prompt of its own and goes on with its likeliest tokens. The experts that one pass's rows chose are leased
-//! once for all of them: the table shows how many that were (0 where everything is resident), and how many had to be read. Routes that were generated
-//! (`policies --generate --layers L --prompt 0 --out ROUTES`) replace what the learned routers of random weights choose, which is too even;
+//! once for all of them: the table shows how many that were (0 where everything is resident), and how many had to be read.
+//! Routes that were generated (`policies --generate --layers L --prompt 0 --out ROUTES`) replace what the learned routers of random weights choose, which is too even;
 //! every session is then at another position of theirs (`--device cpu` only). On a GPU what is read is what is copied to it.
 
 use std::path::PathBuf;

@@ -121,19 +121,17 @@ impl Case {
     }
 }
 
-fn software() -> Option<Bench> {
-    let all = adapters();
-    let Some(adapter) = all.iter().find(|adapter| adapter.lacks.is_empty()) else {
-        println!("skipped: no adapter can run the kernels");
-        return None;
-    };
-    println!("on {}", adapter.name);
-    Some(Bench::new(Choice::Index(adapter.index), Checks::Off))
+/// On software, whose results are the same everywhere, or else on hardware; without any the tests fail.
+fn software() -> Bench {
+    let usable = adapters().into_iter().filter(|adapter| adapter.lacks.is_empty());
+    let adapter = usable.min_by_key(|adapter| adapter.kind != "software");
+    let adapter = adapter.expect("no adapter can run the kernels: install Debian's mesa-vulkan-drivers and libvulkan1");
+    Bench::new(Choice::Index(adapter.index), Checks::Off)
 }
 
 #[test]
 fn products_of_few_rows_equal_f64() {
-    let Some(mut bench) = software() else { return };
+    let mut bench = software();
     let mut random = Random(5);
     let floats = [Format::F32, Format::F16, Format::Bf16];
     for format in Format::ALL {
@@ -158,7 +156,7 @@ fn products_of_few_rows_equal_f64() {
 
 #[test]
 fn a_product_of_few_rows_does_not_depend_on_other_rows() {
-    let Some(mut bench) = software() else { return };
+    let mut bench = software();
     for (digits, formats) in [(false, vec![Format::Q2K]), (true, vec![Format::F16, Format::Q2K])] {
         let case = Case::new(&mut Random(6), &formats, (7, 40, 4608), true);
         let all = case.run(&mut bench, (0, 7), 8, digits);
