@@ -27,6 +27,9 @@ struct What {
     /// Tokens to decode at each.
     #[arg(long, default_value_t = 64, value_parser = at_least_one)]
     decode: usize,
+    /// Sessions that are decoded together, each with a context of its own.
+    #[arg(long, default_value_t = 1, value_parser = at_least_one)]
+    sessions: usize,
     /// Rows of a pass of prefill, a power of two.
     #[arg(long, default_value_t = GpuBackend::PASS_ROWS, value_parser = at_least_one)]
     pass_rows: usize,
@@ -60,8 +63,8 @@ fn at_least_one(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|&number| number > 0).ok_or_else(|| "expected a number from 1 on".into())
 }
 
-fn token(position: usize, vocab: usize) -> u32 {
-    let x = (position as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+fn token(session: usize, position: usize, vocab: usize) -> u32 {
+    let x = ((session << 32) as u64 + position as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     ((x >> 33) % vocab as u64) as u32
 }
 
@@ -146,42 +149,49 @@ fn main() -> Result<()> {
     }
     println!("loaded {:.2} GB in {took:.1} s, {:.2} GB/s", bytes as f64 / 1e9, bytes as f64 / took / 1e9);
 
-    let mut state = backend.new_state()?;
+    let mut states = (0..what.sessions).map(|_| backend.new_state()).collect::<Result<Vec<_>, _>>()?;
     let vocab = config.vocab_size;
     let cancel = Cancel::default();
     let mut written = Vec::new();
     for (turn, &context) in what.context.iter().enumerate() {
-        let start = backend.position(&state);
+        let start = backend.position(&states[0]);
         let began = Instant::now();
-        let mut at = start;
         let mut stages = Stages::default();
-        while at < context {
-            let end = ((at / what.pass_rows + 1) * what.pass_rows).min(context);
-            let row =
-                |position| Row { session: 0, position, token: token(position, vocab), logits: position + 1 == context };
-            let rows = (at..end).map(row).collect();
-            if what.stages {
-                forward(&backend, rows, &mut [&mut state], &cancel, &mut stages)?;
-            } else {
-                forward(&backend, rows, &mut [&mut state], &cancel, &mut NoObserver)?;
+        for (session, state) in states.iter_mut().enumerate() {
+            let mut at = start;
+            while at < context {
+                let end = ((at / what.pass_rows + 1) * what.pass_rows).min(context);
+                let row = |position| Row {
+                    session: 0,
+                    position,
+                    token: token(session, position, vocab),
+                    logits: position + 1 == context,
+                };
+                let rows = (at..end).map(row).collect();
+                if what.stages {
+                    forward(&backend, rows, &mut [&mut *state], &cancel, &mut stages)?;
+                } else {
+                    forward(&backend, rows, &mut [&mut *state], &cancel, &mut NoObserver)?;
+                }
+                at = end;
             }
-            at = end;
         }
-        let took = began.elapsed().as_secs_f64();
-        println!("prefill {start}..{context}: {took:.2} s, {:.0} tokens/s", (context - start) as f64 / took);
+        let (took, each) = (began.elapsed().as_secs_f64(), what.sessions as f64);
+        println!("prefill {start}..{context}: {took:.2} s, {:.0} tokens/s", each * (context - start) as f64 / took);
         if what.stages {
             print_stages(&stages, config.layers);
         }
         let mut times = Vec::new();
         let before = (backend.stats(), backend.host_stats());
         for i in 0..what.decode {
-            let position = backend.position(&state);
-            let row = Row { session: 0, position, token: token(position, vocab), logits: true };
+            let position = backend.position(&states[0]);
+            let row = |session| Row { session, position, token: token(session, position, vocab), logits: true };
+            let (rows, mut states) = ((0..what.sessions).map(row).collect(), states.iter_mut().collect::<Vec<_>>());
             let began = Instant::now();
             let logits = if what.stages && i + 1 == what.decode {
-                forward(&backend, vec![row], &mut [&mut state], &cancel, &mut stages)?
+                forward(&backend, rows, &mut states, &cancel, &mut stages)?
             } else {
-                forward(&backend, vec![row], &mut [&mut state], &cancel, &mut NoObserver)?
+                forward(&backend, rows, &mut states, &cancel, &mut NoObserver)?
             };
             times.push(began.elapsed().as_secs_f64());
             if turn == 0 && what.logits.is_some() {
@@ -192,14 +202,14 @@ fn main() -> Result<()> {
         times.sort_by(f64::total_cmp);
         println!(
             "decode at {context}: mean {:.1} tokens/s, median {:.1} ({:.2} ms), best {:.2} ms",
-            times.len() as f64 / sum,
-            1.0 / times[times.len() / 2],
+            each * times.len() as f64 / sum,
+            each / times[times.len() / 2],
             times[times.len() / 2] * 1e3,
             times[0] * 1e3
         );
         if what.slots_gib.is_some() {
             let (now, host) = (backend.stats().since(&before.0), backend.host_stats().since(&before.1));
-            let each = what.decode as f64;
+            let each = (what.decode * what.sessions) as f64;
             println!(
                 "  a token: {:.0} hits, {:.0} misses, {:.3} GB uploaded; host tier {:.0} hits, {:.0} misses, {:.3} GB read, \
                  {:.1} ms waited for it",
@@ -249,7 +259,7 @@ fn against_cpu(model: &Model, source: &Source, options: &Options, backend: &GpuB
     let (cancel, vocab) = (Cancel::default(), model.config.vocab_size);
     let mut distances = Vec::new();
     for position in 0..tokens {
-        let row = || vec![Row { session: 0, position, token: token(position, vocab), logits: true }];
+        let row = || vec![Row { session: 0, position, token: token(0, position, vocab), logits: true }];
         let a = forward(backend, row(), &mut [&mut here], &cancel, &mut NoObserver)?;
         let b = forward(&cpu, row(), &mut [&mut there], &cancel, &mut NoObserver)?;
         let square = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>();
