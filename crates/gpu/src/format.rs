@@ -55,6 +55,11 @@ impl Format {
         }
     }
 
+    /// Whether products in `Fast` multiply its codes as integers, where rows are few.
+    pub(crate) fn has_integers(self) -> bool {
+        !matches!(self, Format::F32 | Format::F16 | Format::Bf16)
+    }
+
     /// Elements that a row is a multiple of.
     pub(crate) fn block_elements(self) -> usize {
         self.tensor_type().block().expect("a known type").elements.max(32) as usize

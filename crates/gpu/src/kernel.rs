@@ -45,6 +45,7 @@ pub(crate) const SOURCES: &[(&str, &str)] = &[
     ("expand.wgsl", include_str!("kernels/expand.wgsl")),
     ("copy.wgsl", include_str!("kernels/copy.wgsl")),
     ("normalise.wgsl", include_str!("kernels/normalise.wgsl")),
+    ("digits.wgsl", include_str!("kernels/digits.wgsl")),
     ("finite.wgsl", include_str!("kernels/finite.wgsl")),
     ("sweep.wgsl", include_str!("kernels/sweep.wgsl")),
 ];

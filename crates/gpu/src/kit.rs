@@ -24,8 +24,8 @@ type MatvecKey = (Vec<Format>, usize, usize, bool);
 /// Kernels by what they are for.
 pub(crate) struct Kit {
     kernels: Arc<Kernels>,
-    /// Whether few rows are multiplied as integers.
-    digits: bool,
+    /// Inputs as digits, without and with a norm's weights, where few rows are multiplied as integers.
+    pub(crate) digits: Option<[Arc<Kernel>; 2]>,
     pub(crate) expand: Arc<Kernel>,
     /// Without and with a sub-layer's output.
     pub(crate) mix: [Arc<Kernel>; 2],
@@ -66,6 +66,11 @@ fn type_ids() -> Value {
 pub(crate) fn matvec_context(formats: &[Format], rows: usize, outputs: usize, norm: bool, digits: bool) -> Value {
     let types: Vec<&str> = formats.iter().map(|format| format.name()).collect();
     context! { types, rows, outputs, norm, digits, type_ids => type_ids() }
+}
+
+/// What the template of `digits` is filled in with.
+pub(crate) fn digits_context(norm: bool) -> Value {
+    context! { norm }
 }
 
 impl Kit {
@@ -121,7 +126,11 @@ impl Kit {
         kernels.make_all(&layers.iter().flat_map(products).chain([of_head]).collect::<Vec<_>>())?;
         Ok(Kit {
             kernels: kernels.clone(),
-            digits,
+            digits: digits
+                .then(|| {
+                    Ok::<_, GpuError>([get("digits", digits_context(false))?, get("digits", digits_context(true))?])
+                })
+                .transpose()?,
             expand: get("expand", context! { streams })?,
             mix: [
                 get("hc_mix", context! { streams, outputs, post => false })?,
@@ -161,7 +170,8 @@ impl Kit {
             return Ok(kernel.clone());
         }
         let (formats, rows, outputs, norm) = &key;
-        let kernel = self.kernels.get("matvec", matvec_context(formats, *rows, *outputs, *norm, self.digits))?;
+        let kernel =
+            self.kernels.get("matvec", matvec_context(formats, *rows, *outputs, *norm, self.digits.is_some()))?;
         matvecs.insert(key, kernel.clone());
         Ok(kernel)
     }

@@ -7,7 +7,7 @@ use crate::device::{Checks, Choice, Device, adapters};
 use crate::format::{Format, code_book};
 use crate::jobs::{Job, Jobs};
 use crate::kernel::{Buffer, Commands, Kernels};
-use crate::kit::matvec_context;
+use crate::kit::{digits_context, matvec_context};
 use crate::matmul::tests::{Weights, distance, random_slab, wide};
 use crate::self_check::Random;
 
@@ -88,10 +88,20 @@ impl Case {
         let x = bench.upload(bytemuck::cast_slice(&self.x[first * self.cols..][..rows * self.cols]));
         let y = bench.upload(&vec![0xff; 4 * rows * self.outputs()]);
         let book = bench.upload(&code_book());
-        let params = [group_table, rows as u32, self.cols as u32 / 4, self.outputs() as u32, norm, EPSILON.to_bits()];
+        let halves = self.cols as u32 / 16;
+        let stride = self.cols as u32 / 4;
+        let params = [group_table, rows as u32, stride, self.outputs() as u32, norm, EPSILON.to_bits(), halves];
         let mut buffers = vec![slab.all(), x.all(), y.all()];
         if jobs.formats().contains(&Format::Iq2Xxs) {
             buffers.push(book.all());
+        }
+        let made = bench.upload(&vec![0xff; rows * self.cols / 2 * 5]);
+        if digits && together > 1 && jobs.formats().iter().any(|format| format.has_integers()) {
+            let kernel = bench.kernels.get("digits", digits_context(self.norm.is_some())).unwrap();
+            let from = [x.all(), made.all(), slab.all()];
+            let from = if self.norm.is_some() { &from[..] } else { &from[..2] };
+            bench.commands.run(&kernel, from, &[stride, halves, norm], [halves.div_ceil(256), rows as u32, 1]);
+            buffers.push(made.all());
         }
         bench.commands.run(&kernel, &buffers, &params, [groups, rows.div_ceil(together) as u32, 1]);
         let bytes = bench.commands.read((&y, 0), (4 * rows * self.outputs()) as u64).unwrap();
@@ -180,7 +190,9 @@ fn measure_matvec() {
     let mut bench = Bench::new(Choice::Hardware, Checks::Off);
     let mut random = Random(7);
     // The head fills no cache; the others do, but for the first time.
-    for (rows, cols) in [(129_280, 4096), (40_960, 1024), (8192, 4096), (4096, 8192), (64, 1024)] {
+    let shapes = [(129_280, 4096), (40_960, 1024), (8192, 4096), (4096, 8192), (64, 1024)];
+    for ((rows, cols), together) in shapes.into_iter().flat_map(|shape| [1, 2, 4, 8].map(|together| (shape, together)))
+    {
         let (mut slab, matrices) = random_slab(&mut random, &[(Format::Q8_0, rows, cols)]);
         let bytes = slab.len();
         let jobs = vec![Job { matrix: matrices[0], x_at: 0, y_at: 0 }];
@@ -188,22 +200,34 @@ fn measure_matvec() {
         slab.extend_from_slice(bytemuck::cast_slice(&Jobs::group_words(&jobs)));
         let jobs = Jobs { jobs, table: 0, group_table };
         let (outputs, groups) = jobs.matvec();
-        let kernel = bench.kernels.get("matvec", matvec_context(&jobs.formats(), 1, outputs, false, true)).unwrap();
+        let context = matvec_context(&jobs.formats(), together, outputs, false, true);
+        let kernel = bench.kernels.get("matvec", context).unwrap();
+        let digits = bench.kernels.get("digits", digits_context(false)).unwrap();
         let slab = bench.upload(&slab);
-        let x = bench.upload(bytemuck::cast_slice(&random.values(cols)));
-        let y = bench.upload(&vec![0; 4 * rows]);
-        let params = [group_table, 1, cols as u32 / 4, rows as u32, 0, 0];
+        let x = bench.upload(bytemuck::cast_slice(&random.values(together * cols)));
+        let y = bench.upload(&vec![0; 4 * together * rows]);
+        let made = bench.upload(&vec![0; together * cols / 2 * 5]);
+        let halves = cols as u32 / 16;
+        let params = [group_table, together as u32, cols as u32 / 4, rows as u32, 0, 0, halves];
         let mut least_s = f64::MAX;
         for _ in 0..3 {
             bench.device.wait().unwrap();
             let began = Instant::now();
             for _ in 0..90 {
-                bench.commands.run(&kernel, &[slab.all(), x.all(), y.all()], &params, [groups, 1, 1]);
+                let mut buffers = vec![slab.all(), x.all(), y.all()];
+                if together > 1 {
+                    let params = [cols as u32 / 4, halves, 0];
+                    let groups = [halves.div_ceil(256), together as u32, 1];
+                    bench.commands.run(&digits, &[x.all(), made.all()], &params, groups);
+                    buffers.push(made.all());
+                }
+                bench.commands.run(&kernel, &buffers, &params, [groups, 1, 1]);
             }
             bench.commands.submit();
             bench.device.wait().unwrap();
             least_s = least_s.min(began.elapsed().as_secs_f64() / 90.0);
         }
-        println!("Q8_0 {rows} x {cols}: {:.1} us, {:.0} GB/s", least_s * 1e6, bytes as f64 / least_s / 1e9);
+        let (us, rate) = (least_s * 1e6, bytes as f64 / least_s / 1e9);
+        println!("Q8_0 {rows} x {cols}, {together} rows: {us:.1} us, {rate:.0} GB/s");
     }
 }

@@ -142,6 +142,8 @@ pub(crate) struct Activations<B = Buffer> {
     /// Rows with a value that is no number.
     pub(crate) flags: B,
     pub(crate) tables: B,
+    /// Inputs of products of a few rows, as digits.
+    pub(crate) digits: B,
     /// Raw rows of a large pass.
     pub(crate) fresh: B,
     /// What tiled products need, in passes of more than [`FEW_ROWS`] rows.
@@ -200,6 +202,8 @@ impl<B> Activations<B> {
             flags: floats("flags", rows + 1)?,
             // Two rotations of every row, one of a window of each kind that may end at it, a token.
             tables: floats("tables", rows * (4 * c.rope_dim + 1))?,
+            // Two bytes a value, and a scale and a sum for 16 values.
+            digits: make("digits of inputs", (FEW_ROWS * shapes.widest() / 2 * 5) as u64)?,
             fresh: floats("new rows", rows * shapes.row_words)?,
             many: (shapes.has_tiles && rows > FEW_ROWS)
                 .then(|| ManyActivations::new(make, shapes, rows))

@@ -5,6 +5,7 @@ use model::{Cancel, Error, Run, SubLayer};
 use crate::attend_many::{AttendManyParams, IndexScoreManyParams, index_tile};
 use crate::backend::GpuBackend;
 use crate::experts::{GpuLeases, Selection};
+use crate::format::Format;
 use crate::jobs::{Jobs, Matrix};
 use crate::kernel::{Buffer, Commands};
 use crate::kit::LANE_OUTPUTS;
@@ -100,13 +101,23 @@ impl GpuBackend {
         let together = rows_together(rows);
         let (outputs, groups) = jobs.matvec();
         let kernel = self.kit.matvec(jobs.formats(), together, outputs, norm.is_some())?;
-        let params = params![jobs.group_table, rows, x.1 / 4, y.1, norm.unwrap_or(0), self.config.rms_eps];
-        let groups = [groups, rows.div_ceil(together) as u32, 1];
+        let formats = jobs.formats();
         let mut buffers = vec![slab.all(), x.0.all(), y.0.all()];
-        if jobs.formats().contains(&crate::format::Format::Iq2Xxs) {
+        if formats.contains(&Format::Iq2Xxs) {
             buffers.push(self.code_book.all());
         }
-        commands.run(&kernel, &buffers, &params, groups);
+        let mut halves = 0;
+        let several = together > 1 && formats.iter().any(|format| format.has_integers());
+        if let Some(kernels) = self.kit.digits.as_ref().filter(|_| several) {
+            halves = if norm.is_some() { self.config.q_rank } else { x.1 } / 16;
+            let params = params![x.1 / 4, halves, norm.unwrap_or(0)];
+            let from = [x.0.all(), on.digits.all(), slab.all()];
+            let (kernel, from) = if norm.is_some() { (&kernels[1], &from[..]) } else { (&kernels[0], &from[..2]) };
+            commands.run(kernel, from, &params, [halves.div_ceil(256) as u32, rows as u32, 1]);
+            buffers.push(on.digits.all());
+        }
+        let params = params![jobs.group_table, rows, x.1 / 4, y.1, norm.unwrap_or(0), self.config.rms_eps, halves];
+        commands.run(&kernel, &buffers, &params, [groups, rows.div_ceil(together) as u32, 1]);
         Ok(())
     }
 
@@ -523,7 +534,7 @@ impl GpuBackend {
                 on.input.all(),
                 on.mid.all(),
             ];
-            let has_book = |formats: &[crate::format::Format]| formats.contains(&crate::format::Format::Iq2Xxs);
+            let has_book = |formats: &[Format]| formats.contains(&Format::Iq2Xxs);
             if has_book(&layout.formats[..2]) {
                 buffers.push(self.code_book.all());
             }

@@ -70,6 +70,9 @@ fn variants() -> Vec<(&'static str, Value)> {
     variants.push(("finite", context! {}));
     variants.push(("sweep", context! {}));
     variants.push(("normalise", context! {}));
+    for norm in [false, true] {
+        variants.push(("digits", crate::kit::digits_context(norm)));
+    }
     variants.push(("copy", context! {}));
     for hashed in [false, true] {
         for (experts, used) in [(256, 6), (30, 1), (3, 2)] {

@@ -2,10 +2,12 @@
    order whatever the number of rows.
 
    types: those of the matrices; rows: activation rows together; outputs: of each 32 lanes; norm: whether x is divided by its
-   RMS and weighed first; digits: whether integers are multiplied where types allow. -#}
+   RMS and weighed first; digits: whether integers are multiplied where types allow. Of several rows they were made before, by
+   digits.wgsl. -#}
 {% import "weights.wgsl" as weights with context %}
 {# Chunks of inputs in workgroup memory at a time, and outputs and rows that are summed at a time. #}
 {%- set tile = 128 // rows if rows < 4 else 32 %}
+{% set has_digits = digits and types | reject("in", weights.unscaled) | list and rows > 1 %}
 {% set at_once = [rows, 4] | min %}
 {% set together = outputs if rows == 1 else 4 // at_once %}
 {% set values = 8 * together * at_once %}
@@ -21,6 +23,8 @@ struct Params {
     // Where the norm's weights are, and its epsilon.
     norm: u32,
     epsilon: f32,
+    // Halves of chunks in a row of digits.
+    halves: u32,
 }
 
 @group(0) @binding(0) var<storage, read> w: array<vec4<u32>>;
@@ -28,6 +32,9 @@ struct Params {
 @group(0) @binding(2) var<storage, read_write> y: array<f32>;
 {% if "iq2_xxs" in types %}
 @group(0) @binding(3) var<storage, read> code_book: array<vec2<u32>>;
+{% endif %}
+{% if has_digits %}
+@group(0) @binding({{ 4 if "iq2_xxs" in types else 3 }}) var<storage, read> digits: array<vec4<u32>>;
 {% endif %}
 var<immediate> p: Params;
 
@@ -53,7 +60,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let first = (thread >> 5u) * {{ outputs }}u;
     let row0 = group.y * {{ rows }}u;
 {% for r in range(rows) %}
-    let x_at{{ r }} = min(row0 + {{ r }}u, p.rows - 1u) * p.x_stride + place.y;
+    let input{{ r }} = min(row0 + {{ r }}u, p.rows - 1u);
+    let x_at{{ r }} = input{{ r }} * p.x_stride + place.y;
+{% if has_digits %}
+    let high_at{{ r }} = input{{ r }} * (p.halves * 5u / 2u) + place.y / 4u;
+    let low_at{{ r }} = high_at{{ r }} + p.halves;
+    let halves_at{{ r }} = input{{ r }} * (p.halves * 5u / 2u) + 2u * p.halves + place.y / 8u;
+{% endif %}
 {% endfor %}
 {% if "iq2_xxs" in types %}
     load_points(thread, 256u);

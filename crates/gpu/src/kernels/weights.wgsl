@@ -216,22 +216,10 @@ fn dot16(codes: vec4<u32>, digits: vec4<u32>) -> i32 {
 }
 {% endmacro %}
 
-{# Inputs as whole numbers of two digits, 128 high + low, with a scale for each half of a chunk: vectors 0 and 1 have the high
-   digits of chunk `c`, 2 and 3 the low ones; `halves` has the scale of each half and the sum of its values. A value is off by at
-   most the largest of its half / 32,512. Fills `staged` with the chunks from `first_chunk` on of `chunks`, vector `i` of
-   chunk `c` at `i * (tile + 4) + c`, so that lanes with a unit each meet no bank twice; `source(r, i)` is vector `i` of row
-   `r`. All `threads` run it. -#}
-{% macro stage_digits(rows, tile, threads) %}
-    {
-        workgroupBarrier();
-        let left = min({{ tile }}u, chunks - first_chunk) * 2u;
-{% for r in range(rows) %}
-        {
-            var h = thread;
-            while h < left {
-{% for i in range(4) %}
-                let v{{ i }} = {{ caller(r, "8u * first_chunk + 4u * h + " ~ i ~ "u") }};
-{% endfor %}
+{# Inputs as whole numbers of two digits, 128 high + low, with a scale for each half of a chunk. A value is off by at most the
+   largest of its half / 32,512. Of a half, `v0`..`v3`: its `high` and `low` digits, and `of_half`, the scale and the sum of its
+   values. -#}
+{% macro digits_of_half() %}
                 // As bits: so also what is no number is the largest.
                 let bits = max(max(bitcast<vec4<u32>>(v0) & vec4<u32>(0x7fffffffu), bitcast<vec4<u32>>(v1) & vec4<u32>(0x7fffffffu)),
                     max(bitcast<vec4<u32>>(v2) & vec4<u32>(0x7fffffffu), bitcast<vec4<u32>>(v3) & vec4<u32>(0x7fffffffu)));
@@ -251,29 +239,61 @@ fn dot16(codes: vec4<u32>, digits: vec4<u32>) -> i32 {
                 }
 {% endfor %}
                 let scale = most / 16256.0;
-                let to = {{ r * 4 * (tile + 4) }}u + (h & 1u) * {{ tile + 4 }}u + (h >> 1u);
+                let of_half = vec2<f32>(scale, f32((sum.x + sum.y) + (sum.z + sum.w)) * scale);
+{% endmacro %}
+
+{# Fills `staged` with the digits of one row's chunks from `first_chunk` on of `chunks`: vectors 0 and 1 have the high digits of
+   chunk `c`, 2 and 3 the low ones, vector `i` at `i * (tile + 4) + c`, so that lanes with a unit each meet no bank twice; and
+   `halves`. `source(0, i)` is vector `i` of the row. All `threads` run it. -#}
+{% macro stage_digits(tile, threads) %}
+    {
+        workgroupBarrier();
+        let left = min({{ tile }}u, chunks - first_chunk) * 2u;
+        var h = thread;
+        while h < left {
+{% for i in range(4) %}
+            let v{{ i }} = {{ caller(0, "8u * first_chunk + 4u * h + " ~ i ~ "u") }};
+{% endfor %}
+            {
+{{ digits_of_half() }}
+                let to = (h & 1u) * {{ tile + 4 }}u + (h >> 1u);
                 staged[to] = high;
                 staged[to + {{ 2 * (tile + 4) }}u] = low;
-                halves[{{ r * 2 * tile }}u + h] = vec2<f32>(scale, f32((sum.x + sum.y) + (sum.z + sum.w)) * scale);
-                h += {{ threads }}u;
+                halves[h] = of_half;
             }
+            h += {{ threads }}u;
         }
-{% endfor %}
         workgroupBarrier();
     }
 {% endmacro %}
 
 {# The digits of unit `u` of those that are staged, of a type. -#}
-{% macro digits_of_unit(ty, r, tile) %}
+{% macro digits_of_unit(ty, tile) %}
 {% if ty in halved %}
-                let x0 = staged[{{ r * 4 * (tile + 4) }}u + (u & 1u) * {{ tile + 4 }}u + (u >> 1u)];
-                let x1 = staged[{{ (r * 4 + 2) * (tile + 4) }}u + (u & 1u) * {{ tile + 4 }}u + (u >> 1u)];
-                let of_x = halves[{{ r * 2 * tile }}u + u];
+                let x0 = staged[(u & 1u) * {{ tile + 4 }}u + (u >> 1u)];
+                let x1 = staged[(2u + (u & 1u)) * {{ tile + 4 }}u + (u >> 1u)];
+                let of_x = halves[u];
 {% else %}
 {% for i in range(4) %}
-                let x{{ i }} = staged[{{ (r * 4 + i) * (tile + 4) }}u + u];
+                let x{{ i }} = staged[{{ i * (tile + 4) }}u + u];
 {% endfor %}
-                let of_x = vec4<f32>(halves[{{ r * 2 * tile }}u + 2u * u], halves[{{ r * 2 * tile }}u + 2u * u + 1u]);
+                let of_x = vec4<f32>(halves[2u * u], halves[2u * u + 1u]);
+{% endif %}
+{% endmacro %}
+
+{# The same of row `r` whose digits are in memory as digits.wgsl leaves them, from vectors `high_at`, `low_at` and `halves_at` on. -#}
+{% macro digits_in_memory(ty, r) %}
+{% if ty in halved %}
+                let x0 = digits[high_at{{ r }} + u];
+                let x1 = digits[low_at{{ r }} + u];
+                let of_both = bitcast<vec4<f32>>(digits[halves_at{{ r }} + (u >> 1u)]);
+                let of_x = select(of_both.xy, of_both.zw, (u & 1u) != 0u);
+{% else %}
+                let x0 = digits[high_at{{ r }} + 2u * u];
+                let x1 = digits[high_at{{ r }} + 2u * u + 1u];
+                let x2 = digits[low_at{{ r }} + 2u * u];
+                let x3 = digits[low_at{{ r }} + 2u * u + 1u];
+                let of_x = bitcast<vec4<f32>>(digits[halves_at{{ r }} + u]);
 {% endif %}
 {% endmacro %}
 
@@ -356,15 +376,16 @@ fn e2m1(codes: u32) -> vec4<f32> {
 
 {# Inputs in workgroup memory, `tile` chunks of `rows` rows: vector `i` of chunk `c` at `i * (tile + 1) + c`, so that threads that
    work at the same time, each at a chunk of its own, meet no bank twice: eight vectors of floats, of four rows at most, or four
-   of digits (at `i * (tile + 4) + c`). -#}
+   of digits (at `i * (tile + 4) + c`), of one row: of several they are in memory. -#}
 {% macro staged(rows, tile, types, digits) %}
 {% set floats = 8 * ([rows, 4] | min) * (tile + 1) %}
-{% set digits_of_all = 4 * rows * (tile + 4) %}
 {% set has_floats = not digits or types | select("in", unscaled) | list %}
-{% set has_digits = digits and types | reject("in", unscaled) | list %}
-var<workgroup> staged: array<vec4<u32>, {{ [floats if has_floats else 0, digits_of_all if has_digits else 0] | max }}>;
+{% set has_digits = digits and rows == 1 and types | reject("in", unscaled) | list %}
+{% if has_floats or has_digits %}
+var<workgroup> staged: array<vec4<u32>, {{ [floats if has_floats else 0, 4 * (tile + 4) if has_digits else 0] | max }}>;
+{% endif %}
 {% if has_digits %}
-var<workgroup> halves: array<vec2<f32>, {{ 2 * rows * tile }}>;
+var<workgroup> halves: array<vec2<f32>, {{ 2 * tile }}>;
 {% endif %}
 {% endmacro %}
 
@@ -450,6 +471,27 @@ var<workgroup> halves: array<vec2<f32>, {{ 2 * rows * tile }}>;
 {% endif %}
 {% endmacro %}
 
+{# Adds the products of unit `unit` of each row of weights with the digits of `rows`: of one row those that were brought already. -#}
+{% macro multiply_digits(of, memory, unit, rows) %}
+{% for at, ty, acc in of %}
+            let m{{ loop.index0 }} = raw_{{ ty }}_{{ memory }}({{ at }}, chunks, min({{ unit }} + 32u, last_unit));
+            let w{{ loop.index0 }} = codes_{{ ty }}(k{{ loop.index0 }}, {{ unit }});
+{% endfor %}
+{% for r in rows %}
+            {
+{% if rows | length > 1 %}
+                {{ digits_in_memory(of[0][1], r) }}
+{% endif %}
+{% for at, ty, acc in of %}
+                {{ dot_digits(ty, acc ~ "_" ~ r, "w" ~ loop.index0) }}
+{% endfor %}
+            }
+{% endfor %}
+{% for at, ty, acc in of %}
+            k{{ loop.index0 }} = m{{ loop.index0 }};
+{% endfor %}
+{% endmacro %}
+
 {# Dot products of `rows` rows of inputs with rows of weights: `of` lists [where the row begins, its type, what is added to].
    Lane `lane` of 32 takes every 32nd unit (chunk, of floats), in one order whatever else is computed. `source(r, i)` is vector `i` of row `r` of
    the inputs; all `threads` run it. Integers are computed where `digits` and the type allow: the types must agree in that, and in
@@ -459,47 +501,32 @@ var<workgroup> halves: array<vec2<f32>, {{ 2 * rows * tile }}>;
     {
     var first_chunk = 0u;
 {% if digits and of[0][1] not in unscaled %}
-{% set ahead = rows <= 2 %}
 {% set units = 2 if of[0][1] in halved else 1 %}
+    let last_unit = {{ units }}u * chunks - 1u;
     // The next codes are on their way while these are multiplied.
 {% for at, ty, acc in of %}
-{% if ahead %}
-    var k{{ loop.index0 }} = raw_{{ ty }}_{{ memory }}({{ at }}, chunks, min(lane, {{ units }}u * chunks - 1u));
-{% endif %}
+    var k{{ loop.index0 }} = raw_{{ ty }}_{{ memory }}({{ at }}, chunks, min(lane, last_unit));
 {% endfor %}
+{% if rows == 1 %}
     while first_chunk < chunks {
-{% call(r, i) stage_digits(rows, tile, threads) %}{{ source(r, i) }}{% endcall %}
+{% call(r, i) stage_digits(tile, threads) %}{{ source(r, i) }}{% endcall %}
         let first_unit = {{ units }}u * first_chunk;
         let left = {{ units }}u * min({{ tile }}u, chunks - first_chunk);
         var u = lane;
         while u < left {
-{% for at, ty, acc in of %}
-{% if ahead %}
-            let m{{ loop.index0 }} = raw_{{ ty }}_{{ memory }}({{ at }}, chunks, min(first_unit + u + 32u, {{ units }}u * chunks - 1u));
-{% else %}
-            let k{{ loop.index0 }} = raw_{{ ty }}_{{ memory }}({{ at }}, chunks, first_unit + u);
-{% endif %}
-{% endfor %}
-{% for at, ty, acc in of %}
-            let w{{ loop.index0 }} = codes_{{ ty }}(k{{ loop.index0 }}, first_unit + u);
-{% endfor %}
-{% for r in range(rows) %}
-            {
-                {{ digits_of_unit(of[0][1], r, tile) }}
-{% for at, ty, acc in of %}
-                {{ dot_digits(ty, acc ~ "_" ~ r, "w" ~ loop.index0) }}
-{% endfor %}
-            }
-{% endfor %}
-{% if ahead %}
-{% for at, ty, acc in of %}
-            k{{ loop.index0 }} = m{{ loop.index0 }};
-{% endfor %}
-{% endif %}
+            {{ digits_of_unit(of[0][1], tile) }}
+{{ multiply_digits(of, memory, "first_unit + u", [0]) }}
             u += 32u;
         }
         first_chunk += {{ tile }}u;
     }
+{% else %}
+    var u = lane;
+    while u <= last_unit {
+{{ multiply_digits(of, memory, "u", range(rows)) }}
+        u += 32u;
+    }
+{% endif %}
 {% else %}
 {# As many rows at a time as there is room for. #}
 {% for r0 in range(0, rows, 4) %}
