@@ -161,7 +161,7 @@ impl GpuBackend {
                     }
                 };
                 is_checked = host.checks();
-                GpuExperts::streamed(&device, &uploader, model, slabs, host)?
+                GpuExperts::streamed(&kernels, &uploader, model, slabs, host)?
             }
         };
         device.wait()?;

@@ -10,14 +10,15 @@
 //! given to another expert only when the kernels that read it have been handed over, and so the copy comes after them.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use model::{Cancel, Config, Error, Model};
 use store::{Cache, ExpertId, HostLeases, HostStore, Policy, Prefetching, Source, StoreCounts};
 
+use crate::awake::Awake;
 use crate::device::Device;
 use crate::format::Format;
-use crate::kernel::{Buffer, Commands};
+use crate::kernel::{Buffer, Commands, Kernels};
 use crate::upload::{FileRows, PIECE_BYTES, Rows, Uploader};
 use crate::weights::format_of;
 
@@ -154,6 +155,7 @@ pub(crate) struct GpuExperts {
 /// Slots on the device, and the tier they are filled from.
 struct Tiers {
     host: HostStore,
+    awake: Option<Awake>,
     state: Mutex<TierState>,
     /// First slot of each slab among all.
     first_slot: Vec<u32>,
@@ -262,13 +264,13 @@ impl GpuExperts {
     /// # Errors
     /// There is no memory for the slots.
     pub(crate) fn streamed(
-        device: &Device,
+        kernels: &Arc<Kernels>,
         uploader: &Uploader,
         model: &Model,
         slabs: &Slabs,
         host: HostStore,
     ) -> Result<GpuExperts, Error> {
-        let layouts = layouts(model)?;
+        let (device, layouts) = (kernels.device(), layouts(model)?);
         let buffer = |(&slots, &bytes): (&usize, &u64)| Buffer::new(device, "slots of experts", slots as u64 * bytes);
         let buffers = slabs.slots.iter().zip(&slabs.slot_bytes).map(buffer).collect::<Result<Vec<_>, _>>()?;
         let mut slots = 0;
@@ -280,7 +282,8 @@ impl GpuExperts {
         let (count, used) = (model.config.experts, model.config.experts_used);
         let half_life_tokens = Policy::half_life_tokens(slots as usize, layouts.len() * used);
         let cache = Cache::new(slabs.of_layer.clone(), count, &slabs.slots, usize::MAX, half_life_tokens);
-        let tiers = Tiers { host, state: Mutex::new(TierState { cache, uploaded_bytes: 0 }), first_slot };
+        let awake = Awake::of(kernels)?;
+        let tiers = Tiers { host, awake, state: Mutex::new(TierState { cache, uploaded_bytes: 0 }), first_slot };
         let table = vec![NONE; layouts.len() * count];
         let experts = GpuExperts {
             slab_of_layer: slabs.of_layer.clone(),
@@ -375,6 +378,10 @@ impl GpuExperts {
         let Some(mut wanted) = leases.0 else { return kernels(commands, true) };
         let mut is_first = true;
         loop {
+            if let Some(awake) = wanted.tiers.awake.as_ref().filter(|_| !wanted.group.missing.is_empty()) {
+                let miss_bytes = wanted.group.missing.len() as u64 * self.layouts[wanted.layer].slot_bytes();
+                awake.stay(commands, miss_bytes);
+            }
             // On a thread of those that copy: it takes part, and need not be told by others that they are done.
             rayon::scope(|_| self.fill(&mut wanted.group, uploader, cancel))?;
             let mut table = vec![NONE; self.experts];

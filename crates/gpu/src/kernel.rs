@@ -48,6 +48,7 @@ pub(crate) const SOURCES: &[(&str, &str)] = &[
     ("digits.wgsl", include_str!("kernels/digits.wgsl")),
     ("finite.wgsl", include_str!("kernels/finite.wgsl")),
     ("sweep.wgsl", include_str!("kernels/sweep.wgsl")),
+    ("busy.wgsl", include_str!("kernels/busy.wgsl")),
 ];
 
 /// A source with everything filled in.

@@ -3,6 +3,7 @@
 mod attend_many;
 #[cfg(test)]
 mod attention_tests;
+mod awake;
 mod backend;
 #[cfg(test)]
 mod cooperative_tests;

@@ -167,8 +167,10 @@ fn products_of_few_rows_equal_f64() {
 #[test]
 fn a_product_of_few_rows_does_not_depend_on_other_rows() {
     let mut bench = software();
-    for (digits, formats) in [(false, vec![Format::Q2K]), (true, vec![Format::F16, Format::Q2K])] {
-        let case = Case::new(&mut Random(6), &formats, (7, 40, 4608), true);
+    let integers = vec![Format::Q8_0, Format::Q2K, Format::Iq2Xxs];
+    for (digits, formats) in [(false, vec![Format::Q2K]), (true, vec![Format::F16, Format::Q2K]), (true, integers)] {
+        let cols = if formats.len() == 3 { 1280 } else { 4608 };
+        let case = Case::new(&mut Random(6), &formats, (7, 40, cols), true);
         let all = case.run(&mut bench, (0, 7), 8, digits);
         for (first, rows, together) in [(0, 1, 1), (3, 2, 2), (3, 4, 4), (6, 1, 1)] {
             let some = case.run(&mut bench, (first, rows), together, digits);

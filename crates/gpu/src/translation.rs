@@ -69,6 +69,7 @@ fn variants() -> Vec<(&'static str, Value)> {
     variants.push(("expand", context! { streams => 4 }));
     variants.push(("finite", context! {}));
     variants.push(("sweep", context! {}));
+    variants.push(("busy", context! {}));
     variants.push(("normalise", context! {}));
     for norm in [false, true] {
         variants.push(("digits", crate::kit::digits_context(norm)));

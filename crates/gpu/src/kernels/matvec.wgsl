@@ -11,6 +11,12 @@
 {% set at_once = [rows, 4] | min %}
 {% set together = outputs if rows == 1 else 4 // at_once %}
 {% set values = 8 * together * at_once %}
+{# Where all are integers, half of the lanes take rows 0 to 3 of eight and half the others, of twice the outputs: so an input that
+   was read serves more outputs, and fewer registers hold more. #}
+{% set has_floats = types | select("in", weights.unscaled) | list %}
+{% set parts = 2 if rows == 8 and digits and not has_floats else 1 %}
+{% set lane_rows = rows // parts %}
+{% set lane_outputs = outputs * parts %}
 
 struct Params {
     // Where the list of workgroups is.
@@ -57,10 +63,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let ty = matrix.w;
     let output_count = place.x;
     let lane = thread & 31u;
-    let first = (thread >> 5u) * {{ outputs }}u;
+    let first = (thread >> 5u) / {{ parts }}u * {{ lane_outputs }}u;
     let row0 = group.y * {{ rows }}u;
-{% for r in range(rows) %}
-    let input{{ r }} = min(row0 + {{ r }}u, p.rows - 1u);
+    let lane_row0 = row0 + (thread >> 5u) % {{ parts }}u * {{ lane_rows }}u;
+{% for r in range(lane_rows) %}
+    let input{{ r }} = min(lane_row0 + {{ r }}u, p.rows - 1u);
     let x_at{{ r }} = input{{ r }} * p.x_stride + place.y;
 {% if has_digits %}
     let high_at{{ r }} = input{{ r }} * (p.halves * 5u / 2u) + place.y / 4u;
@@ -73,36 +80,37 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     workgroupBarrier();
 {% endif %}
 {% if norm %}
-{% for r in range(rows) %}
-    if (thread >> 5u) == {{ r % 8 }}u {
+    if thread < {{ 32 * rows }}u {
+        let at = min(row0 + (thread >> 5u), p.rows - 1u) * p.x_stride + place.y;
         var sum = 0.0;
         var i = lane;
         while i < chunks * 8u {
-            let v = x[x_at{{ r }} + i];
+            let v = x[at + i];
             sum = fma(v.w, v.w, fma(v.z, v.z, fma(v.y, v.y, fma(v.x, v.x, sum))));
             i += 32u;
         }
-        squares[{{ r * 32 }}u + lane] = sum;
+        squares[thread] = sum;
     }
-{% endfor %}
 {% endif %}
-{% for n in range(outputs) %}
+{% for n in range(lane_outputs) %}
     let at{{ n }} = matrix.x + min(first + {{ n }}u, output_count - 1u) * stride;
-{% for r in range(rows) %}
+{% for r in range(lane_rows) %}
     var acc{{ n }}_{{ r }} = 0.0;
 {% endfor %}
 {% endfor %}
 {% for type in types %}
+    {% if not loop.first %}else {% endif %}{% if not loop.last %}if ty == {{ type_ids[type] }}u {% endif %}{
+{% for n0 in range(0, lane_outputs, 4) %}
 {% set of = namespace(list=[]) %}
-{% for n in range(outputs) %}
+{% for n in range(n0, [n0 + 4, lane_outputs] | min) %}
 {% set of.list = of.list + [["at" ~ n, type, "acc" ~ n]] %}
 {% endfor %}
-    {% if not loop.first %}else {% endif %}{% if not loop.last %}if ty == {{ type_ids[type] }}u {% endif %}{
-{% call(r, i) weights.products(of.list, "w", rows, tile, 256, digits) %}x[{{ "x_at" ~ r }} + {{ i }}]{% if norm %} * bitcast<vec4<f32>>(w[p.norm + {{ i }}]){% endif %}{% endcall %}
+{% call(r, i) weights.products(of.list, "w", lane_rows, tile, 256, digits) %}x[{{ "x_at" ~ r }} + {{ i }}]{% if norm %} * bitcast<vec4<f32>>(w[p.norm + {{ i }}]){% endif %}{% endcall %}
+{% endfor %}
     }
 {% endfor %}
-{% for n0 in range(0, outputs, together) %}
-{% for r0 in range(0, rows, at_once) %}
+{% for n0 in range(0, lane_outputs, together) %}
+{% for r0 in range(0, lane_rows, at_once) %}
 {% for n in range(n0, n0 + together) %}
 {% for r in range(r0, r0 + at_once) %}
     partial[(((thread >> 5u) * {{ together }}u + {{ n - n0 }}u) * {{ at_once }}u + {{ r - r0 }}u) * 32u + lane] = acc{{ n }}_{{ r }};
@@ -111,8 +119,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     reduce(thread);
     if thread < {{ values }}u {
         let of_group = thread / {{ at_once }}u;
-        let output = of_group / {{ together }}u * {{ outputs }}u + {{ n0 }}u + of_group % {{ together }}u;
-        let row = {{ r0 }}u + thread % {{ at_once }}u;
+        let lanes = of_group / {{ together }}u;
+        let output = lanes / {{ parts }}u * {{ lane_outputs }}u + {{ n0 }}u + of_group % {{ together }}u;
+        let row = lanes % {{ parts }}u * {{ lane_rows }}u + {{ r0 }}u + thread % {{ at_once }}u;
         if output < output_count && row0 + row < p.rows {
 {% if norm %}
             var sum = 0.0;

@@ -132,10 +132,9 @@ fn half_of(word: u32, i: u32) -> f32 {
     return select(both.x, both.y, (i & 1u) != 0u);
 }
 
-// Four bytes below 128, negative where `signs` has a 1 in the lowest bit of the byte.
+// Four bytes from 1 to 127, negative where `signs` has a 1 in the lowest bit of the byte.
 fn with_signs(bytes: u32, signs: u32) -> u32 {
-    let high = signs << 7u;
-    return ((bytes ^ (high - signs)) + signs) ^ high;
+    return (bytes ^ (255u * signs)) + signs;
 }
 {% endmacro %}
 
@@ -286,8 +285,12 @@ fn dot16(codes: vec4<u32>, digits: vec4<u32>) -> i32 {
 {% if ty in halved %}
                 let x0 = digits[high_at{{ r }} + u];
                 let x1 = digits[low_at{{ r }} + u];
+{% if ty in minimums %}
                 let of_both = bitcast<vec4<f32>>(digits[halves_at{{ r }} + (u >> 1u)]);
                 let of_x = select(of_both.xy, of_both.zw, (u & 1u) != 0u);
+{% else %}
+                let of_x = vec2<f32>(bitcast<f32>(digits[halves_at{{ r }} + (u >> 1u)][2u * (u & 1u)]), 0.0);
+{% endif %}
 {% else %}
                 let x0 = digits[high_at{{ r }} + 2u * u];
                 let x1 = digits[high_at{{ r }} + 2u * u + 1u];
