@@ -53,6 +53,8 @@ pub(crate) struct LayerKit {
     pub(crate) pool_index: Option<Arc<Kernel>>,
     pub(crate) route: Arc<Kernel>,
     pub(crate) up: Arc<Kernel>,
+    /// The same for inputs that were made into digits before, in `Fast`.
+    pub(crate) up_of_several: Arc<Kernel>,
     pub(crate) down: Arc<Kernel>,
 }
 
@@ -101,13 +103,15 @@ impl Kit {
             };
             let [gate, up, down] = experts.formats.map(Format::name);
             let shared_down = weights.shared_down.jobs[0].matrix.format.name();
-            let used = config.experts_used;
+            let (used, outputs) = (config.experts_used, LANE_OUTPUTS[0]);
+            let up_of = |made: bool| get("experts_up", context! { gate, up, used, digits, made, outputs });
             Ok(LayerKit {
                 settle: get("settle", context! { head_dim, rope, plain, heads, index_heads, ratio, width, row_words })?,
                 pool: (ratio > 0).then(|| pool(head_dim, false, row_words)).transpose()?,
                 pool_index: indexer.then(|| pool(config.index_head_dim, true, index_words)).transpose()?,
                 route: get("route", context! { experts => config.experts, used, hashed => weights.hashed })?,
-                up: get("experts_up", context! { gate, up, used, digits, outputs => LANE_OUTPUTS[0] })?,
+                up: up_of(false)?,
+                up_of_several: up_of(digits)?,
                 down: get("experts_down", context! { down, shared_down, used, digits, outputs => LANE_OUTPUTS[1] })?,
             })
         };

@@ -95,12 +95,17 @@ impl Case {
         if jobs.formats().contains(&Format::Iq2Xxs) {
             buffers.push(book.all());
         }
-        let made = bench.upload(&vec![0xff; rows * self.cols / 2 * 5]);
+        let made = bench.upload(&vec![0xff; rows * (self.cols / 2 * 5 + 16)]);
         if digits && together > 1 && jobs.formats().iter().any(|format| format.has_integers()) {
             let kernel = bench.kernels.get("digits", digits_context(self.norm.is_some())).unwrap();
             let from = [x.all(), made.all(), slab.all()];
             let from = if self.norm.is_some() { &from[..] } else { &from[..2] };
-            bench.commands.run(&kernel, from, &[stride, halves, norm], [halves.div_ceil(256), rows as u32, 1]);
+            bench.commands.run(
+                &kernel,
+                from,
+                &[stride, halves, norm, EPSILON.to_bits()],
+                [halves.div_ceil(256), rows as u32, 1],
+            );
             buffers.push(made.all());
         }
         bench.commands.run(&kernel, &buffers, &params, [groups, rows.div_ceil(together) as u32, 1]);
@@ -208,7 +213,7 @@ fn measure_matvec() {
         let slab = bench.upload(&slab);
         let x = bench.upload(bytemuck::cast_slice(&random.values(together * cols)));
         let y = bench.upload(&vec![0; 4 * together * rows]);
-        let made = bench.upload(&vec![0; together * cols / 2 * 5]);
+        let made = bench.upload(&vec![0; together * (cols / 2 * 5 + 16)]);
         let halves = cols as u32 / 16;
         let params = [group_table, together as u32, cols as u32 / 4, rows as u32, 0, 0, halves];
         let mut least_s = f64::MAX;
@@ -218,7 +223,7 @@ fn measure_matvec() {
             for _ in 0..90 {
                 let mut buffers = vec![slab.all(), x.all(), y.all()];
                 if together > 1 {
-                    let params = [cols as u32 / 4, halves, 0];
+                    let params = [cols as u32 / 4, halves, 0, 0];
                     let groups = [halves.div_ceil(256), together as u32, 1];
                     bench.commands.run(&digits, &[x.all(), made.all()], &params, groups);
                     buffers.push(made.all());

@@ -202,8 +202,8 @@ impl<B> Activations<B> {
             flags: floats("flags", rows + 1)?,
             // Two rotations of every row, one of a window of each kind that may end at it, a token.
             tables: floats("tables", rows * (4 * c.rope_dim + 1))?,
-            // Two bytes a value, and a scale and a sum for 16 values.
-            digits: make("digits of inputs", (FEW_ROWS * shapes.widest() / 2 * 5) as u64)?,
+            // Two bytes a value, a scale and a sum for 16 values, and a vector for each row.
+            digits: make("digits of inputs", (FEW_ROWS * (shapes.widest() / 2 * 5 + 16)) as u64)?,
             fresh: floats("new rows", rows * shapes.row_words)?,
             many: (shapes.has_tiles && rows > FEW_ROWS)
                 .then(|| ManyActivations::new(make, shapes, rows))

@@ -73,6 +73,27 @@ impl GpuBackend {
         on.many.as_ref().filter(|_| rows > FEW_ROWS)
     }
 
+    /// Whether products with matrices of these formats take several rows' inputs as digits that are made before.
+    fn by_digits(&self, rows: usize, formats: &[Format]) -> bool {
+        rows > 1 && self.kit.digits.is_some() && formats.iter().any(|format| format.has_integers())
+    }
+
+    /// Makes the first `width` values of each row into digits, weighed by a norm of the slab if one is given.
+    fn digits(
+        &self,
+        commands: &mut Commands,
+        on: &Activations,
+        slab: &Buffer,
+        (x, width, rows): ((&Buffer, usize), usize, usize),
+        norm: Option<At>,
+    ) {
+        let Some([plain, weighed]) = &self.kit.digits else { return };
+        let params = params![x.1 / 4, width / 16, norm.unwrap_or(0), self.config.rms_eps];
+        let buffers = [x.0.all(), on.digits.all(), slab.all()];
+        let (kernel, buffers) = if norm.is_some() { (weighed, &buffers[..]) } else { (plain, &buffers[..2]) };
+        commands.run(kernel, buffers, &params, [(width / 16).div_ceil(256) as u32, rows as u32, 1]);
+    }
+
     /// `jobs` on every row; the inputs are divided by their RMS and weighed first where there is a norm.
     fn products(
         &self,
@@ -106,16 +127,12 @@ impl GpuBackend {
         if formats.contains(&Format::Iq2Xxs) {
             buffers.push(self.code_book.all());
         }
-        let mut halves = 0;
-        let several = together > 1 && formats.iter().any(|format| format.has_integers());
-        if let Some(kernels) = self.kit.digits.as_ref().filter(|_| several) {
-            halves = if norm.is_some() { self.config.q_rank } else { x.1 } / 16;
-            let params = params![x.1 / 4, halves, norm.unwrap_or(0)];
-            let from = [x.0.all(), on.digits.all(), slab.all()];
-            let (kernel, from) = if norm.is_some() { (&kernels[1], &from[..]) } else { (&kernels[0], &from[..2]) };
-            commands.run(kernel, from, &params, [halves.div_ceil(256) as u32, rows as u32, 1]);
+        let width = if norm.is_some() { self.config.q_rank } else { x.1 };
+        if self.by_digits(rows, &formats) {
+            self.digits(commands, on, slab, (x, width, rows), norm);
             buffers.push(on.digits.all());
         }
+        let halves = width / 16;
         let params = params![jobs.group_table, rows, x.1 / 4, y.1, norm.unwrap_or(0), self.config.rms_eps, halves];
         commands.run(&kernel, &buffers, &params, [groups, rows.div_ceil(together) as u32, 1]);
         Ok(())
@@ -513,6 +530,11 @@ impl GpuBackend {
             return self.experts_of_many(layer, leases, cancel, rows, on, many, commands);
         }
         let down = weights.shared_down.jobs[0].matrix;
+        // The router's products had the same inputs.
+        let made = self.by_digits(rows, &layout.formats[..2]);
+        if made && !self.by_digits(rows, &weights.route.formats()) {
+            self.digits(commands, on, &weights.slab, ((&on.input, c.d_model), c.d_model, rows), None);
+        }
         self.experts.run(leases, &self.uploader, commands, cancel, &mut |commands, is_first| {
             commands.stage("experts up");
             let params = params![
@@ -538,8 +560,12 @@ impl GpuBackend {
             if has_book(&layout.formats[..2]) {
                 buffers.push(self.code_book.all());
             }
+            let kit = &self.kit.layers[layer];
+            if made {
+                buffers.push(on.digits.all());
+            }
             let groups = [c.expert_width.div_ceil(EXPERT_OUTPUTS[0]) as u32, choices as u32, 1];
-            commands.run(&self.kit.layers[layer].up, &buffers, &params, groups);
+            commands.run(if made { &kit.up_of_several } else { &kit.up }, &buffers, &params, groups);
             commands.stage("experts down");
             let params = params![
                 layout.slot,

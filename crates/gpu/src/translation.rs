@@ -87,7 +87,9 @@ fn variants() -> Vec<(&'static str, Value)> {
     }
     for ty in all {
         for digits in [false, true] {
-            variants.push(("experts_up", context! { gate => ty, up => ty, used => 6, digits, outputs => 2 }));
+            for made in [false, digits] {
+                variants.push(("experts_up", context! { gate => ty, up => ty, used => 6, digits, made, outputs => 2 }));
+            }
             variants.push((
                 "experts_down",
                 context! { down => ty, shared_down => "q8_0", used => 6, digits, outputs => 4 },

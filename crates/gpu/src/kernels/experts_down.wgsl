@@ -38,7 +38,7 @@ var<immediate> p: Params;
 {{ weights.product_functions([down], "slab", digits) }}
 {{ weights.product_functions([shared_down], "w", digits) }}
 {{ weights.reduction(8 * outputs, 256) }}
-{{ weights.staged(1, 128, types, digits) }}
+{{ weights.staged(1, 128, types, digits, false) }}
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
@@ -66,7 +66,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% for n in range(outputs) %}
         let row{{ n }} = slot * p.slot + p.down + min(first + {{ n }}u, p.d - 1u) * p.stride;
 {% endfor %}
-{% call(r, i) weights.products(of.list, "slab", 1, 128, 256, digits) %}mid[x_at + {{ i }}]{% endcall %}
+{% call(r, i) weights.products(of.list, "slab", 1, 128, 256, digits, false) %}mid[x_at + {{ i }}]{% endcall %}
     } else {
         let row = group.y - p.choices;
         to = row * {{ 1 + used }}u;
@@ -77,7 +77,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let row{{ n }} = p.shared_down + min(first + {{ n }}u, p.d - 1u) * p.shared_stride;
 {% set of.list = of.list + [["row" ~ n, shared_down, "acc" ~ n]] %}
 {% endfor %}
-{% call(r, i) weights.products(of.list, "w", 1, 128, 256, digits) %}shared_mid[x_at + {{ i }}]{% endcall %}
+{% call(r, i) weights.products(of.list, "w", 1, 128, 256, digits, false) %}shared_mid[x_at + {{ i }}]{% endcall %}
     }
 {% for n in range(outputs) %}
     partial[((thread >> 5u) * {{ outputs }}u + {{ n }}u) * 32u + lane] = acc{{ n }}_0;

@@ -1,7 +1,7 @@
 {# silu(min(gate, limit)) · clamp(up, ±limit) · weight of one choice of a row (§2.7), if its expert is in a slot.
 
-   gate, up: types; used: K; digits: whether integers are multiplied where types allow; outputs: of each 32 lanes.
-   Workgroups: width / (8 outputs), choices. -#}
+   gate, up: types; used: K; digits: whether integers are multiplied where types allow; made: whether the inputs' digits were made
+   before, by digits.wgsl; outputs: of each 32 lanes. Workgroups: width / (8 outputs), choices. -#}
 {% import "weights.wgsl" as weights with context %}
 {% import "functions.wgsl" as functions %}
 {% set types = [gate] if gate == up else [gate, up] %}
@@ -28,13 +28,17 @@ struct Params {
 {% if "iq2_xxs" in types %}
 @group(0) @binding(6) var<storage, read> code_book: array<vec2<u32>>;
 {% endif %}
+{% set made = made and digits and types | reject("in", weights.unscaled) | list %}
+{% if made %}
+@group(0) @binding({{ 7 if "iq2_xxs" in types else 6 }}) var<storage, read> digits: array<vec4<u32>>;
+{% endif %}
 var<immediate> p: Params;
 
 {{ weights.helpers("slab") }}
 {{ weights.product_types(types, digits) }}
 {{ weights.product_functions(types, "slab", digits) }}
 {{ weights.reduction(16 * outputs, 256) }}
-{{ weights.staged(1, 128, types, digits) }}
+{{ weights.staged(1, 128, types, digits, made) }}
 {{ functions.exponential() }}
 
 @compute @workgroup_size(256)
@@ -52,6 +56,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let first = group.x * {{ 8 * outputs }}u + (thread >> 5u) * {{ outputs }}u;
     let x_at = (choice / {{ used }}u) * p.chunks * 8u;
     let chunks = p.chunks;
+{% if made %}
+    let row = choice / {{ used }}u;
+    let halves = 2u * p.chunks;
+{{ weights.row_digits(0, "row", "halves", "0u") }}
+{% endif %}
 {% set gates = namespace(list=[]) %}
 {% set ups = namespace(list=[]) %}
 {% for n in range(outputs) %}
@@ -63,7 +72,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% set ups.list = ups.list + [["up" ~ n, up, "ups" ~ n]] %}
 {% endfor %}
 {% for of in ([gates.list + ups.list] if gate == up else [gates.list, ups.list]) %}
-{% call(r, i) weights.products(of, "slab", 1, 128, 256, digits) %}x[x_at + {{ i }}]{% endcall %}
+{% call(r, i) weights.products(of, "slab", 1, 128, 256, digits, made) %}x[x_at + {{ i }}]{% endcall %}
 {% endfor %}
 {% for n in range(outputs) %}
     partial[((thread >> 5u) * {{ 2 * outputs }}u + {{ n }}u) * 32u + lane] = gates{{ n }}_0;

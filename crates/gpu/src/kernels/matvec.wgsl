@@ -9,14 +9,14 @@
 {%- set tile = 128 // rows if rows < 4 else 32 %}
 {% set has_digits = digits and types | reject("in", weights.unscaled) | list and rows > 1 %}
 {% set at_once = [rows, 4] | min %}
-{% set together = outputs if rows == 1 else 4 // at_once %}
-{% set values = 8 * together * at_once %}
 {# Where all are integers, half of the lanes take rows 0 to 3 of eight and half the others, of twice the outputs: so an input that
    was read serves more outputs, and fewer registers hold more. #}
 {% set has_floats = types | select("in", weights.unscaled) | list %}
 {% set parts = 2 if rows == 8 and digits and not has_floats else 1 %}
 {% set lane_rows = rows // parts %}
 {% set lane_outputs = outputs * parts %}
+{% set together = outputs if rows == 1 else 4 if parts == 2 else 4 // at_once %}
+{% set values = 8 * together * at_once %}
 
 struct Params {
     // Where the list of workgroups is.
@@ -48,8 +48,9 @@ var<immediate> p: Params;
 {{ weights.product_types(types, digits) }}
 {{ weights.product_functions(types, "w", digits) }}
 {{ weights.reduction(values, 256) }}
-{{ weights.staged(rows, tile, types, digits) }}
-{% if norm %}
+{{ weights.staged(rows, tile, types, digits, has_digits) }}
+{% set squares = norm and not has_digits %}
+{% if squares %}
 // Sums of squares of each row, by lane.
 var<workgroup> squares: array<f32, {{ rows * 32 }}>;
 {% endif %}
@@ -70,16 +71,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let input{{ r }} = min(lane_row0 + {{ r }}u, p.rows - 1u);
     let x_at{{ r }} = input{{ r }} * p.x_stride + place.y;
 {% if has_digits %}
-    let high_at{{ r }} = input{{ r }} * (p.halves * 5u / 2u) + place.y / 4u;
-    let low_at{{ r }} = high_at{{ r }} + p.halves;
-    let halves_at{{ r }} = input{{ r }} * (p.halves * 5u / 2u) + 2u * p.halves + place.y / 8u;
+{{ weights.row_digits(r, "input" ~ r, "p.halves", "place.y") }}
 {% endif %}
 {% endfor %}
 {% if "iq2_xxs" in types %}
     load_points(thread, 256u);
     workgroupBarrier();
 {% endif %}
-{% if norm %}
+{% if squares %}
     if thread < {{ 32 * rows }}u {
         let at = min(row0 + (thread >> 5u), p.rows - 1u) * p.x_stride + place.y;
         var sum = 0.0;
@@ -105,7 +104,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% for n in range(n0, [n0 + 4, lane_outputs] | min) %}
 {% set of.list = of.list + [["at" ~ n, type, "acc" ~ n]] %}
 {% endfor %}
-{% call(r, i) weights.products(of.list, "w", lane_rows, tile, 256, digits) %}x[{{ "x_at" ~ r }} + {{ i }}]{% if norm %} * bitcast<vec4<f32>>(w[p.norm + {{ i }}]){% endif %}{% endcall %}
+{% call(r, i) weights.products(of.list, "w", lane_rows, tile, 256, digits, has_digits) %}x[{{ "x_at" ~ r }} + {{ i }}]{% if norm %} * bitcast<vec4<f32>>(w[p.norm + {{ i }}]){% endif %}{% endcall %}
 {% endfor %}
     }
 {% endfor %}
@@ -123,7 +122,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let output = lanes / {{ parts }}u * {{ lane_outputs }}u + {{ n0 }}u + of_group % {{ together }}u;
         let row = lanes % {{ parts }}u * {{ lane_rows }}u + {{ r0 }}u + thread % {{ at_once }}u;
         if output < output_count && row0 + row < p.rows {
-{% if norm %}
+{% if squares %}
             var sum = 0.0;
             var i = 0u;
             while i < 32u {
@@ -131,6 +130,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 i += 1u;
             }
             let scale = 1.0 / sqrt(sum / f32(chunks * 32u) + p.epsilon);
+{% elif norm %}
+            let scale = bitcast<f32>(digits[(row0 + row + 1u) * (p.halves * 5u / 2u + 1u) - 1u].x);
 {% endif %}
             y[(row0 + row) * p.y_stride + place.z + output] = totals[thread]{% if norm %} * scale{% endif %};
         }

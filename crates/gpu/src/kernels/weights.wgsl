@@ -280,7 +280,14 @@ fn dot16(codes: vec4<u32>, digits: vec4<u32>) -> i32 {
 {% endif %}
 {% endmacro %}
 
-{# The same of row `r` whose digits are in memory as digits.wgsl leaves them, from vectors `high_at`, `low_at` and `halves_at` on. -#}
+{# Where the digits of row `row` are in memory as digits.wgsl leaves them, from vector `x_at` of the row on; `halves` in all. -#}
+{% macro row_digits(r, row, halves, x_at) %}
+    let high_at{{ r }} = {{ row }} * ({{ halves }} * 5u / 2u + 1u) + {{ x_at }} / 4u;
+    let low_at{{ r }} = high_at{{ r }} + {{ halves }};
+    let halves_at{{ r }} = {{ row }} * ({{ halves }} * 5u / 2u + 1u) + 2u * {{ halves }} + {{ x_at }} / 8u;
+{% endmacro %}
+
+{# The same of row `r` in memory. -#}
 {% macro digits_in_memory(ty, r) %}
 {% if ty in halved %}
                 let x0 = digits[high_at{{ r }} + u];
@@ -379,11 +386,11 @@ fn e2m1(codes: u32) -> vec4<f32> {
 
 {# Inputs in workgroup memory, `tile` chunks of `rows` rows: vector `i` of chunk `c` at `i * (tile + 1) + c`, so that threads that
    work at the same time, each at a chunk of its own, meet no bank twice: eight vectors of floats, of four rows at most, or four
-   of digits (at `i * (tile + 4) + c`), of one row: of several they are in memory. -#}
-{% macro staged(rows, tile, types, digits) %}
+   of digits (at `i * (tile + 4) + c`), unless they were made before. -#}
+{% macro staged(rows, tile, types, digits, made) %}
 {% set floats = 8 * ([rows, 4] | min) * (tile + 1) %}
 {% set has_floats = not digits or types | select("in", unscaled) | list %}
-{% set has_digits = digits and rows == 1 and types | reject("in", unscaled) | list %}
+{% set has_digits = digits and not made and types | reject("in", unscaled) | list %}
 {% if has_floats or has_digits %}
 var<workgroup> staged: array<vec4<u32>, {{ [floats if has_floats else 0, 4 * (tile + 4) if has_digits else 0] | max }}>;
 {% endif %}
@@ -474,15 +481,16 @@ var<workgroup> halves: array<vec2<f32>, {{ 2 * tile }}>;
 {% endif %}
 {% endmacro %}
 
-{# Adds the products of unit `unit` of each row of weights with the digits of `rows`: of one row those that were brought already. -#}
-{% macro multiply_digits(of, memory, unit, rows) %}
+{# Adds the products of unit `unit` of each row of weights with the digits of `rows` rows: those of one row, if they were not made
+   before, are `x0` to `x3` and `of_x`. -#}
+{% macro multiply_digits(of, memory, unit, rows, made) %}
 {% for at, ty, acc in of %}
             let m{{ loop.index0 }} = raw_{{ ty }}_{{ memory }}({{ at }}, chunks, min({{ unit }} + 32u, last_unit));
             let w{{ loop.index0 }} = codes_{{ ty }}(k{{ loop.index0 }}, {{ unit }});
 {% endfor %}
-{% for r in rows %}
+{% for r in range(rows) %}
             {
-{% if rows | length > 1 %}
+{% if made %}
                 {{ digits_in_memory(of[0][1], r) }}
 {% endif %}
 {% for at, ty, acc in of %}
@@ -498,8 +506,8 @@ var<workgroup> halves: array<vec2<f32>, {{ 2 * tile }}>;
 {# Dot products of `rows` rows of inputs with rows of weights: `of` lists [where the row begins, its type, what is added to].
    Lane `lane` of 32 takes every 32nd unit (chunk, of floats), in one order whatever else is computed. `source(r, i)` is vector `i` of row `r` of
    the inputs; all `threads` run it. Integers are computed where `digits` and the type allow: the types must agree in that, and in
-   their units. -#}
-{% macro products(of, memory, rows, tile, threads, digits) %}
+   their units. Inputs are made into digits here, of one row at a time, or were before (`made`: `row_digits`). -#}
+{% macro products(of, memory, rows, tile, threads, digits, made) %}
 {% set source = caller %}
     {
     var first_chunk = 0u;
@@ -510,7 +518,7 @@ var<workgroup> halves: array<vec2<f32>, {{ 2 * tile }}>;
 {% for at, ty, acc in of %}
     var k{{ loop.index0 }} = raw_{{ ty }}_{{ memory }}({{ at }}, chunks, min(lane, last_unit));
 {% endfor %}
-{% if rows == 1 %}
+{% if not made %}
     while first_chunk < chunks {
 {% call(r, i) stage_digits(tile, threads) %}{{ source(r, i) }}{% endcall %}
         let first_unit = {{ units }}u * first_chunk;
@@ -518,7 +526,7 @@ var<workgroup> halves: array<vec2<f32>, {{ 2 * tile }}>;
         var u = lane;
         while u < left {
             {{ digits_of_unit(of[0][1], tile) }}
-{{ multiply_digits(of, memory, "first_unit + u", [0]) }}
+{{ multiply_digits(of, memory, "first_unit + u", 1, false) }}
             u += 32u;
         }
         first_chunk += {{ tile }}u;
@@ -526,7 +534,7 @@ var<workgroup> halves: array<vec2<f32>, {{ 2 * tile }}>;
 {% else %}
     var u = lane;
     while u <= last_unit {
-{{ multiply_digits(of, memory, "u", range(rows)) }}
+{{ multiply_digits(of, memory, "u", rows, true) }}
         u += 32u;
     }
 {% endif %}
