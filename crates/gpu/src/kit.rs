@@ -104,7 +104,8 @@ impl Kit {
             let [gate, up, down] = experts.formats.map(Format::name);
             let shared_down = weights.shared_down.jobs[0].matrix.format.name();
             let (used, outputs) = (config.experts_used, LANE_OUTPUTS[0]);
-            let up_of = |made: bool| get("experts_up", context! { gate, up, used, digits, made, outputs });
+            let makes = digits && experts.formats[2].has_integers();
+            let up_of = |made: bool| get("experts_up", context! { gate, up, used, digits, made, makes, outputs });
             Ok(LayerKit {
                 settle: get("settle", context! { head_dim, rope, plain, heads, index_heads, ratio, width, row_words })?,
                 pool: (ratio > 0).then(|| pool(head_dim, false, row_words)).transpose()?,
@@ -112,7 +113,10 @@ impl Kit {
                 route: get("route", context! { experts => config.experts, used, hashed => weights.hashed })?,
                 up: up_of(false)?,
                 up_of_several: up_of(digits)?,
-                down: get("experts_down", context! { down, shared_down, used, digits, outputs => LANE_OUTPUTS[1] })?,
+                down: get(
+                    "experts_down",
+                    context! { down, shared_down, used, digits, made => makes, outputs => LANE_OUTPUTS[1] },
+                )?,
             })
         };
         let many = AttendMany::of(config, layout).map(|many| AttendMany { coop: cooperative.attention, ..many });

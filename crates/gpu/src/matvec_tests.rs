@@ -9,6 +9,7 @@ use crate::jobs::{Job, Jobs};
 use crate::kernel::{Buffer, Commands, Kernels};
 use crate::kit::{digits_context, matvec_context};
 use crate::matmul::tests::{Weights, distance, random_slab, wide};
+use crate::pass::digits_bytes;
 use crate::self_check::Random;
 
 /// What two digits of 7 bits cost: a value is off by 2^-15 of the largest of 16, and much less on the whole.
@@ -95,7 +96,7 @@ impl Case {
         if jobs.formats().contains(&Format::Iq2Xxs) {
             buffers.push(book.all());
         }
-        let made = bench.upload(&vec![0xff; rows * (self.cols / 2 * 5 + 16)]);
+        let made = bench.upload(&vec![0xff; rows * digits_bytes(self.cols) as usize]);
         if digits && together > 1 && jobs.formats().iter().any(|format| format.has_integers()) {
             let kernel = bench.kernels.get("digits", digits_context(self.norm.is_some())).unwrap();
             let from = [x.all(), made.all(), slab.all()];
@@ -213,7 +214,7 @@ fn measure_matvec() {
         let slab = bench.upload(&slab);
         let x = bench.upload(bytemuck::cast_slice(&random.values(together * cols)));
         let y = bench.upload(&vec![0; 4 * together * rows]);
-        let made = bench.upload(&vec![0; together * (cols / 2 * 5 + 16)]);
+        let made = bench.upload(&vec![0; together * digits_bytes(cols) as usize]);
         let halves = cols as u32 / 16;
         let params = [group_table, together as u32, cols as u32 / 4, rows as u32, 0, 0, halves];
         let mut least_s = f64::MAX;

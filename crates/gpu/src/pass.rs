@@ -20,6 +20,11 @@ pub(crate) const PIECE_KEYS: usize = 32;
 /// Bytes of partial attention, and of an indexer's scores: rows are taken in parts that fit.
 const PART_BYTES: usize = 64 << 20;
 
+/// Bytes of a row of `width` values as digits: three vectors for 16 values, and one for the row.
+pub(crate) fn digits_bytes(width: usize) -> u64 {
+    16 * (3 * width as u64 / 16 + 1)
+}
+
 /// Of `rows` rows with `each` values as many as are taken at once.
 fn part_rows(rows: usize, each: usize) -> usize {
     (PART_BYTES / (4 * each.max(1))).clamp(1, rows)
@@ -202,8 +207,7 @@ impl<B> Activations<B> {
             flags: floats("flags", rows + 1)?,
             // Two rotations of every row, one of a window of each kind that may end at it, a token.
             tables: floats("tables", rows * (4 * c.rope_dim + 1))?,
-            // Two bytes a value, a scale and a sum for 16 values, and a vector for each row.
-            digits: make("digits of inputs", (FEW_ROWS * (shapes.widest() / 2 * 5 + 16)) as u64)?,
+            digits: make("digits of inputs", FEW_ROWS as u64 * digits_bytes(shapes.widest()))?,
             fresh: floats("new rows", rows * shapes.row_words)?,
             many: (shapes.has_tiles && rows > FEW_ROWS)
                 .then(|| ManyActivations::new(make, shapes, rows))

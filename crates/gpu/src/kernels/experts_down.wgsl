@@ -1,8 +1,8 @@
 {# Outputs of one choice of a row, if its expert is in a slot, each at its own place `[rows, 1 + K, D]`; of the shared expert
    at place 0, where that is asked for.
 
-   down, shared_down: types; used: K; digits: whether integers are multiplied where types allow; outputs: of each 32
-   lanes. Workgroups: D / (8 outputs), choices (then rows, for the shared expert). -#}
+   down, shared_down: types; used: K; digits: whether integers are multiplied where types allow; made: whether what
+   experts made is digits; outputs: of each 32 lanes. Workgroups: D / (8 outputs), choices (then rows, for the shared expert). -#}
 {% import "weights.wgsl" as weights with context %}
 {% set types = [down] if down == shared_down else [down, shared_down] %}
 
@@ -24,7 +24,11 @@ struct Params {
 @group(0) @binding(1) var<storage, read> w: array<vec4<u32>>;
 @group(0) @binding(2) var<storage, read> table: array<u32>;
 @group(0) @binding(3) var<storage, read> experts: array<u32>;
+{% if made %}
+@group(0) @binding(4) var<storage, read> digits: array<vec4<u32>>;
+{% else %}
 @group(0) @binding(4) var<storage, read> mid: array<vec4<f32>>;
+{% endif %}
 @group(0) @binding(5) var<storage, read> shared_mid: array<vec4<f32>>;
 @group(0) @binding(6) var<storage, read_write> outputs: array<f32>;
 {% if "iq2_xxs" in [down, shared_down] %}
@@ -43,12 +47,13 @@ var<immediate> p: Params;
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let lane = thread & 31u;
-    let first = group.x * {{ 8 * outputs }}u + (thread >> 5u) * {{ outputs }}u;
-    var to: u32;
 {% if "iq2_xxs" in types %}
     load_points(thread, 256u);
     workgroupBarrier();
 {% endif %}
+    let first_of_all = group.x * {{ 8 * outputs }}u;
+    let first = first_of_all + (thread >> 5u) * {{ outputs }}u;
+    var to: u32;
 {% set of = namespace(list=[]) %}
 {% for n in range(outputs) %}
     var acc{{ n }}_0 = 0.0;
@@ -61,12 +66,17 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             return;
         }
         to = (choice / {{ used }}u) * {{ 1 + used }}u + 1u + choice % {{ used }}u;
-        let x_at = choice * p.chunks * 8u;
         let chunks = p.chunks;
+{% if made %}
+        let halves = 2u * chunks;
+{{ weights.row_digits(0, "choice", "halves", "0u") }}
+{% else %}
+        let x_at = choice * chunks * 8u;
+{% endif %}
 {% for n in range(outputs) %}
         let row{{ n }} = slot * p.slot + p.down + min(first + {{ n }}u, p.d - 1u) * p.stride;
 {% endfor %}
-{% call(r, i) weights.products(of.list, "slab", 1, 128, 256, digits, false) %}mid[x_at + {{ i }}]{% endcall %}
+{% call(r, i) weights.products(of.list, "slab", 1, 128, 256, digits, made) %}mid[x_at + {{ i }}]{% endcall %}
     } else {
         let row = group.y - p.choices;
         to = row * {{ 1 + used }}u;
@@ -83,7 +93,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     partial[((thread >> 5u) * {{ outputs }}u + {{ n }}u) * 32u + lane] = acc{{ n }}_0;
 {% endfor %}
     reduce(thread);
-    if thread < {{ 8 * outputs }}u && group.x * {{ 8 * outputs }}u + thread < p.d {
-        outputs[to * p.d + group.x * {{ 8 * outputs }}u + thread] = totals[thread];
+    if thread < {{ 8 * outputs }}u && first_of_all + thread < p.d {
+        outputs[to * p.d + first_of_all + thread] = totals[thread];
     }
 }

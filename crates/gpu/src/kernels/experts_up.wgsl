@@ -1,7 +1,8 @@
 {# silu(min(gate, limit)) · clamp(up, ±limit) · weight of one choice of a row (§2.7), if its expert is in a slot.
 
    gate, up: types; used: K; digits: whether integers are multiplied where types allow; made: whether the inputs' digits were made
-   before, by digits.wgsl; outputs: of each 32 lanes. Workgroups: width / (8 outputs), choices. -#}
+   before, by digits.wgsl; makes: whether results are left as digits; outputs: of each 32 lanes, an even number.
+   Workgroups: width / (8 outputs), choices. -#}
 {% import "weights.wgsl" as weights with context %}
 {% import "functions.wgsl" as functions %}
 {% set types = [gate] if gate == up else [gate, up] %}
@@ -24,7 +25,7 @@ struct Params {
 @group(0) @binding(2) var<storage, read> experts: array<u32>;
 @group(0) @binding(3) var<storage, read> shares: array<f32>;
 @group(0) @binding(4) var<storage, read> x: array<vec4<f32>>;
-@group(0) @binding(5) var<storage, read_write> mid: array<f32>;
+@group(0) @binding(5) var<storage, read_write> mid: array<{{ "vec4<u32>" if makes else "f32" }}>;
 {% if "iq2_xxs" in types %}
 @group(0) @binding(6) var<storage, read> code_book: array<vec2<u32>>;
 {% endif %}
@@ -40,6 +41,9 @@ var<immediate> p: Params;
 {{ weights.reduction(16 * outputs, 256) }}
 {{ weights.staged(1, 128, types, digits, made) }}
 {{ functions.exponential() }}
+{% if makes %}
+var<workgroup> results: array<f32, {{ 8 * outputs }}>;
+{% endif %}
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
@@ -53,7 +57,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     workgroupBarrier();
 {% endif %}
     let lane = thread & 31u;
-    let first = group.x * {{ 8 * outputs }}u + (thread >> 5u) * {{ outputs }}u;
     let x_at = (choice / {{ used }}u) * p.chunks * 8u;
     let chunks = p.chunks;
 {% if made %}
@@ -61,6 +64,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let halves = 2u * p.chunks;
 {{ weights.row_digits(0, "row", "halves", "0u") }}
 {% endif %}
+    let first_of_all = group.x * {{ 8 * outputs }}u;
+    let first = first_of_all + (thread >> 5u) * {{ outputs }}u;
 {% set gates = namespace(list=[]) %}
 {% set ups = namespace(list=[]) %}
 {% for n in range(outputs) %}
@@ -81,11 +86,32 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     reduce(thread);
     if thread < {{ 8 * outputs }}u {
         let at = thread / {{ outputs }}u * {{ 2 * outputs }}u + thread % {{ outputs }}u;
-        let f = group.x * {{ 8 * outputs }}u + thread;
+        let f = first_of_all + thread;
+        var result = 0.0;
         if f < p.width {
             let gate = min(totals[at], p.limit);
             let up = clamp(totals[at + {{ outputs }}u], -p.limit, p.limit);
-            mid[choice * p.width + f] = silu(gate) * up * shares[choice];
+            result = silu(gate) * up * shares[choice];
+{% if not makes %}
+            mid[choice * p.width + f] = result;
+{% endif %}
         }
+{% if makes %}
+        results[thread] = result;
+{% endif %}
     }
+{% if makes %}
+    workgroupBarrier();
+    let half = first_of_all / 16u + thread;
+    if thread < {{ outputs // 2 }}u && half < p.width / 16u {
+{% for i in range(4) %}
+        let v{{ i }} = vec4<f32>({% for j in range(4) %}results[16u * thread + {{ 4 * i + j }}u]{% if j < 3 %}, {% endif %}{% endfor %});
+{% endfor %}
+{{ weights.digits_of_half() }}
+        let to = choice * (3u * (p.width / 16u) + 1u) + half;
+        mid[to] = high;
+        mid[to + p.width / 16u] = low;
+        mid[to + 2u * (p.width / 16u)] = bitcast<vec4<u32>>(vec4<f32>(of_half, 0.0, 0.0));
+    }
+{% endif %}
 }

@@ -131,7 +131,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             }
             let scale = 1.0 / sqrt(sum / f32(chunks * 32u) + p.epsilon);
 {% elif norm %}
-            let scale = bitcast<f32>(digits[(row0 + row + 1u) * (p.halves * 5u / 2u + 1u) - 1u].x);
+            let scale = bitcast<f32>(digits[(row0 + row + 1u) * (3u * p.halves + 1u) - 1u].x);
 {% endif %}
             y[(row0 + row) * p.y_stride + place.z + output] = totals[thread]{% if norm %} * scale{% endif %};
         }

@@ -280,11 +280,11 @@ fn dot16(codes: vec4<u32>, digits: vec4<u32>) -> i32 {
 {% endif %}
 {% endmacro %}
 
-{# Where the digits of row `row` are in memory as digits.wgsl leaves them, from vector `x_at` of the row on; `halves` in all. -#}
+{# Where the digits of row `row` are in `digits` as digits.wgsl leaves them, from vector `x_at` of the row on; `halves` in all. -#}
 {% macro row_digits(r, row, halves, x_at) %}
-    let high_at{{ r }} = {{ row }} * ({{ halves }} * 5u / 2u + 1u) + {{ x_at }} / 4u;
+    let high_at{{ r }} = {{ row }} * (3u * {{ halves }} + 1u) + {{ x_at }} / 4u;
     let low_at{{ r }} = high_at{{ r }} + {{ halves }};
-    let halves_at{{ r }} = {{ row }} * ({{ halves }} * 5u / 2u + 1u) + 2u * {{ halves }} + {{ x_at }} / 8u;
+    let halves_at{{ r }} = low_at{{ r }} + {{ halves }};
 {% endmacro %}
 
 {# The same of row `r` in memory. -#}
@@ -292,18 +292,13 @@ fn dot16(codes: vec4<u32>, digits: vec4<u32>) -> i32 {
 {% if ty in halved %}
                 let x0 = digits[high_at{{ r }} + u];
                 let x1 = digits[low_at{{ r }} + u];
-{% if ty in minimums %}
-                let of_both = bitcast<vec4<f32>>(digits[halves_at{{ r }} + (u >> 1u)]);
-                let of_x = select(of_both.xy, of_both.zw, (u & 1u) != 0u);
-{% else %}
-                let of_x = vec2<f32>(bitcast<f32>(digits[halves_at{{ r }} + (u >> 1u)][2u * (u & 1u)]), 0.0);
-{% endif %}
+                let of_x = bitcast<vec2<f32>>(digits[halves_at{{ r }} + u].xy);
 {% else %}
                 let x0 = digits[high_at{{ r }} + 2u * u];
                 let x1 = digits[high_at{{ r }} + 2u * u + 1u];
                 let x2 = digits[low_at{{ r }} + 2u * u];
                 let x3 = digits[low_at{{ r }} + 2u * u + 1u];
-                let of_x = bitcast<vec4<f32>>(digits[halves_at{{ r }} + u]);
+                let of_x = bitcast<vec4<f32>>(vec4<u32>(digits[halves_at{{ r }} + 2u * u].xy, digits[halves_at{{ r }} + 2u * u + 1u].xy));
 {% endif %}
 {% endmacro %}
 
