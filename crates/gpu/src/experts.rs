@@ -10,6 +10,7 @@
 //! given to another expert only when the kernels that read it have been handed over, and so the copy comes after them.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use model::{Cancel, Config, Error, Model};
@@ -21,6 +22,9 @@ use crate::format::Format;
 use crate::kernel::{Buffer, Commands, Kernels};
 use crate::upload::{FileRows, PIECE_BYTES, Rows, Uploader};
 use crate::weights::format_of;
+
+/// Threads that send experts when all become resident: each fills a piece while those of the others are filled or copied.
+const UPLOADING_THREADS: usize = 2;
 
 /// No slot.
 const NONE: u32 = u32::MAX;
@@ -222,10 +226,19 @@ impl GpuExperts {
     ) -> Result<GpuExperts, Error> {
         let layouts = layouts(model)?;
         let count = model.config.experts;
-        let mut slabs = Vec::new();
-        for (layer, (layout, experts)) in layouts.iter().zip(&model.experts).enumerate() {
-            let bytes = layout.slot_bytes() * count as u64;
-            let slab = Buffer::new(device, &format!("the experts of layer {layer}"), bytes)?;
+        let slab = |(layer, layout): (usize, &ExpertLayout)| {
+            Buffer::new(device, &format!("the experts of layer {layer}"), layout.slot_bytes() * count as u64)
+        };
+        let slabs = layouts.iter().enumerate().map(slab).collect::<Result<Vec<_>, _>>()?;
+        let all: Vec<u32> = (0..count as u32).collect();
+        let pieces = |layer: usize| {
+            let together = (PIECE_BYTES as u64 / layouts[layer].slot_bytes()).max(1) as usize;
+            all.chunks(together).map(move |experts| (layer, experts))
+        };
+        let work: Vec<(usize, &[u32])> = (0..layouts.len()).flat_map(pieces).collect();
+        let send = |&(layer, together): &(usize, &[u32])| {
+            cancel.check()?;
+            let (layout, experts) = (&layouts[layer], &model.experts[layer]);
             let fetch = |part: usize, expert: u32| {
                 let extent = experts.extents.part(part, expert);
                 let row_bytes = layout.formats[part].file_row_bytes(layout.shapes[part].1) as u64;
@@ -233,19 +246,15 @@ impl GpuExperts {
                     Ok(source.read_exact_at(extent.file, extent.offset + first as u64 * row_bytes, rows)?)
                 }
             };
-            let all: Vec<u32> = (0..count as u32).collect();
-            for together in all.chunks((PIECE_BYTES as u64 / layout.slot_bytes()).max(1) as usize) {
-                cancel.check()?;
-                let fetch: Vec<_> = together.iter().map(|&expert| [0, 1, 2].map(|part| fetch(part, expert))).collect();
-                let parts = together.iter().zip(&fetch).flat_map(|(&expert, fetch)| {
-                    let parts = fetch.each_ref().map(|fetch| FileRows::Fetch(fetch));
-                    layout.rows(u64::from(expert) * layout.slot_bytes(), parts)
-                });
-                uploader.rows(&slab, &parts.collect::<Vec<_>>())?;
-                loaded(experts.extents.expert_bytes().iter().sum::<usize>() as u64 * together.len() as u64);
-            }
-            slabs.push(slab);
-        }
+            let fetch: Vec<_> = together.iter().map(|&expert| [0, 1, 2].map(|part| fetch(part, expert))).collect();
+            let parts = together.iter().zip(&fetch).flat_map(|(&expert, fetch)| {
+                let parts = fetch.each_ref().map(|fetch| FileRows::Fetch(fetch));
+                layout.rows(u64::from(expert) * layout.slot_bytes(), parts)
+            });
+            uploader.rows(&slabs[layer], &parts.collect::<Vec<_>>())?;
+            Ok(experts.extents.expert_bytes().iter().sum::<usize>() as u64 * together.len() as u64)
+        };
+        on_threads(&work, send, loaded)?;
         let table: Vec<u32> = (0..layouts.len()).flat_map(|_| 0..count as u32).collect();
         let experts = GpuExperts {
             slab_of_layer: (0..layouts.len()).collect(),
@@ -488,6 +497,36 @@ impl Tiers {
     fn lock(&self) -> MutexGuard<'_, TierState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Does every piece of `work` on a few threads, so that one reads while another waits for the device; `done` is told what each
+/// piece gives.
+fn on_threads<T: Sync, R: Send>(
+    work: &[T],
+    piece: impl Fn(&T) -> Result<R, Error> + Sync,
+    done: &mut dyn FnMut(R),
+) -> Result<(), Error> {
+    let next = AtomicUsize::new(0);
+    let (sender, receiver) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        for _ in 0..UPLOADING_THREADS {
+            let (sender, next, piece) = (sender.clone(), &next, &piece);
+            scope.spawn(move || {
+                while let Some(result) = work.get(next.fetch_add(1, Ordering::Relaxed)).map(piece) {
+                    if result.is_err() {
+                        next.store(work.len(), Ordering::Relaxed);
+                    }
+                    // Nobody listens after an error.
+                    let _ = sender.send(result);
+                }
+            });
+        }
+        drop(sender);
+        receiver.into_iter().try_for_each(|result| {
+            done(result?);
+            Ok(())
+        })
+    })
 }
 
 fn id(layer: usize, expert: u32) -> ExpertId {

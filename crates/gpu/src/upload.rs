@@ -17,7 +17,7 @@ use crate::kernel::Buffer;
 pub(crate) const PIECE_BYTES: usize = 32 << 20;
 
 /// Pieces at most: as many are filled or copied at the same time.
-pub(crate) const PIECES: usize = 3;
+pub(crate) const PIECES: usize = 4;
 
 /// Bytes that a thread puts in order at a time: few enough to stay in its cache on the way.
 const SHARE_BYTES: usize = 128 << 10;
@@ -27,6 +27,8 @@ struct Piece {
     buffer: wgpu::Buffer,
     /// The device has taken what was in it.
     ready: Arc<AtomicBool>,
+    /// One more of those that there are.
+    _one: Arc<()>,
 }
 
 /// Whole rows of a matrix as they lie in the file.
@@ -124,12 +126,15 @@ impl Share<'_> {
 /// Sends bytes to a device.
 pub(crate) struct Uploader {
     device: Arc<Device>,
+    /// Those that nobody fills.
     pieces: Mutex<Vec<Piece>>,
+    /// Shared by all that there are.
+    made: Arc<()>,
 }
 
 impl Uploader {
     pub(crate) fn new(device: Arc<Device>) -> Uploader {
-        Uploader { device, pieces: Mutex::default() }
+        Uploader { device, pieces: Mutex::default(), made: Arc::default() }
     }
 
     /// Writes matrices to `to`, each from a byte on: after everything that was handed to the device before.
@@ -199,14 +204,15 @@ impl Uploader {
             if let Some(i) = pieces.iter().position(|p| fits(p) && p.ready.load(Ordering::Acquire)) {
                 return Ok(pieces.swap_remove(i));
             }
-            if pieces.iter().filter(|piece| fits(piece)).count() < PIECES {
+            pieces.retain(|piece| fits(piece) || !piece.ready.load(Ordering::Acquire));
+            if Arc::strong_count(&self.made) <= PIECES {
                 let size = bytes.max(PIECE_BYTES as u64).next_multiple_of(4);
                 let usage = wgpu::BufferUsages::MAP_WRITE | wgpu::BufferUsages::COPY_SRC;
                 let descriptor =
                     wgpu::BufferDescriptor { label: Some("upload"), size, usage, mapped_at_creation: true };
                 let buffer = self.device.device.create_buffer(&descriptor);
                 self.device.check_after(|| format!("when {size} bytes were to be uploaded"))?;
-                return Ok(Piece { buffer, ready: Arc::default() });
+                return Ok(Piece { buffer, ready: Arc::default(), _one: self.made.clone() });
             }
             drop(pieces);
             self.device.wait()?;
