@@ -13,7 +13,7 @@ use crate::experts::{ExpertLayout, GpuExperts, GpuLeases, Selection, Slabs};
 use crate::format;
 use crate::jobs::Jobs;
 use crate::kernel::{Buffer, Commands, Kernels};
-use crate::kit::Kit;
+use crate::kit::{Kit, Trusted};
 use crate::matmul::Many;
 use crate::pass::{GpuPass, Pending, Pool, Shapes};
 use crate::stages::lock;
@@ -166,11 +166,14 @@ impl GpuBackend {
         };
         device.wait()?;
         source.check_unchanged()?;
-        let (cooperative, adapter_note) = crate::self_check::cooperative(&kernels, &model.config, &layout)?;
+        let (cooperative, of_matrices) = crate::self_check::cooperative(&kernels, &model.config, &layout)?;
+        let (integers, of_integers) = crate::self_check::integers(&kernels, options.precision)?;
+        let adapter_notes = of_matrices.into_iter().chain(of_integers).collect::<Vec<_>>();
         let many = Many::new(kernels.clone(), cooperative);
         let shapes = Shapes::new(&model.config, &layout, &layers, Many::most_tiles_bytes);
         let embedding = &model.tensors.embedding;
-        let kit = || Kit::new(&kernels, &model.config, &layout, (&layers, &head), &experts.layouts, cooperative);
+        let trusted = Trusted { cooperative, integers };
+        let kit = || Kit::new(&kernels, &model.config, &layout, (&layers, &head), &experts.layouts, trusted);
         let (kit, prepared) = rayon::join(kit, || match options.precision {
             Precision::Exact => Ok(()),
             Precision::Fast => prepare(&many, &layers, &experts.layouts, &model.config),
@@ -199,7 +202,7 @@ impl GpuBackend {
             pool: Arc::default(),
             source: source.clone(),
             note,
-            adapter_note,
+            adapter_note: (!adapter_notes.is_empty()).then(|| adapter_notes.join("; ")),
             reader: reader_name,
             checks: is_checked,
         })
@@ -215,8 +218,8 @@ impl GpuBackend {
         self.note.as_deref()
     }
 
-    /// For what the adapter's cooperative matrices are not used because its driver computes them wrongly, if so: a line for
-    /// the user.
+    /// What of the adapter's cooperative matrices and packed integers is not used because its driver computes it wrongly, if so: a
+    /// line for the user.
     pub fn adapter_note(&self) -> Option<&str> {
         self.adapter_note.as_deref()
     }

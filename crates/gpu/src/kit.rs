@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use minijinja::{Value, context};
-use model::{Arithmetic, Config, KvLayout, Precision};
+use model::{Arithmetic, Config, KvLayout};
 
 use crate::GpuError;
 use crate::attend_many::{AttendMany, IndexScoreMany};
@@ -58,6 +58,14 @@ pub(crate) struct LayerKit {
     pub(crate) down: Arc<Kernel>,
 }
 
+/// What the adapter's driver computes rightly, of what is used where it does.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Trusted {
+    pub(crate) cooperative: Cooperative,
+    /// Whether few rows are multiplied as integers.
+    pub(crate) integers: bool,
+}
+
 /// What kernels call the types of weights.
 fn type_ids() -> Value {
     let ids: BTreeMap<&str, u32> = Format::ALL.iter().map(|&format| (format.name(), format as u32)).collect();
@@ -82,7 +90,7 @@ impl Kit {
         layout: &KvLayout,
         (layers, head): (&[LayerWeights], &HeadWeights),
         experts: &[ExpertLayout],
-        cooperative: Cooperative,
+        Trusted { cooperative, integers: digits }: Trusted,
     ) -> Result<Kit, GpuError> {
         let Config { streams, heads, head_dim, .. } = *config;
         let (d, rope) = (config.d_model, config.rope_dim);
@@ -91,7 +99,6 @@ impl Kit {
         let index_words = if plain { config.index_head_dim } else { 17 };
         let outputs = config.hc_outputs();
         let together = Shapes::heads_together(heads, row_words);
-        let digits = layout.precision == Precision::Fast;
         let get = |name: &str, context: Value| kernels.get(name, context);
         let layer = |(i, (weights, experts)): (usize, (&LayerWeights, &ExpertLayout))| {
             let ratio = config.compress_ratios[i];

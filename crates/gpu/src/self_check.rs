@@ -1,6 +1,6 @@
-//! Whether an adapter's cooperative matrices can be trusted.
+//! Whether an adapter's cooperative matrices and packed integers can be trusted.
 //!
-//! Drivers have computed them wrongly. So each family of kernels that uses them is run once on small fixed data when a model
+//! Drivers have computed them wrongly. So products of packed integers are compared with those of floats, and each family of kernels that uses them is run once on small fixed data when a model
 //! is loaded, with the model's own shapes, and compared with its plain twin. A family that gives no numbers, or others, is
 //! left out: its plain twin computes, slower and right, and the user is told.
 
@@ -15,6 +15,7 @@ use crate::attend_many::{AttendMany, AttendManyParams, IndexScoreMany, IndexScor
 use crate::format::{Format, code_book};
 use crate::jobs::{Job, Jobs, Matrix};
 use crate::kernel::{Buffer, Commands, Kernels};
+use crate::kit::{LANE_OUTPUTS, matvec_context};
 use crate::matmul::{Experts, Groups, Halves, Many};
 
 /// Which families of kernels use cooperative matrices.
@@ -134,13 +135,37 @@ fn make_kernels(kernels: &Arc<Kernels>, shapes: &Shapes) -> Result<(), GpuError>
     made.and(cooperative).and(plain)
 }
 
+/// Distance of products of digits: 2^-15 of the largest of 16 inputs, and much less on the whole.
+const DIGITS_DISTANCE: f64 = 1e-4;
+
+/// Whether few rows can be multiplied as packed integers on this adapter, and a line for the user if its driver computes them
+/// wrongly. Not in Exact.
+///
+/// # Errors
+/// The device failed.
+pub(crate) fn integers(kernels: &Arc<Kernels>, precision: Precision) -> Result<(bool, Option<String>), GpuError> {
+    if precision != Precision::Fast {
+        return Ok((false, None));
+    }
+    let context = |digits: bool| ("matvec", matvec_context(&[Format::Q8_0], 1, LANE_OUTPUTS[0], false, digits));
+    kernels.make_all(&[context(true), context(false)])?;
+    let twin = |digits: bool| Trial::new(kernels, false).matvec(digits);
+    let fault = fault(&twin(true)?, &twin(false)?, DIGITS_DISTANCE);
+    kernels.forget_bindings();
+    let note = fault.as_ref().map(|fault| {
+        let name = &kernels.device().report().name;
+        format!("{name} computes packed integers wrongly ({fault}); floats are used, which is slower. A newer driver may help")
+    });
+    Ok((fault.is_none(), note))
+}
+
 /// What is wrong with results that should be those of a plain twin.
-fn fault(cooperative: &[f32], plain: &[f32], most: f64) -> Option<String> {
-    if !cooperative.iter().all(|value| value.is_finite()) {
+fn fault(tried: &[f32], plain: &[f32], most: f64) -> Option<String> {
+    if !tried.iter().all(|value| value.is_finite()) {
         return Some("not finite".into());
     }
     let square = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>();
-    let apart = square(&mut cooperative.iter().zip(plain).map(|(&a, &b)| f64::from(a) - f64::from(b)));
+    let apart = square(&mut tried.iter().zip(plain).map(|(&a, &b)| f64::from(a) - f64::from(b)));
     let distance = (apart / square(&mut plain.iter().map(|&value| f64::from(value)))).sqrt();
     // Also where there is nothing to compare, or the plain twin itself gives no numbers.
     let agrees = distance <= most || plain.is_empty();
@@ -287,6 +312,22 @@ impl Trial {
         many.halve(&mut self.commands, x.all(), WIDTH, halves)?;
         many.matmul(&mut self.commands, slab.all(), &jobs, halves, y.all(), OUTPUTS, book.all())?;
         self.read(&y, rows * OUTPUTS)
+    }
+
+    /// One row by a matrix with more outputs than a workgroup has, as integers or as floats.
+    fn matvec(&mut self, digits: bool) -> Result<Vec<f32>, GpuError> {
+        const WIDTH: usize = 2080;
+        const OUTPUTS: usize = 41;
+        let mut slab = Vec::new();
+        let jobs = vec![Job { matrix: self.random.matrix(&mut slab, OUTPUTS, WIDTH), x_at: 0, y_at: 0 }];
+        let group_table = slab.len() as u32 / 16;
+        slab.extend_from_slice(bytemuck::cast_slice(&Jobs::group_words(&jobs)));
+        let (outputs, groups) = Jobs { jobs, table: 0, group_table }.matvec();
+        let kernel = self.kernels.get("matvec", matvec_context(&[Format::Q8_0], 1, outputs, false, digits))?;
+        let (slab, x, y) = (self.buffer(&slab)?, self.random(WIDTH)?, self.results(OUTPUTS)?);
+        let params = [group_table, 1, WIDTH as u32 / 4, OUTPUTS as u32, 0, 0, WIDTH as u32 / 16];
+        self.commands.run(&kernel, &[slab.all(), x.all(), y.all()], &params, [groups, 1, 1]);
+        self.read(&y, OUTPUTS)
     }
 
     /// Each row takes two of three experts, one of them always, so that this one has more rows than a tile.
@@ -482,5 +523,24 @@ mod tests {
             assert_eq!(note.is_some(), expected != Cooperative::ALL);
             assert!(note.unwrap_or_default().contains(said), "expected {said}");
         }
+    }
+
+    /// As on an adapter that takes bytes for numbers without signs.
+    fn unsigned(name: &str, values: &Value) -> String {
+        render(name, values).replace("dot4I8Packed(codes.x, digits.x)", "i32(dot4U8Packed(codes.x, digits.x))")
+    }
+
+    #[test]
+    fn packed_integers_that_are_computed_wrongly_are_left_out_and_named() {
+        let adapter = adapters().into_iter().find(|adapter| adapter.lacks.is_empty());
+        let adapter = adapter.expect("an adapter: install Debian's mesa-vulkan-drivers and libvulkan1");
+        let device = Device::open(Choice::Index(adapter.index), Checks::On).unwrap();
+        let right = Arc::new(Kernels::rendered_by(device.clone(), render));
+        assert_eq!(integers(&right, Precision::Fast).unwrap(), (true, None));
+        assert_eq!(integers(&right, Precision::Exact).unwrap(), (false, None));
+        let (trusted, note) = integers(&Arc::new(Kernels::rendered_by(device, unsigned)), Precision::Fast).unwrap();
+        println!("{note:?}");
+        assert!(!trusted);
+        assert!(note.unwrap().contains("computes packed integers wrongly (off by"));
     }
 }
