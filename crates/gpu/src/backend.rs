@@ -472,7 +472,7 @@ impl Backend for GpuBackend {
     fn head(&self, pass: &mut GpuPass) -> Result<Vec<f32>, Error> {
         let logits = self.stage_head(pass)?;
         let rows = pass.rows();
-        let (flags, logits) = {
+        let (flags, logits): (Vec<u32>, Vec<f32>) = {
             let on = pass.on();
             let flags = (&on.flags, 0, 4 * rows as u64);
             let logits = logits.as_ref().map_or((&on.flags, 0, 0), |logits| {
@@ -481,9 +481,9 @@ impl Backend for GpuBackend {
             lock(&pass.commands).read_both([flags, logits])?
         };
         self.source.check_unchanged()?;
-        match flags.as_chunks::<4>().0.iter().position(|&flag| flag != [0; 4]) {
+        match flags.iter().position(|&flag| flag != 0) {
             Some(row) => Err(Error::NotFinite { position: pass.batch.rows()[row].position }),
-            None => Ok(bytemuck::pod_collect_to_vec(&logits)),
+            None => Ok(logits),
         }
     }
 

@@ -410,14 +410,17 @@ impl Commands {
     /// # Errors
     /// The device failed.
     pub(crate) fn read(&mut self, from: (&Buffer, u64), bytes: u64) -> Result<Vec<u8>, GpuError> {
-        Ok(self.read_both([(from.0, from.1, bytes), (from.0, 0, 0)])?.0)
+        Ok(self.read_both::<u8, u8>([(from.0, from.1, bytes), (from.0, 0, 0)])?.0)
     }
 
-    /// The bytes of two buffers, each given with its first byte and bytes.
+    /// What is in two buffers, each given with its first byte and bytes, as numbers.
     ///
     /// # Errors
     /// The device failed.
-    pub(crate) fn read_both(&mut self, from: [(&Buffer, u64, u64); 2]) -> Result<(Vec<u8>, Vec<u8>), GpuError> {
+    pub(crate) fn read_both<A: bytemuck::Pod, B: bytemuck::Pod>(
+        &mut self,
+        from: [(&Buffer, u64, u64); 2],
+    ) -> Result<(Vec<A>, Vec<B>), GpuError> {
         let bytes = from.map(|(_, _, bytes)| bytes.next_multiple_of(4));
         let target = self.device.readback(bytes.iter().sum())?;
         for (i, (buffer, at, _)) in from.into_iter().enumerate() {
@@ -432,7 +435,8 @@ impl Commands {
         let both = {
             let mapped = self.device.mapped(&target)?;
             let (first, second) = mapped.split_at(bytes[0] as usize);
-            (first[..from[0].2 as usize].to_vec(), second[..from[1].2 as usize].to_vec())
+            let [first, second] = [&first[..from[0].2 as usize], &second[..from[1].2 as usize]];
+            (bytemuck::pod_collect_to_vec(first), bytemuck::pod_collect_to_vec(second))
         };
         target.unmap();
         self.device.keep_readback(target);
