@@ -30,6 +30,9 @@ struct What {
     /// Sessions that are decoded together, each with a context of its own.
     #[arg(long, default_value_t = 1, value_parser = at_least_one)]
     sessions: usize,
+    /// Of these, so many that one dispatch computes: 1, 2, 4 or 8.
+    #[arg(long, default_value_t = 8, value_parser = at_least_one)]
+    together: usize,
     /// Rows of a pass of prefill, a power of two.
     #[arg(long, default_value_t = GpuBackend::PASS_ROWS, value_parser = at_least_one)]
     pass_rows: usize,
@@ -135,6 +138,7 @@ fn main() -> Result<()> {
         arithmetic: if what.plain { Arithmetic::Plain } else { Arithmetic::Official },
         precision: if what.exact { Precision::Exact } else { Precision::Fast },
         placement,
+        sessions_together: what.together,
         ..Options::default()
     };
     let began = Instant::now();

@@ -147,7 +147,7 @@ pub(crate) fn index_tile(index_heads: usize) -> [usize; 2] {
     [1024, 128 / index_heads.next_power_of_two().clamp(16, 64)]
 }
 
-/// Parameters of `index_score_many`: those of `index_score`, and how many rows there are.
+/// Parameters of `index_score_many`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
 pub(crate) struct IndexScoreManyParams {
@@ -164,12 +164,4 @@ pub(crate) struct IndexScoreManyParams {
     pub(crate) keys: u32,
     pub(crate) stride: u32,
     pub(crate) rows: u32,
-}
-
-impl IndexScoreManyParams {
-    /// Parameters of `index_score`: all but the last.
-    pub(crate) fn of_few(&self) -> [u32; 11] {
-        let words: [u32; 12] = bytemuck::cast(*self);
-        *words.first_chunk().expect("fewer words")
-    }
 }

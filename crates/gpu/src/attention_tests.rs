@@ -151,7 +151,7 @@ impl Shape {
     fn context(&self) -> Value {
         let Shape { heads, head_dim, plain, .. } = *self;
         let together = Shapes::heads_together(heads, self.row_words());
-        context! { heads, head_dim, rope => ROPE, plain, row_words => self.row_words(), together }
+        context! { states => 1, heads, head_dim, rope => ROPE, plain, row_words => self.row_words(), together }
     }
 
     fn row_words(&self) -> usize {
@@ -314,19 +314,23 @@ impl Scene {
         let out = bench.empty(rows * heads * head_dim);
         let words = |values: &[usize]| values.iter().map(|&v| v as u32).collect::<Vec<u32>>();
         let first_fresh = if fresh { start } else { u32::MAX as usize };
-        let mut params = words(&[self.q_stride / 4, 0, start, 0, window, self.ring, self.ring_rows, self.compressed]);
+        let run = [0, start, self.ring, 0, 0];
+        let mut params = words(&run);
+        params.extend(words(&[self.q_stride / 4, 0, window, self.ring_rows, self.compressed]));
         params.extend(words(&[ratio, top_k, first_fresh, pieces]));
         params.push((1.0 / (head_dim as f32).sqrt()).to_bits());
-        let params: [u32; 13] = params.try_into().unwrap();
+        let params: [u32; 15] = params.try_into().unwrap();
         let attend = bench.kernels.get("attend", self.shape.context()).unwrap();
-        let buffers = [q.all(), session.all(), own.all(), chosen.all(), partial.all()];
+        let buffers = [q.all(), tables.all(), own.all(), chosen.all(), partial.all(), session.all()];
         bench.commands.run(
             &attend,
             &buffers,
             &params,
             [(heads / Shapes::heads_together(heads, self.shape.row_words())) as u32, pieces as u32, rows as u32],
         );
-        let params: [u32; 9] = words(&[0, start, 0, window, ratio, top_k, pieces, 1, 3]).try_into().unwrap();
+        let mut params = words(&run);
+        params.extend(words(&[0, window, ratio, top_k, pieces, 1, 3]));
+        let params: [u32; 12] = params.try_into().unwrap();
         let combine = bench.kernels.get("combine", self.shape.context()).unwrap();
         let buffers = [w.all(), tables.all(), partial.all(), out.all()];
         bench.commands.run(&combine, &buffers, &params, [heads as u32, rows as u32, 1]);
@@ -614,6 +618,13 @@ impl IndexScene {
         }
     }
 
+    /// Those of `index_score`, the run first.
+    fn params_of_few(&self) -> [u32; 13] {
+        let IndexScoreManyParams { q_stride, q, p_stride, weights, scale, start, ratio, keys, stride, .. } =
+            self.params();
+        [0, start, 0, keys, 0, q_stride, q, p_stride, weights, scale.to_bits(), 0, ratio, stride]
+    }
+
     /// §2.6 in f64: the visible scores of each row.
     fn expected(&self) -> Vec<Vec<f64>> {
         let row_scores = |row: usize| {
@@ -644,7 +655,7 @@ fn index_scenes() -> Vec<IndexScene> {
 impl IndexScene {
     /// `index_score`.
     fn computed(&self, bench: &mut Bench) -> (Buffer, Vec<f32>) {
-        self.run(bench, "index_score", false, &self.params().of_few(), [32, 1])
+        self.run(bench, "index_score", false, &self.params_of_few(), [32, 1])
     }
 
     /// `index_score_many`.
@@ -664,7 +675,7 @@ impl IndexScene {
         let run = IndexRun::new(self, bench, kernel, coop, [keys, rows]);
         run.encode(bench, params);
         let computed = bench.read(&run.buffers[3], self.rows * self.stride());
-        let [.., scores] = run.buffers;
+        let scores = run.buffers.into_iter().nth(3).unwrap();
         (scores, computed)
     }
 
@@ -680,9 +691,7 @@ impl IndexScene {
     fn check_selection(&self, bench: &mut Bench, scores: &Buffer, computed: &[f32]) {
         let chosen = bench.buffer(&vec![u32::MAX; self.rows * self.top_k]);
         let flags = bench.buffer(&vec![0u32; self.rows]);
-        let select = bench.kernels.get("index_select", context! {}).unwrap();
-        let params = [0, self.start, 0, self.ratio, self.top_k, self.stride()].map(|v| v as u32);
-        bench.commands.run(&select, &[scores.all(), chosen.all(), flags.all()], &params, [1, self.rows as u32, 1]);
+        select(bench, [scores, &chosen, &flags], self.rows, [self.start, self.ratio, self.top_k, self.stride()]);
         let chosen: Vec<u32> = bench.read(&chosen, self.rows * self.top_k);
         for (row, chosen) in chosen.chunks(self.top_k).enumerate() {
             assert_eq!(chosen, best(&computed[row * self.stride()..][..self.visible(row)], self.top_k), "row {row}");
@@ -691,28 +700,46 @@ impl IndexScene {
     }
 }
 
+/// `index_select` for a run from position `start`: of scores into chosen rows, and flags.
+fn select(bench: &mut Bench, buffers: [&Buffer; 3], rows: usize, [start, ratio, top_k, stride]: [usize; 4]) {
+    let kernel = bench.kernels.get("index_select", context! { states => 1 }).unwrap();
+    let params = [0, start, 0, 0, 0, 0, ratio, top_k, stride].map(|v| v as u32);
+    let [scores, chosen, flags] = buffers.map(Buffer::all);
+    // There are no tables, which one session needs none of.
+    let tables = bench.buffer(&[0u32; 2]);
+    bench.commands.run(&kernel, &[scores, chosen, flags, tables.all()], &params, [1, rows as u32, 1]);
+}
+
 /// A kernel of scores with its buffers.
 struct IndexRun {
     kernel: Arc<Kernel>,
-    buffers: [Buffer; 4],
+    /// The fourth has the scores.
+    buffers: Vec<Buffer>,
     groups: [u32; 3],
 }
 
 impl IndexRun {
     /// A kernel whose workgroups take so many keys and rows.
     fn new(scene: &IndexScene, bench: &mut Bench, kernel: &str, coop: bool, [keys, rows]: [usize; 2]) -> IndexRun {
-        let buffers = [
-            bench.buffer(&scene.q),
-            bench.buffer(&scene.projected),
-            bench.buffer(&scene.session),
-            bench.empty(scene.rows * scene.stride()),
-        ];
+        let session = bench.buffer(&scene.session);
+        let mut buffers = vec![bench.buffer(&scene.q), bench.buffer(&scene.projected)];
+        let scores = bench.empty(scene.rows * scene.stride());
+        match kernel {
+            // There are no tables, which one session needs none of.
+            "index_score" => buffers.extend([bench.buffer(&[0u32; 2]), scores, session]),
+            _ => buffers.extend([session, scores]),
+        }
         let groups = [scene.visible(scene.rows - 1).div_ceil(keys) as u32, scene.rows.div_ceil(rows) as u32, 1];
-        IndexRun { kernel: bench.kernel(kernel, scene.context(coop)), buffers, groups }
+        IndexRun { kernel: bench.kernel(kernel, context! { states => 1, ..scene.context(coop) }), buffers, groups }
     }
 
     fn encode<P: bytemuck::Pod>(&self, bench: &mut Bench, params: &P) {
-        bench.commands.run(&self.kernel, &self.buffers.each_ref().map(Buffer::all), params, self.groups);
+        bench.commands.run(
+            &self.kernel,
+            &self.buffers.iter().map(Buffer::all).collect::<Vec<_>>(),
+            params,
+            self.groups,
+        );
     }
 }
 
@@ -788,9 +815,7 @@ fn of_equal_scores_the_earlier_rows_are_chosen_and_infinite_ones_are_flagged() {
     all[2 * stride + 17] = f32::INFINITY;
     let scores = bench.buffer(&all);
     let (chosen, flags) = (bench.buffer(&vec![u32::MAX; rows * top_k]), bench.buffer(&vec![0u32; rows]));
-    let select = bench.kernels.get("index_select", context! {}).unwrap();
-    let params = [0, start, 0, ratio, top_k, stride].map(|v| v as u32);
-    bench.commands.run(&select, &[scores.all(), chosen.all(), flags.all()], &params, [1, rows as u32, 1]);
+    select(&mut bench, [&scores, &chosen, &flags], rows, [start, ratio, top_k, stride]);
     let chosen: Vec<u32> = bench.read(&chosen, rows * top_k);
     for row in 0..rows {
         let visible = (start + row + 1) / ratio;
@@ -885,8 +910,6 @@ fn measure_index_score_many(bench: &mut Bench, coops: &[bool], rows: usize, star
         println!("index_score_many {matrices:8}: {us:9.1} µs {:6.1} TFLOP/s", flops / us / 1e6);
     }
     let run = IndexRun::new(&scene, bench, "index_score", false, [32, 1]);
-    let params: [u32; 12] = bytemuck::cast(scene.params());
-    let params: [u32; 11] = *params.first_chunk().unwrap();
-    let us = time_us(bench, |bench| run.encode(bench, &params));
+    let us = time_us(bench, |bench| run.encode(bench, &scene.params_of_few()));
     println!("index_score: {us:9.1} µs {:6.1} TFLOP/s", flops / us / 1e6);
 }

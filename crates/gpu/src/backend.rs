@@ -15,9 +15,10 @@ use crate::jobs::Jobs;
 use crate::kernel::{Buffer, Commands, Kernels};
 use crate::kit::{Kit, Trusted};
 use crate::matmul::Many;
-use crate::pass::{GpuPass, Pending, Pool, Shapes};
+use crate::pass::{GpuPass, Pending, Pool, Shapes, runs_together};
 use crate::stages::lock;
 use crate::state::GpuState;
+use crate::together::{MOST_TOGETHER, most_together};
 use crate::upload::Uploader;
 use crate::weights::{HeadWeights, LayerWeights, load_head, load_layer};
 
@@ -50,6 +51,8 @@ pub struct Options {
     pub checksums: Option<Checksums>,
     /// Asks loading to stop.
     pub cancel: Arc<Cancel>,
+    /// Sessions whose rows one dispatch computes at most, where an adapter can bind so many. More than 8 are 8.
+    pub sessions_together: usize,
 }
 
 impl Default for Options {
@@ -61,6 +64,7 @@ impl Default for Options {
             reader: ReaderKind::Direct,
             checksums: None,
             cancel: Arc::default(),
+            sessions_together: MOST_TOGETHER,
         }
     }
 }
@@ -111,6 +115,9 @@ pub struct GpuBackend {
     pub(crate) embedding: Embedding,
     pub(crate) experts: GpuExperts,
     pub(crate) code_book: Buffer,
+    /// Sessions that kernels are bound to at most, and what is bound in place of those that are missing to a power of two.
+    together: usize,
+    pub(crate) spares: Vec<Buffer>,
     pool: Arc<Pool>,
     source: Source,
     note: Option<String>,
@@ -164,6 +171,10 @@ impl GpuBackend {
                 GpuExperts::streamed(&kernels, &uploader, model, slabs, host)?
             }
         };
+        let buffers = device.device.limits().max_storage_buffers_per_shader_stage;
+        let together = most_together(buffers, options.sessions_together);
+        let spare = |_| Buffer::new(&device, "no session", 16);
+        let spares = (0..together / 2).map(spare).collect::<Result<_, _>>()?;
         device.wait()?;
         source.check_unchanged()?;
         let (cooperative, of_matrices) = crate::self_check::cooperative(&kernels, &model.config, &layout)?;
@@ -199,6 +210,8 @@ impl GpuBackend {
             head,
             experts,
             code_book,
+            together,
+            spares,
             pool: Arc::default(),
             source: source.clone(),
             note,
@@ -404,7 +417,11 @@ impl Backend for GpuBackend {
         if replaced || given_back {
             self.kernels.forget_bindings();
         }
+        for runs in batch.runs().chunks(runs_together(batch.rows().len(), self.together)) {
+            self.kit.prepare(runs.len(), &self.config, &self.layout)?;
+        }
         let prefetching = self.experts.pass_begins();
+        let batch = (batch, states, self.together);
         Ok(GpuPass::new(batch, commands, on, self.pool.clone(), &self.ropes, prefetching))
     }
 

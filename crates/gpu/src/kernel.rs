@@ -21,6 +21,7 @@ pub(crate) const SOURCES: &[(&str, &str)] = &[
     ("weights.wgsl", include_str!("kernels/weights.wgsl")),
     ("functions.wgsl", include_str!("kernels/functions.wgsl")),
     ("rows.wgsl", include_str!("kernels/rows.wgsl")),
+    ("runs.wgsl", include_str!("kernels/runs.wgsl")),
     ("matvec.wgsl", include_str!("kernels/matvec.wgsl")),
     ("hc_mix.wgsl", include_str!("kernels/hc_mix.wgsl")),
     ("hc_finish.wgsl", include_str!("kernels/hc_finish.wgsl")),
@@ -84,6 +85,9 @@ pub(crate) struct Kernels {
     numbers: AtomicUsize,
     bound: Mutex<HashMap<BindingKey, wgpu::BindGroup>>,
 }
+
+/// Bindings that are kept: passes of other sessions together bind other buffers, without end.
+const MOST_BOUND: usize = 1 << 14;
 
 /// A kernel, and number and first byte of each buffer.
 type BindingKey = (usize, Vec<(u64, u64)>);
@@ -191,6 +195,9 @@ impl Kernels {
             buffers.iter().map(|span| span.buffer.number.map(|number| (number, span.start))).collect();
         let Some(places) = places else { return make() };
         let mut bound = self.bound.lock().unwrap_or_else(PoisonError::into_inner);
+        if bound.len() >= MOST_BOUND {
+            bound.clear();
+        }
         bound.entry((kernel.id, places)).or_insert_with(make).clone()
     }
 

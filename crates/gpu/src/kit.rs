@@ -1,7 +1,7 @@
 //! The kernels of one model, made when it is loaded.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use minijinja::{Value, context};
 use model::{Arithmetic, Config, KvLayout};
@@ -13,6 +13,7 @@ use crate::format::Format;
 use crate::kernel::{Kernel, Kernels};
 use crate::pass::Shapes;
 use crate::self_check::Cooperative;
+use crate::together::{MOST_TOGETHER, bound_sessions};
 use crate::weights::{HeadWeights, LayerWeights};
 
 /// Outputs of each 32 lanes of `experts_up`, of gate and of up, and of `experts_down`.
@@ -34,10 +35,8 @@ pub(crate) struct Kit {
     pub(crate) finish_head: Arc<Kernel>,
     /// Layer by layer.
     pub(crate) layers: Vec<LayerKit>,
-    pub(crate) attend: Arc<Kernel>,
-    pub(crate) combine: Arc<Kernel>,
-    pub(crate) score: Arc<Kernel>,
-    pub(crate) select: Arc<Kernel>,
+    /// For 1, 2, 4 and 8 sessions; more than one when they are first wanted.
+    of_sessions: [OnceLock<SessionKit>; MOST_TOGETHER.ilog2() as usize + 1],
     /// For passes of many rows in `Fast`, where the model's sizes suit it.
     pub(crate) attend_many: Option<(Arc<Kernel>, AttendMany)>,
     pub(crate) score_many: Option<Arc<Kernel>>,
@@ -46,11 +45,72 @@ pub(crate) struct Kit {
     matvecs: Mutex<HashMap<MatvecKey, Arc<Kernel>>>,
 }
 
-/// Kernels that differ between layers.
-pub(crate) struct LayerKit {
+/// Kernels that know sessions, bound to so many of them.
+pub(crate) struct SessionKit {
+    /// Layer by layer.
+    pub(crate) layers: Vec<LayerSessionKit>,
+    pub(crate) attend: Arc<Kernel>,
+    pub(crate) combine: Arc<Kernel>,
+    pub(crate) score: Arc<Kernel>,
+    pub(crate) select: Arc<Kernel>,
+}
+
+/// Those of them that differ between layers.
+pub(crate) struct LayerSessionKit {
     pub(crate) settle: Arc<Kernel>,
     pub(crate) pool: Option<Arc<Kernel>>,
     pub(crate) pool_index: Option<Arc<Kernel>>,
+}
+
+impl SessionKit {
+    fn new(kernels: &Kernels, config: &Config, layout: &KvLayout, states: usize) -> Result<SessionKit, GpuError> {
+        let Config { heads, head_dim, rope_dim: rope, index_head_dim, .. } = *config;
+        let plain = layout.arithmetic == Arithmetic::Plain;
+        let row_words = layout.layers[0].raw.row_bytes() / 4;
+        let index_words = if plain { index_head_dim } else { 17 };
+        let together = Shapes::heads_together(heads, row_words);
+        let settle = |layer: usize| {
+            let (ratio, of_layer) = (config.compress_ratios[layer], &layout.layers[layer]);
+            let index_heads = if of_layer.index.is_some() { config.index_heads } else { 0 };
+            let width = of_layer.main.as_ref().map_or(0, |main| main.width);
+            ("settle", context! { states, head_dim, rope, plain, heads, index_heads, ratio, width, row_words })
+        };
+        let pool = |layer: usize, indexer: bool| {
+            let of_layer = &layout.layers[layer];
+            let is_there = if indexer { of_layer.index.is_some() } else { of_layer.main.is_some() };
+            let (dim, row_words) = if indexer { (index_head_dim, index_words) } else { (head_dim, row_words) };
+            let ratio = config.compress_ratios[layer];
+            is_there.then(|| ("pool", context! { states, ratio, dim, rope, plain, indexer, row_words }))
+        };
+        let attend = ("attend", context! { states, head_dim, rope, plain, heads, row_words, together });
+        let combine = ("combine", context! { states, head_dim, rope, heads });
+        let index_heads = config.index_heads;
+        let score = ("index_score", context! { states, index_heads, plain, row_words => index_words });
+        let select = ("index_select", context! { states });
+        let of_layer = |layer: usize| [Some(settle(layer)), pool(layer, false), pool(layer, true)];
+        let of_layers = (0..config.layers).flat_map(of_layer).flatten();
+        let of_all = [&attend, &combine, &score, &select].map(Clone::clone);
+        kernels.make_all(&of_layers.chain(of_all).collect::<Vec<_>>())?;
+        let get = |(name, context): (&str, Value)| kernels.get(name, context);
+        let layer = |layer: usize| {
+            Ok(LayerSessionKit {
+                settle: get(settle(layer))?,
+                pool: pool(layer, false).map(get).transpose()?,
+                pool_index: pool(layer, true).map(get).transpose()?,
+            })
+        };
+        Ok(SessionKit {
+            layers: (0..config.layers).map(layer).collect::<Result<_, GpuError>>()?,
+            attend: get(attend)?,
+            combine: get(combine)?,
+            score: get(score)?,
+            select: get(select)?,
+        })
+    }
+}
+
+/// Kernels that differ between layers.
+pub(crate) struct LayerKit {
     pub(crate) route: Arc<Kernel>,
     pub(crate) up: Arc<Kernel>,
     /// The same for inputs that were made into digits before, in `Fast`.
@@ -92,31 +152,17 @@ impl Kit {
         experts: &[ExpertLayout],
         Trusted { cooperative, integers: digits }: Trusted,
     ) -> Result<Kit, GpuError> {
-        let Config { streams, heads, head_dim, .. } = *config;
-        let (d, rope) = (config.d_model, config.rope_dim);
-        let plain = layout.arithmetic == Arithmetic::Plain;
-        let row_words = layout.layers[0].raw.row_bytes() / 4;
-        let index_words = if plain { config.index_head_dim } else { 17 };
+        let streams = config.streams;
+        let d = config.d_model;
         let outputs = config.hc_outputs();
-        let together = Shapes::heads_together(heads, row_words);
         let get = |name: &str, context: Value| kernels.get(name, context);
-        let layer = |(i, (weights, experts)): (usize, (&LayerWeights, &ExpertLayout))| {
-            let ratio = config.compress_ratios[i];
-            let indexer = layout.layers[i].index.is_some();
-            let index_heads = if indexer { config.index_heads } else { 0 };
-            let width = layout.layers[i].main.as_ref().map_or(0, |main| main.width);
-            let pool = |dim: usize, indexer: bool, row_words: usize| {
-                get("pool", context! { ratio, dim, rope, plain, indexer, row_words })
-            };
+        let layer = |(weights, experts): (&LayerWeights, &ExpertLayout)| {
             let [gate, up, down] = experts.formats.map(Format::name);
             let shared_down = weights.shared_down.jobs[0].matrix.format.name();
             let (used, outputs) = (config.experts_used, LANE_OUTPUTS[0]);
             let makes = digits && experts.formats[2].has_integers();
             let up_of = |made: bool| get("experts_up", context! { gate, up, used, digits, made, makes, outputs });
             Ok(LayerKit {
-                settle: get("settle", context! { head_dim, rope, plain, heads, index_heads, ratio, width, row_words })?,
-                pool: (ratio > 0).then(|| pool(head_dim, false, row_words)).transpose()?,
-                pool_index: indexer.then(|| pool(config.index_head_dim, true, index_words)).transpose()?,
                 route: get("route", context! { experts => config.experts, used, hashed => weights.hashed })?,
                 up: up_of(false)?,
                 up_of_several: up_of(digits)?,
@@ -139,6 +185,9 @@ impl Kit {
         };
         let of_head = ("matvec", matvec_context(&head.output.formats(), 1, head.output.matvec().0, false, digits));
         kernels.make_all(&layers.iter().flat_map(products).chain([of_head]).collect::<Vec<_>>())?;
+        let of_sessions = <[OnceLock<_>; _]>::default();
+        let of_one = SessionKit::new(kernels, config, layout, 1)?;
+        of_sessions[0].get_or_init(|| of_one);
         Ok(Kit {
             kernels: kernels.clone(),
             digits: digits
@@ -157,17 +206,34 @@ impl Kit {
             ],
             finish: get("hc_finish", context! { streams, d, outputs, head => false })?,
             finish_head: get("hc_finish", context! { streams, d, outputs => streams, head => true })?,
-            layers: layers.iter().zip(experts).enumerate().map(layer).collect::<Result<_, GpuError>>()?,
-            attend: get("attend", context! { head_dim, rope, plain, heads, row_words, together })?,
-            combine: get("combine", context! { head_dim, rope, heads })?,
-            score: get("index_score", context! { index_heads => config.index_heads, plain, row_words => index_words })?,
-            select: get("index_select", Value::from(()))?,
+            layers: layers.iter().zip(experts).map(layer).collect::<Result<_, GpuError>>()?,
+            of_sessions,
             attend_many,
             score_many,
             normalise: get("normalise", Value::from(()))?,
             finite: get("finite", Value::from(()))?,
             matvecs: Mutex::default(),
         })
+    }
+
+    /// Makes what passes of so many runs together need.
+    ///
+    /// # Errors
+    /// The driver does not take a kernel.
+    pub(crate) fn prepare(&self, runs: usize, config: &Config, layout: &KvLayout) -> Result<(), GpuError> {
+        let states = bound_sessions(runs);
+        let held = &self.of_sessions[states.ilog2() as usize];
+        if held.get().is_none() {
+            let made = SessionKit::new(&self.kernels, config, layout, states)?;
+            // If another pass was first, its are kept.
+            held.get_or_init(|| made);
+        }
+        Ok(())
+    }
+
+    /// Kernels for so many runs together, which were prepared.
+    pub(crate) fn of_sessions(&self, runs: usize) -> &SessionKit {
+        self.of_sessions[bound_sessions(runs).ilog2() as usize].get().expect("prepared when the pass began")
     }
 
     /// The product with matrices of these formats for `rows` rows together and `outputs` outputs of each 32 lanes; `norm` if

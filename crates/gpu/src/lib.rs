@@ -26,6 +26,7 @@ mod self_check;
 mod stages;
 mod state;
 mod timer;
+mod together;
 #[cfg(test)]
 mod translation;
 mod upload;

@@ -9,6 +9,8 @@ use store::Prefetching;
 use crate::GpuError;
 use crate::device::{Device, WORKGROUP_BYTES};
 use crate::kernel::{Buffer, Commands};
+use crate::state::GpuState;
+use crate::together;
 use crate::weights::LayerWeights;
 
 /// Most rows that share a product's weights without tiles: passes of more compute by tiles in `Fast`.
@@ -205,8 +207,8 @@ impl<B> Activations<B> {
             mid: floats("experts", rows * c.experts_used * c.expert_width)?,
             hidden: floats("hidden rows", rows * c.d_model)?,
             flags: floats("flags", rows + 1)?,
-            // Two rotations of every row, one of a window of each kind that may end at it, a token.
-            tables: floats("tables", rows * (4 * c.rope_dim + 1))?,
+            // Two rotations of every row, one of a window of each kind that may end at it, a token; and its runs.
+            tables: floats("tables", rows * (4 * c.rope_dim + 1) + together::table_words(rows, c.layers))?,
             digits: make("digits of inputs", FEW_ROWS as u64 * digits_bytes(shapes.widest()))?,
             fresh: floats("new rows", rows * shapes.row_words)?,
             many: (shapes.has_tiles && rows > FEW_ROWS)
@@ -287,6 +289,9 @@ pub struct GpuPass {
     /// Where rotations begin in the tables, in pairs: of layers without compression, with it; of windows, by run.
     pub(crate) rotations: [usize; 2],
     pub(crate) windows: Vec<[usize; 2]>,
+    /// Runs that a dispatch computes at most, and where those of the rows begin in the tables, in pairs.
+    pub(crate) together: usize,
+    pub(crate) runs: usize,
     /// Where tokens begin in the tables, in words.
     pub(crate) tokens: usize,
     /// Outputs of the sub-layer that ran last, a row.
@@ -303,9 +308,15 @@ pub(crate) fn windows(run: &Run, ratio: usize) -> (usize, usize) {
     (first, (run.start + run.rows.len()) / ratio - first)
 }
 
+/// Runs that a dispatch computes in a pass of `rows` rows, where `together` sessions can be bound.
+pub(crate) fn runs_together(rows: usize, together: usize) -> usize {
+    if rows <= FEW_ROWS { together } else { 1 }
+}
+
 impl GpuPass {
+    /// A pass over `states`; where its rows are few, a dispatch computes runs of up to `together` sessions.
     pub(crate) fn new(
-        batch: Batch,
+        (batch, states, together): (Batch, &[&GpuState], usize),
         mut commands: Commands,
         on: Activations,
         pool: std::sync::Arc<Pool>,
@@ -324,9 +335,15 @@ impl GpuPass {
             (first..first + count).for_each(|window| pairs.extend(ropes[1].at(window * ratio)));
             at
         };
-        let windows = batch.runs().iter().map(|run| [windows_of(run, 4), windows_of(run, 128)]).collect();
+        let windows: Vec<_> = batch.runs().iter().map(|run| [windows_of(run, 4), windows_of(run, 128)]).collect();
         let mut tables: Vec<u8> =
             pairs.iter().flat_map(|(cos, sin)| [cos.to_le_bytes(), sin.to_le_bytes()].concat()).collect();
+        let runs = pairs.len();
+        let together = runs_together(batch.rows().len(), together);
+        if together > 1 && batch.runs().len() > 1 {
+            let table = together::table(batch.runs(), states, &windows, together);
+            tables.extend(bytemuck::cast_slice::<u32, u8>(&table));
+        }
         let tokens = tables.len() / 4;
         tables.extend(batch.rows().iter().flat_map(|row| row.token.to_le_bytes()));
         commands.write((&on.tables, 0), &tables);
@@ -338,6 +355,8 @@ impl GpuPass {
             pool,
             rotations,
             windows,
+            together,
+            runs,
             tokens,
             outputs: 1,
             pending: Mutex::new(Pending::Nothing),

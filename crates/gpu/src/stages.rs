@@ -1,6 +1,6 @@
 //! The stages as dispatches, in the order of a layer (docs/spec/model.md §2).
 
-use model::{Cancel, Error, Run, SubLayer};
+use model::{Cancel, Error, SubLayer};
 
 use crate::attend_many::{AttendManyParams, IndexScoreManyParams, index_tile};
 use crate::backend::GpuBackend;
@@ -12,10 +12,15 @@ use crate::kit::LANE_OUTPUTS;
 use crate::matmul::{Experts, Groups, Halves};
 use crate::pass::{Activations, FEW_ROWS, GpuPass, ManyActivations, Pending, Shapes, windows};
 use crate::state::{GpuState, SMALL_PASS};
+use crate::together::Together;
 use crate::weights::{At, HyperAt};
 
-/// Parameters of a kernel, in the order of its `Params`.
+/// Parameters of a kernel, in the order of its `Params`; those of a run come first, where it has such.
 macro_rules! params {
+    ($run:expr; $($value:expr),* $(,)?) => {{
+        let [row0, start, ring, index, windows]: crate::together::RunPlace = $run;
+        [row0, start, ring, index, windows, $(crate::stages::Word::word($value)),*]
+    }};
     ($($value:expr),* $(,)?) => { [$(crate::stages::Word::word($value)),*] };
 }
 
@@ -212,47 +217,49 @@ impl GpuBackend {
         let operands = Operands { x: (&on.projected, weights.projected), y: (&on.queries, weights.queried), rows };
         self.products(&mut commands, on, &weights.slab, &weights.queries, operands, Some(weights.q_a_norm))?;
         commands.stage("settle");
-        for run in pass.batch.runs() {
-            self.settle(layer, run, states[run.session], pass, on, &mut commands);
+        for runs in Together::all(layer, states, pass) {
+            self.settle(layer, &runs, states[runs.runs[0].session], pass, on, &mut commands);
         }
         Ok(())
     }
 
-    /// Queries and keys of a run's rows, normalised, rotated and stored.
+    /// Queries and keys of rows, normalised, rotated and stored. `state` is that of a run.
     fn settle(
         &self,
         layer: usize,
-        run: &Run,
+        runs: &Together<'_>,
         state: &GpuState,
         pass: &GpuPass,
         on: &Activations,
         commands: &mut Commands,
     ) {
         let (c, weights, places) = (&self.config, &self.layers[layer], &state.places[layer]);
-        let count = run.rows.len();
-        let ring = state.rings(layer, count)[1];
+        let count = runs.rows.len();
         let is_large = count > SMALL_PASS;
+        let mut run = runs.place;
+        if is_large {
+            // Into the ring that is not read.
+            run[2] = state.rings(layer, count)[1].word();
+        }
         let compressor = weights.compressor.as_ref();
         let indexer = weights.index_compressor.as_ref();
         // No more rows than a session keeps after a pass.
         let kept = |rows: usize| rows - SMALL_PASS.min(rows);
-        let params = params![
+        let params = params![run;
             weights.queried,
             weights.projected,
             weights.kv,
             weights.kv_norm,
             c.rms_eps,
-            run.rows.start,
+            runs.rows.start,
             count,
-            run.start,
-            ring,
             places.raw_rows,
             if is_large { kept(places.raw_rows) } else { count },
             u32::from(is_large),
-            ring + places.inputs,
+            places.inputs,
             places.inputs_rows.max(1),
             if is_large { kept(places.inputs_rows) } else { count },
-            ring + places.index_inputs,
+            places.index_inputs,
             places.index_inputs_rows.max(1),
             if is_large { kept(places.index_inputs_rows) } else { count },
             compressor.map_or(0, |at| at.u),
@@ -261,18 +268,12 @@ impl GpuBackend {
             indexer.map_or(0, |at| at.positions),
             pass.rotations[self.rope_of(layer)],
         ];
-        let memory = state.memory();
-        let buffers = [
-            weights.slab.all(),
-            on.tables.all(),
-            on.projected.all(),
-            on.queries.all(),
-            memory.layers[layer].all(),
-            on.fresh.all(),
-        ];
+        let others = [weights.slab.all(), on.tables.all(), on.projected.all(), on.queries.all(), on.fresh.all()];
+        let buffers = runs.buffers(&others, &self.spares);
         let index = if indexer.is_some() { 1 + c.index_heads } else { 0 };
         let groups = c.heads + 1 + usize::from(compressor.is_some()) + index;
-        commands.run(&self.kit.layers[layer].settle, &buffers, &params, [groups as u32, count as u32, 1]);
+        let kernel = &self.kit.of_sessions(runs.runs.len()).layers[layer].settle;
+        commands.run(kernel, &buffers, &params, [groups as u32, count as u32, 1]);
     }
 
     /// Which of the two rotations a layer uses.
@@ -288,36 +289,32 @@ impl GpuBackend {
         }
         let mut commands = lock(&pass.commands);
         commands.stage("compress");
-        for (i, run) in pass.batch.runs().iter().enumerate() {
-            let (first, count) = windows(run, ratio);
-            let (state, places) = (states[run.session], &states[run.session].places[layer]);
-            let ring = state.rings(layer, run.rows.len())[0];
-            let memory = state.memory();
-            let rotations = pass.windows[i][usize::from(ratio != 4)];
-            let buffers = [weights.slab.all(), on.tables.all(), on.projected.all(), memory.layers[layer].all()];
-            let mut pool = |kernel, at: &crate::weights::CompressorAt, inputs: usize, rows: usize, to: usize| {
-                let params = params![
+        for runs in Together::all(layer, states, pass) {
+            if runs.most(|run| windows(run, ratio).1) == 0 {
+                continue;
+            }
+            let places = &states[runs.runs[0].session].places[layer];
+            let kernels = &self.kit.of_sessions(runs.runs.len()).layers[layer];
+            let buffers = runs.buffers(&[weights.slab.all(), on.tables.all(), on.projected.all()], &self.spares);
+            let mut pool = |kernel, at: &crate::weights::CompressorAt, inputs: usize, rows: usize| {
+                let params = params![runs.place;
                     weights.projected,
                     at.u,
                     at.positions,
                     at.norm,
                     c.rms_eps,
-                    run.rows.start,
-                    run.start,
-                    ring + inputs,
+                    runs.rows.start,
+                    inputs,
                     rows,
-                    first,
-                    to,
-                    rotations,
+                    places.main(),
                 ];
-                commands.run(kernel, &buffers, &params, [count as u32, 1, 1]);
+                commands.run(kernel, &buffers, &params, [runs.rows.len() as u32, 1, 1]);
             };
-            if let (Some(kernel), Some(at)) = (&self.kit.layers[layer].pool, &weights.compressor) {
-                pool(kernel, at, places.inputs, places.inputs_rows, places.main());
+            if let (Some(kernel), Some(at)) = (&kernels.pool, &weights.compressor) {
+                pool(kernel, at, places.inputs, places.inputs_rows);
             }
-            if let (Some(kernel), Some(at)) = (&self.kit.layers[layer].pool_index, &weights.index_compressor) {
-                let to = places.index(memory.room_tokens);
-                pool(kernel, at, places.index_inputs, places.index_inputs_rows, to);
+            if let (Some(kernel), Some(at)) = (&kernels.pool_index, &weights.index_compressor) {
+                pool(kernel, at, places.index_inputs, places.index_inputs_rows);
             }
         }
     }
@@ -330,47 +327,59 @@ impl GpuBackend {
         let weights = &self.layers[layer];
         let mut commands = lock(&pass.commands);
         commands.stage("index");
-        for run in pass.batch.runs() {
-            let keys = (run.start + run.rows.len()) / 4;
+        for runs in Together::all(layer, states, pass) {
+            let keys = runs.most(|run| (run.start + run.rows.len()) / 4);
             if keys <= c.index_top_k {
                 continue;
             }
-            let (state, count) = (states[run.session], run.rows.len());
-            let memory = state.memory();
-            let at = state.places[layer].index(memory.room_tokens);
-            let together = self.shapes.scored_together(keys, count);
-            for row in (0..count).step_by(together) {
-                let (row0, rows) = (run.rows.start + row, together.min(count - row));
+            let kit = self.kit.of_sessions(runs.runs.len());
+            let others = [on.queries.all(), on.projected.all(), on.tables.all(), on.scores.all()];
+            let of_score = runs.buffers(&others, &self.spares);
+            let together = self.shapes.scored_together(keys, runs.rows.len());
+            for first in runs.rows.clone().step_by(together) {
+                let rows = together.min(runs.rows.end - first);
                 let scale = 1.0 / ((c.index_heads * c.index_head_dim) as f32).sqrt();
-                let params = IndexScoreManyParams {
-                    q_stride: weights.queried.word(),
-                    q: (c.heads * c.head_dim).word(),
-                    p_stride: weights.projected.word(),
-                    weights: weights.index_weights.word(),
-                    scale,
-                    row0: row0.word(),
-                    start: run.start.word(),
-                    run0: run.rows.start.word(),
-                    ratio: 4,
-                    keys: at.word(),
-                    stride: keys.word(),
-                    rows: rows.word(),
-                };
-                let buffers = [on.queries.all(), on.projected.all(), memory.layers[layer].all(), on.scores.all()];
+                let (q, ratio) = (c.heads * c.head_dim, 4_u32);
                 match &self.kit.score_many {
                     Some(kernel) if self.tiled(on, pass.rows()).is_some() => {
+                        let [row0, start, _, index, _] = runs.place;
+                        let params = IndexScoreManyParams {
+                            q_stride: weights.queried.word(),
+                            q: q.word(),
+                            p_stride: weights.projected.word(),
+                            weights: weights.index_weights.word(),
+                            scale,
+                            row0: first.word(),
+                            start,
+                            run0: row0,
+                            ratio,
+                            keys: index,
+                            stride: keys.word(),
+                            rows: rows.word(),
+                        };
+                        let buffers = [on.queries.all(), on.projected.all(), runs.session(), on.scores.all()];
                         let [of_keys, of_rows] = index_tile(c.index_heads);
                         let groups = [keys.div_ceil(of_keys) as u32, rows.div_ceil(of_rows) as u32, 1];
                         commands.run(kernel, &buffers, &params, groups);
                     }
                     _ => {
+                        let params = params![runs.place;
+                            weights.queried,
+                            q,
+                            weights.projected,
+                            weights.index_weights,
+                            scale,
+                            first,
+                            ratio,
+                            keys,
+                        ];
                         let groups = [keys.div_ceil(32) as u32, rows as u32, 1];
-                        commands.run(&self.kit.score, &buffers, &params.of_few(), groups);
+                        commands.run(&kit.score, &of_score, &params, groups);
                     }
                 }
-                let params = params![row0, run.start, run.rows.start, 4_u32, c.index_top_k, keys];
-                let buffers = [on.scores.all(), on.chosen.all(), on.flags.all()];
-                commands.run(&self.kit.select, &buffers, &params, [1, rows as u32, 1]);
+                let params = params![runs.place; first, ratio, c.index_top_k, keys];
+                let buffers = [on.scores.all(), on.chosen.all(), on.flags.all(), on.tables.all()];
+                commands.run(&kit.select, &buffers, &params, [1, rows as u32, 1]);
             }
         }
     }
@@ -381,35 +390,34 @@ impl GpuBackend {
         commands.stage("attend");
         let ratio = c.compress_ratios[layer];
         let top_k = if ratio == 4 { c.index_top_k } else { usize::MAX >> 33 };
-        for run in pass.batch.runs() {
-            let (state, places) = (states[run.session], &states[run.session].places[layer]);
-            let (count, end) = (run.rows.len(), run.start + run.rows.len());
-            let memory = state.memory();
-            let keys = c.window.min(end) + end.checked_div(ratio).unwrap_or(0).min(top_k);
-            let pieces = keys.div_ceil(crate::pass::PIECE_KEYS);
-            let together = self.shapes.attended_together(pieces, count);
-            let fresh = if count > SMALL_PASS { run.start } else { u32::MAX as usize };
+        let places = &states[0].places[layer];
+        let scale = 1.0 / (c.head_dim as f32).sqrt();
+        let rotations = pass.rotations[self.rope_of(layer)];
+        for runs in Together::all(layer, states, pass) {
+            let count = runs.rows.len();
+            let [row0, start, ring, ..] = runs.place;
+            let fresh = if count > SMALL_PASS { start } else { u32::MAX };
             if let (Some((kernel, many)), Some(_)) = (&self.kit.attend_many, self.tiled(on, pass.rows())) {
                 let params = AttendManyParams {
                     q_stride: (weights.queried / 4).word(),
-                    row0: run.rows.start.word(),
-                    start: run.start.word(),
-                    run0: run.rows.start.word(),
+                    row0,
+                    start,
+                    run0: row0,
                     window: c.window.word(),
-                    ring: state.rings(layer, count)[0].word(),
+                    ring,
                     ring_rows: places.raw_rows.word(),
                     compressed: places.main().word(),
                     ratio: ratio.word(),
                     top_k: top_k.word(),
-                    fresh: fresh.word(),
-                    scale: 1.0 / (c.head_dim as f32).sqrt(),
+                    fresh,
+                    scale,
                     key_factor: weights.key_factor,
                     sinks: weights.sinks,
-                    rotations: pass.rotations[self.rope_of(layer)].word(),
+                    rotations: rotations.word(),
                 };
                 let buffers = [
                     on.queries.all(),
-                    memory.layers[layer].all(),
+                    runs.session(),
                     on.fresh.all(),
                     on.chosen.all(),
                     weights.slab.all(),
@@ -419,44 +427,31 @@ impl GpuBackend {
                 commands.run(kernel, &buffers, &params, many.groups(count));
                 continue;
             }
-            for row in (0..count).step_by(together) {
-                let (row0, rows) = (run.rows.start + row, together.min(count - row));
-                let params = params![
+            let keys = |end: usize| c.window.min(end) + end.checked_div(ratio).unwrap_or(0).min(top_k);
+            let pieces = runs.most(|run| keys(run.start + run.rows.len())).div_ceil(crate::pass::PIECE_KEYS);
+            let kit = self.kit.of_sessions(runs.runs.len());
+            let others = [on.queries.all(), on.tables.all(), on.fresh.all(), on.chosen.all(), on.partial.all()];
+            let of_attend = runs.buffers(&others, &self.spares);
+            let of_combine = [weights.slab.all(), on.tables.all(), on.partial.all(), on.heads.all()];
+            let together = self.shapes.attended_together(pieces, count);
+            for first in runs.rows.clone().step_by(together) {
+                let rows = together.min(runs.rows.end - first) as u32;
+                let params = params![runs.place;
                     weights.queried / 4,
-                    row0,
-                    run.start,
-                    run.rows.start,
+                    first,
                     c.window,
-                    state.rings(layer, count)[0],
                     places.raw_rows,
                     places.main(),
                     ratio,
                     top_k,
                     fresh,
                     pieces,
-                    1.0 / (c.head_dim as f32).sqrt(),
+                    scale,
                 ];
-                let buffers =
-                    [on.queries.all(), memory.layers[layer].all(), on.fresh.all(), on.chosen.all(), on.partial.all()];
-                let groups = [
-                    (c.heads / Shapes::heads_together(c.heads, self.shapes.row_words)) as u32,
-                    pieces as u32,
-                    rows as u32,
-                ];
-                commands.run(&self.kit.attend, &buffers, &params, groups);
-                let params = params![
-                    row0,
-                    run.start,
-                    run.rows.start,
-                    c.window,
-                    ratio,
-                    top_k,
-                    pieces,
-                    weights.sinks,
-                    pass.rotations[self.rope_of(layer)],
-                ];
-                let buffers = [weights.slab.all(), on.tables.all(), on.partial.all(), on.heads.all()];
-                commands.run(&self.kit.combine, &buffers, &params, [c.heads as u32, rows as u32, 1]);
+                let groups = c.heads / Shapes::heads_together(c.heads, self.shapes.row_words);
+                commands.run(&kit.attend, &of_attend, &params, [groups as u32, pieces as u32, rows]);
+                let params = params![runs.place; first, c.window, ratio, top_k, pieces, weights.sinks, rotations];
+                commands.run(&kit.combine, &of_combine, &params, [c.heads as u32, rows, 1]);
             }
         }
     }
@@ -660,10 +655,11 @@ impl GpuBackend {
         let mut commands = lock(&pass.commands);
         commands.stage("hc head");
         self.mix(pass, &mut commands, &self.head.slab, self.head.hc.function, true);
-        for run in pass.batch.runs() {
-            let last = run.rows.end - 1;
-            let params = params![last * c.stream_width(), c.stream_width(), last];
-            let groups = [c.stream_width().div_ceil(FINITE_VALUES) as u32, 1, 1];
+        let lasts: Vec<usize> = pass.batch.runs().iter().map(|run| run.rows.end - 1).collect();
+        for rows in lasts.chunk_by(|a, b| a + 1 == *b) {
+            let width = c.stream_width();
+            let params = params![rows[0] * width, width, rows[0]];
+            let groups = [width.div_ceil(FINITE_VALUES) as u32, rows.len() as u32, 1];
             commands.run(&self.kit.finite, &[on.streams.all(), on.flags.all()], &params, groups);
         }
         if wanted.is_empty() {

@@ -41,7 +41,8 @@ pub(crate) struct LayerPlaces {
     pub(crate) ring: usize,
     /// Words of an indexer row.
     pub(crate) index_row: usize,
-    ratio: usize,
+    /// Tokens of a compressed row; 0 without.
+    pub(crate) ratio: usize,
 }
 
 fn inputs_rows(layout: &CompressorLayout) -> usize {

@@ -6,6 +6,10 @@ use minijinja::{Value, context};
 
 use crate::attend_many::{AttendMany, Tiling};
 use crate::kernel::render;
+use crate::together::MOST_TOGETHER;
+
+/// Numbers of sessions that kernels are bound to: one, which has a form of its own, and the most.
+const SESSIONS: [usize; 2] = [1, MOST_TOGETHER];
 
 /// Each kernel with values that a model has.
 fn variants() -> Vec<(&'static str, Value)> {
@@ -37,10 +41,17 @@ fn variants() -> Vec<(&'static str, Value)> {
                 let row_words = if plain { head_dim } else { (head_dim - 64) / 4 + 2 + 32 };
                 let width = if ratio == 4 { 2 * head_dim } else { head_dim };
                 let heads = 64;
-                let context = context! { head_dim, rope => 64, plain, heads, index_heads, ratio, width, row_words };
-                variants.push(("settle", context.clone()));
-                for together in [4, 8] {
-                    variants.push(("attend", context! { together, ..context.clone() }));
+                for states in SESSIONS {
+                    let context =
+                        context! { states, head_dim, rope => 64, plain, heads, index_heads, ratio, width, row_words };
+                    variants.push(("settle", context.clone()));
+                    for together in [4, 8] {
+                        variants.push(("attend", context! { together, ..context.clone() }));
+                    }
+                    variants.push(("combine", context.clone()));
+                    if ratio > 0 {
+                        variants.push(("pool", context! { dim => head_dim, indexer => false, ..context }));
+                    }
                 }
                 for (heads, subgroups) in [(16, 2), (32, 4), (32, 8), (64, 8)] {
                     for coop in [false, true] {
@@ -49,23 +60,21 @@ fn variants() -> Vec<(&'static str, Value)> {
                         variants.push(("attend_many", many.context()));
                     }
                 }
-                variants.push(("combine", context));
-                if ratio > 0 {
-                    let main = context! { ratio, dim => head_dim, rope => 64, plain, indexer => false, row_words };
-                    variants.push(("pool", main));
-                }
             }
         }
         let row_words = if plain { 128 } else { 17 };
-        variants.push(("pool", context! { ratio => 4, dim => 128, rope => 64, plain, indexer => true, row_words }));
-        for index_heads in [4, 12, 64] {
-            variants.push(("index_score", context! { index_heads, plain, row_words }));
+        for states in SESSIONS {
+            let index = context! { ratio => 4, dim => 128, rope => 64, indexer => true };
+            variants.push(("pool", context! { states, plain, row_words, ..index }));
+            for index_heads in [4, 12, 64] {
+                variants.push(("index_score", context! { states, index_heads, plain, row_words }));
+            }
         }
         for (coop, index_heads) in [(false, 8), (false, 64), (true, 8), (true, 64)] {
             variants.push(("index_score_many", context! { index_heads, plain, row_words, coop }));
         }
     }
-    variants.push(("index_select", context! {}));
+    variants.extend(SESSIONS.map(|states| ("index_select", context! { states })));
     variants.push(("expand", context! { streams => 4 }));
     variants.push(("finite", context! {}));
     variants.push(("sweep", context! {}));

@@ -7,9 +7,9 @@ use common::{
     PRECISIONS, advance, assert_same, distance, export, fast, in_plain, in_precision, load, logits, on_cpu, on_gpu,
     rows, tokens,
 };
-use gpu::{GpuBackend, GpuPass};
+use gpu::{GpuBackend, GpuPass, GpuState, Options};
 use model::state::CHECKPOINT_TOKENS;
-use model::{Arithmetic, Backend, Cancel, Error, Forward, NoObserver, Observer, Precision, Stage, forward};
+use model::{Arithmetic, Backend, Cancel, Error, Forward, NoObserver, Observer, Precision, Row, Stage, forward};
 
 const MODEL: &str = "tiny-iq2";
 
@@ -53,21 +53,102 @@ fn small_passes_change_no_bit_of_fast() {
     assert!(distance > 1e-6 && distance < 0.3, "Fast is another computation than Exact but near it: {distance:e}");
 }
 
+/// A session that has read `tokens`: on the processor, which takes less time.
+fn past(backend: &GpuBackend, precision: Precision, tokens: &[u32]) -> GpuState {
+    let cpu = load(MODEL, cpu::Options { precision, ..fast() });
+    let mut past = cpu.new_state().unwrap();
+    advance(&cpu, &mut past, tokens);
+    backend.import(&mut &export(&cpu, &past)[..]).unwrap()
+}
+
+/// Dispatches of a pass.
+#[derive(Default)]
+struct Dispatches(u64);
+
+impl Observer<GpuBackend> for Dispatches {
+    fn after(&mut self, _: Option<usize>, stage: Stage, backend: &GpuBackend, pass: &GpuPass) -> Result<(), Error> {
+        if stage == Stage::Head {
+            self.0 = backend.stage_times(pass)?.1;
+        }
+        Ok(())
+    }
+}
+
+/// Logits of a pass, and its dispatches.
+fn counted(backend: &GpuBackend, batch: Vec<Row>, states: &mut [&mut GpuState]) -> (Vec<f32>, u64) {
+    let mut dispatches = Dispatches::default();
+    let logits = forward(backend, batch, states, &Cancel::default(), &mut dispatches).unwrap();
+    assert!(dispatches.0 > 0);
+    (logits, dispatches.0)
+}
+
 /// Sessions that go on in step end their windows of every kind in the same pass: there was no room for so many rotations.
 #[test]
 fn sessions_in_step_end_their_windows_together() {
     let (backend, tokens) = (on_gpu(MODEL, in_precision(Precision::Exact)), tokens(MODEL, 130));
-    let mut alone = backend.new_state().unwrap();
-    advance(&backend, &mut alone, &tokens[..126]);
+    let mut alone = past(&backend, Precision::Exact, &tokens[..126]);
     let mut sessions: Vec<_> = (0..8).map(|_| backend.fork(&alone).unwrap()).collect();
     for position in 126..130 {
-        let expected = advance(&backend, &mut alone, &tokens[position..][..1]);
+        let (expected, of_one) = counted(&backend, rows(0, position, &tokens[position..][..1]), &mut [&mut alone]);
         let batch: Vec<_> = (0..8).flat_map(|session| rows(session, position, &tokens[position..][..1])).collect();
         let mut states: Vec<_> = sessions.iter_mut().collect();
-        let all = forward(&backend, batch, &mut states, &Cancel::default(), &mut NoObserver).unwrap();
+        let (all, of_all) = counted(&backend, batch, &mut states);
+        assert_eq!(of_all, of_one, "dispatches of eight sessions and of one, at {position}");
         for logits in all.chunks(expected.len()) {
             assert_same(logits, &expected, 512, &format!("at {position}"));
         }
+    }
+}
+
+/// Five sessions as unlike as can be: of other lengths, in both rings, stepped back, with and without chosen rows, ending windows
+/// at other times. One dispatch computes all of them, or two of them where an adapter can bind no more.
+#[test]
+fn sessions_in_one_dispatch_change_no_bit() {
+    let counts: [[usize; 5]; 3] = [[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [2, 1, 3, 1, 1]];
+    for (precision, sessions_together, counts) in
+        [(Precision::Exact, 8, &counts[..]), (Precision::Fast, 8, &counts), (Precision::Fast, 2, &counts[2..])]
+    {
+        let backend = on_gpu(MODEL, Options { sessions_together, ..in_precision(precision) });
+        let tokens = tokens(MODEL, 140);
+        let mut long = past(&backend, precision, &tokens[..61]);
+        advance(&backend, &mut long, &tokens[61..126]);
+        let [mut longer, mut stepped_back, mut short] =
+            [backend.fork(&long), backend.fork(&long), backend.new_state()].map(Result::unwrap);
+        advance(&backend, &mut longer, &tokens[126..127]);
+        assert_eq!(backend.rewind(&mut stepped_back, 101), 101);
+        advance(&backend, &mut short, &tokens[..3]);
+        let mut middle = backend.fork(&short).unwrap();
+        advance(&backend, &mut middle, &tokens[3..11]);
+        let mut sessions = [long, stepped_back, short, longer, middle];
+        let mut alone = sessions.each_ref().map(|state| backend.fork(state).unwrap());
+        // As many rows of one session, which chooses rows and ends windows of every kind.
+        let mut one = backend.fork(&sessions[0]).unwrap();
+        let (_, of_one) = counted(&backend, rows(0, 126, &tokens[126..131]), &mut [&mut one]);
+        let mut of_all = Vec::new();
+        for counts in counts {
+            let next = |session: usize, states: &[GpuState; 5]| {
+                let at = backend.position(&states[session]);
+                (at, &tokens[(at + 5 * session) % 130..][..counts[session]])
+            };
+            let mut expected = Vec::new();
+            for session in 0..5 {
+                let (at, tokens) = next(session, &alone);
+                assert_eq!(at, backend.position(&sessions[session]));
+                expected.extend(advance(&backend, &mut alone[session], tokens));
+            }
+            let batch = (0..5).flat_map(|session| {
+                let (at, tokens) = next(session, &sessions);
+                rows(session, at, tokens)
+            });
+            let (logits, dispatches) = counted(&backend, batch.collect(), &mut sessions.each_mut());
+            assert_same(&logits, &expected, 512, &format!("{precision:?}, {sessions_together} together, {counts:?}"));
+            of_all.push(dispatches);
+        }
+        println!("{precision:?}, {sessions_together} together: {of_all:?} dispatches, {of_one} of one session");
+        for (ours, alone) in sessions.iter().zip(&alone) {
+            assert!(export(&backend, ours) == export(&backend, alone), "other bytes are left behind");
+        }
+        assert!(of_all.iter().all(|&of_all| (of_all <= of_one) == (sessions_together == 8)));
     }
 }
 
@@ -282,7 +363,7 @@ fn a_fork_shares_nothing() {
 fn a_session_moves_between_backends() {
     use Arithmetic::{Official, Plain};
     for (name, arithmetic) in [(MODEL, Plain), ("mixed3-mixed", Official)] {
-        let options = gpu::Options { arithmetic, ..in_precision(Precision::Exact) };
+        let options = Options { arithmetic, ..in_precision(Precision::Exact) };
         let (gpu, cpu, tokens) = (on_gpu(name, options), on_cpu(name, arithmetic), tokens(name, 300));
         let mut here = gpu.new_state().unwrap();
         advance(&gpu, &mut here, &tokens[..66]);
@@ -336,6 +417,14 @@ fn a_session_that_grows_changes_no_bit() {
         let mut roomy = gpu.import(&mut &export(&gpu, &grown)[..]).unwrap();
         assert!(export(&gpu, &roomy) == export(&gpu, &grown));
         let next = &long[at..at + 12];
+        // In one pass with a session that has less room, whose rows lie elsewhere.
+        let first = &long[..3];
+        let (mut small, mut fork) = (gpu.new_state().unwrap(), gpu.fork(&grown).unwrap());
+        let batch = [rows(0, 0, first), rows(1, at, &next[..3])].concat();
+        let (both, _) = counted(&gpu, batch, &mut [&mut small, &mut fork]);
+        let expected = [advance(&gpu, &mut gpu.new_state().unwrap(), first), advance(&gpu, &mut roomy, &next[..3])];
+        assert_same(&both, &expected.concat(), vocab, &format!("grown by {counts:?}, beside another"));
+        assert_eq!(gpu.rewind(&mut roomy, at), at);
         let (ours, expected) = (advance(&gpu, &mut grown, next), advance(&gpu, &mut roomy, next));
         assert_same(&ours, &expected, vocab, &format!("grown by {counts:?}"));
         // And one that never had to be copied: nothing before the growth was lost.

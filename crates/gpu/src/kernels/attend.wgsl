@@ -6,34 +6,33 @@
    pieces, rows. -#}
 {% import "functions.wgsl" as functions %}
 {% import "rows.wgsl" as rows %}
+{% import "runs.wgsl" as runs %}
 {% set nope = head_dim - rope %}
 {% set vecs = head_dim // 4 %}
 {# Keys begin at odd words, so that threads with a key each meet no bank twice. #}
 {%- set pitch = row_words + 1 - row_words % 2 %}
 struct Params {
+{{ runs.params() }}
     q_stride: u32,
-    row0: u32,
-    // Position of row 0 of the run, which is row `run0` of the pass.
-    start: u32,
-    run0: u32,
+    first: u32,
     window: u32,
-    ring: u32,
     ring_rows: u32,
     // Compressed rows: where they begin, tokens for one (0 without), most that are used.
     compressed: u32,
     ratio: u32,
     top_k: u32,
-    // First position that is among the pass's own rows.
+    // First position that is among the pass's own rows, where they are apart: of one session.
     fresh: u32,
     pieces: u32,
     scale: f32,
 }
 
 @group(0) @binding(0) var<storage, read> q: array<vec4<f32>>;
-@group(0) @binding(1) var<storage, read> session: array<u32>;
+@group(0) @binding(1) var<storage, read> tables: array<vec2<u32>>;
 @group(0) @binding(2) var<storage, read> fresh: array<u32>;
 @group(0) @binding(3) var<storage, read> chosen: array<u32>;
 @group(0) @binding(4) var<storage, read_write> partial: array<f32>;
+{{ runs.sessions(5, "read") }}
 var<immediate> p: Params;
 
 {% if not plain %}
@@ -47,37 +46,44 @@ var<workgroup> dots: array<f32, {{ 8 * together * 32 }}>;
 // [key, head].
 var<workgroup> weights: array<f32, {{ 32 * together }}>;
 
+{{ runs.of_rows() }}
 {{ functions.exponential() }}
 {{ rows.scales() }}
 {{ rows.fp8() }}
 {% if plain %}
-{{ rows.key_loader("session", plain, nope) }}
+{% for s in range(states) %}
+{{ rows.key_loader("session" ~ s, plain, nope) }}
+{% endfor %}
 {{ rows.key_loader("fresh", plain, nope) }}
 
 // Values 4v..4v+3 of key `k`.
-fn key(k: u32, v: u32) -> vec4<f32> {
+fn key(session: u32, k: u32, v: u32) -> vec4<f32> {
     let place = places[k];
     if (place & 0x80000000u) != 0u {
         return key_fresh(place & 0x7fffffffu, v);
     }
-    return key_session(place, v);
+    var value = vec4<f32>(0.0);
+{% call(memory) runs.with_session("session") %}
+    value = key_{{ memory }}(place, v);
+{% endcall %}
+    return value;
 }
 {% else %}
 {{ rows.key_loader("rows", plain, nope) }}
 
 // Values 4v..4v+3 of key `k`.
-fn key(k: u32, v: u32) -> vec4<f32> {
+fn key(session: u32, k: u32, v: u32) -> vec4<f32> {
     return key_rows(k * {{ pitch }}u, v);
 }
 {% endif %}
 
-fn place_of(number: u32, near: u32, position: u32, row: u32, listed: bool) -> u32 {
+fn place_of(run: Run, number: u32, near: u32, position: u32, row: u32, listed: bool) -> u32 {
     if number < near {
         let at = position + 1u - near + number;
         if at >= p.fresh {
             return 0x80000000u | ((at - p.fresh) * {{ row_words }}u);
         }
-        return p.ring + (at % p.ring_rows) * {{ row_words }}u;
+        return run.ring + (at % p.ring_rows) * {{ row_words }}u;
     }
     var which = number - near;
     if listed {
@@ -88,8 +94,9 @@ fn place_of(number: u32, near: u32, position: u32, row: u32, listed: bool) -> u3
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
-    let row = p.row0 + group.z;
-    let position = p.start + row - p.run0;
+    let row = p.first + group.z;
+    let run = run_of(row);
+    let position = position_of(run, row);
     let near = min(position + 1u, p.window);
     var far = 0u;
     var listed = false;
@@ -105,7 +112,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     let keys = min(32u, count - begin);
     if thread < 32u {
-        places[thread] = place_of(begin + min(thread, keys - 1u), near, position, row, listed);
+        places[thread] = place_of(run, begin + min(thread, keys - 1u), near, position, row, listed);
     }
     workgroupBarrier();
     let lane = thread & 31u;
@@ -113,13 +120,16 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% if not plain %}
     // Everything is asked for before anything is waited for, where no key is one of the pass's own rows.
     if position < p.fresh {
+{% call(session) runs.with_session("run.session") %}
 {% for n in range((32 * row_words + 255) // 256) %}
         let i{{ n }} = min(thread + {{ 256 * n }}u, {{ 32 * row_words - 1 }}u);
-        let word{{ n }} = session[places[i{{ n }} / {{ row_words }}u] + i{{ n }} % {{ row_words }}u];
+        let word{{ n }} = {{ session }}[places[i{{ n }} / {{ row_words }}u] + i{{ n }} % {{ row_words }}u];
 {% endfor %}
 {% for n in range((32 * row_words + 255) // 256) %}
         rows[i{{ n }} / {{ row_words }}u * {{ pitch }}u + i{{ n }} % {{ row_words }}u] = word{{ n }};
 {% endfor %}
+{% endcall %}
+{% if states == 1 %}
     } else {
         var i = thread;
         while i < {{ 32 * row_words }}u {
@@ -130,11 +140,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             if (place & 0x80000000u) != 0u {
                 word = fresh[from_];
             } else {
-                word = session[from_];
+                word = session0[from_];
             }
             rows[k * {{ pitch }}u + i - k * {{ row_words }}u] = word;
             i += 256u;
         }
+{% endif %}
     }
     workgroupBarrier();
 {% endif %}
@@ -146,7 +157,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var v = part * {{ (vecs + 7) // 8 }}u;
     let end = min(v + {{ (vecs + 7) // 8 }}u, {{ vecs }}u);
     while v < end {
-        let values = key(lane, v);
+        let values = key(run.session, lane, v);
 {% for h in range(together) %}
         dot{{ h }} = fma(q[q_at + {{ h * vecs }}u + v], values, dot{{ h }});
 {% endfor %}
@@ -203,7 +214,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% endfor %}
         var k = 0u;
         while k < keys {
-            let values = key(k, v);
+            let values = key(run.session, k, v);
 {% for h in range(together // 2) %}
             out{{ h }} = fma(vec4<f32>(weights[k * {{ together }}u + first + {{ h }}u]), values, out{{ h }});
 {% endfor %}

@@ -2,10 +2,10 @@
 
    head_dim, rope, heads. Workgroups: heads, rows. -#}
 {% import "functions.wgsl" as functions %}
+{% import "runs.wgsl" as runs %}
 struct Params {
-    row0: u32,
-    start: u32,
-    run0: u32,
+{{ runs.params() }}
+    first: u32,
     window: u32,
     ratio: u32,
     top_k: u32,
@@ -16,7 +16,7 @@ struct Params {
 }
 
 @group(0) @binding(0) var<storage, read> w: array<vec4<u32>>;
-@group(0) @binding(1) var<storage, read> tables: array<vec2<f32>>;
+@group(0) @binding(1) var<storage, read> tables: array<vec2<u32>>;
 @group(0) @binding(2) var<storage, read> partial: array<f32>;
 @group(0) @binding(3) var<storage, read_write> out: array<f32>;
 var<immediate> p: Params;
@@ -25,12 +25,13 @@ var<immediate> p: Params;
 var<workgroup> shares: array<f32, 256>;
 var<workgroup> sums: array<f32, 256>;
 
+{{ runs.of_rows() }}
 {{ functions.exponential() }}
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
-    let row = p.row0 + group.y;
-    let position = p.start + row - p.run0;
+    let row = p.first + group.y;
+    let position = position_of(run_of(row), row);
     var count = min(position + 1u, p.window);
     if p.ratio > 0u {
         count += min((position + 1u) / p.ratio, p.top_k);
@@ -84,7 +85,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     value = value / (sum + exp_of(sink - most));
     if thread >= {{ (head_dim - rope) // 2 }}u {
-        let turn = tables[p.rotations + row * {{ rope // 2 }}u + thread - {{ (head_dim - rope) // 2 }}u];
+        let turn = bitcast<vec2<f32>>(tables[p.rotations + row * {{ rope // 2 }}u + thread - {{ (head_dim - rope) // 2 }}u]);
         value = vec2<f32>(fma(value.x, turn.x, value.y * turn.y), fma(value.y, turn.x, -(value.x * turn.y)));
     }
     let to = (row * {{ heads }}u + group.x) * {{ head_dim }}u + 2u * thread;

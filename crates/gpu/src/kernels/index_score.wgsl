@@ -2,9 +2,11 @@
 
    index_heads, plain. Workgroups: keys / 32, rows. -#}
 {% import "rows.wgsl" as rows %}
+{% import "runs.wgsl" as runs %}
 {# Heads of each eighth of the threads. #}
 {%- set each = (index_heads + 7) // 8 %}
 struct Params {
+{{ runs.params() }}
     q_stride: u32,
     // First value of the indexer's query in a row.
     q: u32,
@@ -12,33 +14,32 @@ struct Params {
     p_stride: u32,
     weights: u32,
     scale: f32,
-    row0: u32,
-    start: u32,
-    run0: u32,
+    first: u32,
     ratio: u32,
-    // Where the rows begin in the session.
-    keys: u32,
     // Scores of a row.
     stride: u32,
 }
 
 @group(0) @binding(0) var<storage, read> q: array<vec4<f32>>;
 @group(0) @binding(1) var<storage, read> projected: array<f32>;
-@group(0) @binding(2) var<storage, read> session: array<u32>;
+@group(0) @binding(2) var<storage, read> tables: array<vec2<u32>>;
 @group(0) @binding(3) var<storage, read_write> scores: array<f32>;
+{{ runs.sessions(4, "read") }}
 var<immediate> p: Params;
 
 // One key a column: element e of key k at e * 33 + k.
 var<workgroup> keys: array<f32, {{ 128 * 33 }}>;
 var<workgroup> sums: array<f32, 256>;
 
+{{ runs.of_rows() }}
 {{ rows.scales() }}
 {{ rows.fp4() }}
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
-    let row = p.row0 + group.y;
-    let visible = (p.start + row - p.run0 + 1u) / p.ratio;
+    let row = p.first + group.y;
+    let run = run_of(row);
+    let visible = (position_of(run, row) + 1u) / p.ratio;
     let first = group.x * 32u;
     if first >= visible {
         return;
@@ -47,22 +48,24 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     {
         let k = thread >> 3u;
         let part = thread & 7u;
-        let key = p.keys + min(first + k, visible - 1u) * {{ row_words }}u;
+        let key = run.index + min(first + k, visible - 1u) * {{ row_words }}u;
+{% call(session) runs.with_session("run.session") %}
 {% if plain %}
         var i = 0u;
         while i < 16u {
-            keys[(part * 16u + i) * 33u + k] = bitcast<f32>(session[key + part * 16u + i]);
+            keys[(part * 16u + i) * 33u + k] = bitcast<f32>({{ session }}[key + part * 16u + i]);
             i += 1u;
         }
 {% else %}
-        let scale = scale_of((session[key + 16u] >> (8u * (part >> 1u))) & 255u);
-        let words = vec2<u32>(session[key + part * 2u], session[key + part * 2u + 1u]);
+        let scale = scale_of(({{ session }}[key + 16u] >> (8u * (part >> 1u))) & 255u);
+        let words = vec2<u32>({{ session }}[key + part * 2u], {{ session }}[key + part * 2u + 1u]);
         var i = 0u;
         while i < 16u {
             keys[(part * 16u + i) * 33u + k] = e2m1_value((words[i >> 3u] >> (4u * (i & 7u))) & 15u) * scale;
             i += 1u;
         }
 {% endif %}
+{% endcall %}
     }
     workgroupBarrier();
     // Thread: a key, and an eighth of the heads, four of them at a time with each of its values.

@@ -2,10 +2,10 @@
    score of the last that is chosen, then the rows above it and as many as are left of those equal to it are listed.
 
    Workgroups: 1, rows. -#}
+{% import "runs.wgsl" as runs %}
 struct Params {
-    row0: u32,
-    start: u32,
-    run0: u32,
+{{ runs.params() }}
+    first: u32,
     ratio: u32,
     top_k: u32,
     stride: u32,
@@ -14,6 +14,7 @@ struct Params {
 @group(0) @binding(0) var<storage, read> scores: array<f32>;
 @group(0) @binding(1) var<storage, read_write> chosen: array<u32>;
 @group(0) @binding(2) var<storage, read_write> flags: array<u32>;
+@group(0) @binding(3) var<storage, read> tables: array<vec2<u32>>;
 var<immediate> p: Params;
 
 var<workgroup> counts: array<atomic<u32>, 256>;
@@ -21,6 +22,7 @@ var<workgroup> above: array<u32, 256>;
 var<workgroup> equal: array<u32, 256>;
 var<workgroup> found: vec2<u32>;
 
+{{ runs.of_rows() }}
 // Bits that order as the scores do.
 fn order(score: f32) -> u32 {
     let bits = bitcast<u32>(score);
@@ -29,8 +31,8 @@ fn order(score: f32) -> u32 {
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
-    let row = p.row0 + group.y;
-    let visible = (p.start + row - p.run0 + 1u) / p.ratio;
+    let row = p.first + group.y;
+    let visible = (position_of(run_of(row), row) + 1u) / p.ratio;
     if visible <= p.top_k {
         return;
     }

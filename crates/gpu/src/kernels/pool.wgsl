@@ -1,41 +1,43 @@
 {# Compressed rows of windows that end in a pass (§2.5): Σ u · softmax(z) over a window (and where windows overlap the one
    before), one softmax a channel; normalised, rotated, rounded and stored.
 
-   ratio, dim (of the row), rope, plain; indexer: whether it is the indexer's. Workgroups: windows. -#}
+   ratio, dim (of the row), rope, plain; indexer: whether it is the indexer's. Workgroups: rows, of which those that end no
+   window return. -#}
 {% import "functions.wgsl" as functions %}
 {% import "rows.wgsl" as rows %}
+{% import "runs.wgsl" as runs %}
 {% set overlaps = ratio == 4 %}
 {% set width = 2 * dim if overlaps else dim %}
 {% set nope = dim - rope %}
 {% set block = 8 if ratio % 8 == 0 or overlaps else 1 %}
 struct Params {
+{{ runs.params() }}
     p_stride: u32,
     u: u32,
     ape: u32,
     norm: u32,
     epsilon: f32,
-    // The run's first row of the pass, and its position.
-    row0: u32,
-    start: u32,
-    // Ring of inputs: word in the session, rows.
+    // The first row of the pass that may end a window.
+    first: u32,
+    // Ring of inputs: words from the ring on, rows of it.
     inputs: u32,
     inputs_rows: u32,
-    // First window, and where rows begin in the session.
-    first: u32,
+    // Where rows begin in the session; for the indexer's the run says it.
     to: u32,
-    rotations: u32,
 }
 
 @group(0) @binding(0) var<storage, read> w: array<vec4<u32>>;
-@group(0) @binding(1) var<storage, read> tables: array<vec2<f32>>;
+@group(0) @binding(1) var<storage, read> tables: array<vec2<u32>>;
 @group(0) @binding(2) var<storage, read> projected: array<f32>;
-@group(0) @binding(3) var<storage, read_write> session: array<u32>;
+{{ runs.sessions(3, "read_write") }}
 var<immediate> p: Params;
 
 var<workgroup> sums: array<f32, 128>;
 var<workgroup> row: array<f32, {{ dim if dim > 128 else 128 }}>;
 var<workgroup> codes: array<u32, 128>;
 
+{{ runs.of_rows() }}
+{{ runs.keeper() }}
 {{ functions.exponential() }}
 {{ rows.scales() }}
 {{ rows.fp8() }}
@@ -59,31 +61,31 @@ fn sum_all(thread: u32, value: f32) -> f32 {
     return sums[0];
 }
 
+{% for s in range(states) %}
 // u and z of channel `i` of the token at `position`.
-fn input(position: u32, i: u32) -> vec2<f32> {
-    if position < p.start {
-        let at = p.inputs + (position % p.inputs_rows) * {{ 2 * width }}u + i;
-        return vec2<f32>(bitcast<f32>(session[at]), bitcast<f32>(session[at + {{ width }}u]));
+fn input{{ s }}(run: Run, position: u32, i: u32) -> vec2<f32> {
+    if position < run.start {
+        let at = run.ring + p.inputs + (position % p.inputs_rows) * {{ 2 * width }}u + i;
+        return vec2<f32>(bitcast<f32>(session{{ s }}[at]), bitcast<f32>(session{{ s }}[at + {{ width }}u]));
     }
-    let at = (p.row0 + position - p.start) * p.p_stride + p.u + i;
+    let at = (run.row0 + position - run.start) * p.p_stride + p.u + i;
     return vec2<f32>(projected[at], projected[at + {{ width }}u] + weight(p.ape, (position % {{ ratio }}u) * {{ width }}u + i));
 }
 
 // Slot `s` of channel `i` of the row of `window`.
-fn slot(window: u32, s: u32, i: u32) -> vec2<f32> {
+fn slot{{ s }}(run: Run, window: u32, s: u32, i: u32) -> vec2<f32> {
 {% if overlaps %}
     if s < 4u {
-        return input((window - 1u) * 4u + s, i);
+        return input{{ s }}(run, (window - 1u) * 4u + s, i);
     }
-    return input(window * 4u + s - 4u, {{ dim }}u + i);
+    return input{{ s }}(run, window * 4u + s - 4u, {{ dim }}u + i);
 {% else %}
-    return input(window * {{ ratio }}u + s, i);
+    return input{{ s }}(run, window * {{ ratio }}u + s, i);
 {% endif %}
 }
 
-@compute @workgroup_size(128)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
-    let window = p.first + group.x;
+// Channel `i` of the row of `window`.
+fn channel_session{{ s }}(run: Run, window: u32, i: u32) -> f32 {
 {% if overlaps %}
     let first = select(0u, 4u, window == 0u);
     let last = 8u;
@@ -91,38 +93,54 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let first = 0u;
     let last = {{ ratio }}u;
 {% endif %}
+    // A block of slots at a time, so that they come together; before the first window there is none.
+    var most = -3.4e38;
+    var s = 0u;
+    while s < last {
+{% for n in range(block) %}
+        let z{{ n }} = slot{{ s }}(run, window, max(s + {{ n }}u, first), i).y;
+{% endfor %}
+{% for n in range(block) %}
+        most = max(most, z{{ n }});
+{% endfor %}
+        s += {{ block }}u;
+    }
+    var sum = 0.0;
+    var value = 0.0;
+    s = 0u;
+    while s < last {
+{% for n in range(block) %}
+        let one{{ n }} = slot{{ s }}(run, window, max(s + {{ n }}u, first), i);
+{% endfor %}
+{% for n in range(block) %}
+        if s + {{ n }}u >= first {
+            let share = exp_of(one{{ n }}.y - most);
+            value = fma(share, one{{ n }}.x, value);
+            sum += share;
+        }
+{% endfor %}
+        s += {{ block }}u;
+    }
+    return value / sum;
+}
+
+{% endfor %}
+@compute @workgroup_size(128)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+    let r = p.first + group.x;
+    let run = run_of(r);
+    let end = position_of(run, r) + 1u;
+    if end % {{ ratio }}u != 0u {
+        return;
+    }
+    let window = end / {{ ratio }}u - 1u;
     var square = 0.0;
     var i = thread;
     while i < {{ dim }}u {
-        // A block of slots at a time, so that they come together; before the first window there is none.
-        var most = -3.4e38;
-        var s = 0u;
-        while s < last {
-{% for n in range(block) %}
-            let z{{ n }} = slot(window, max(s + {{ n }}u, first), i).y;
-{% endfor %}
-{% for n in range(block) %}
-            most = max(most, z{{ n }});
-{% endfor %}
-            s += {{ block }}u;
-        }
-        var sum = 0.0;
         var value = 0.0;
-        s = 0u;
-        while s < last {
-{% for n in range(block) %}
-            let one{{ n }} = slot(window, max(s + {{ n }}u, first), i);
-{% endfor %}
-{% for n in range(block) %}
-            if s + {{ n }}u >= first {
-                let share = exp_of(one{{ n }}.y - most);
-                value = fma(share, one{{ n }}.x, value);
-                sum += share;
-            }
-{% endfor %}
-            s += {{ block }}u;
-        }
-        value = value / sum;
+{% call(session) runs.with_session("run.session") %}
+        value = channel_{{ session }}(run, window, i);
+{% endcall %}
         row[i] = value;
         square = fma(value, value, square);
         i += 128u;
@@ -136,17 +154,18 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     workgroupBarrier();
     if thread < {{ rope // 2 }}u {
         let i = {{ nope }}u + 2u * thread;
-        let turn = tables[p.rotations + group.x * {{ rope // 2 }}u + thread];
+        let number = window - run.start / {{ ratio }}u;
+        let turn = bitcast<vec2<f32>>(tables[run.windows + number * {{ rope // 2 }}u + thread]);
         let v = vec2<f32>(row[i], row[i + 1u]);
         row[i] = fma(v.x, turn.x, -(v.y * turn.y));
         row[i + 1u] = fma(v.x, turn.y, v.y * turn.x);
     }
     workgroupBarrier();
-    let to = p.to + window * {{ row_words }}u;
+    let to = {{ "run.index" if indexer else "p.to" }} + window * {{ row_words }}u;
 {% if plain %}
     i = thread;
     while i < {{ dim }}u {
-        session[to + i] = bitcast<u32>(row[i]);
+        keep(run.session, to + i, bitcast<u32>(row[i]));
         i += 128u;
     }
 {% elif indexer %}
@@ -179,10 +198,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             word |= (codes[thread * 8u + i] & 15u) << (4u * i);
             i += 1u;
         }
-        session[to + thread] = word;
+        keep(run.session, to + thread, word);
     }
     if thread == 16u {
-        session[to + 16u] = (codes[0] >> 8u) | ((codes[32] >> 8u) << 8u) | ((codes[64] >> 8u) << 16u) | ((codes[96] >> 8u) << 24u);
+        keep(run.session, to + 16u, (codes[0] >> 8u) | ((codes[32] >> 8u) << 8u) | ((codes[64] >> 8u) << 16u) | ((codes[96] >> 8u) << 24u));
     }
 {% else %}
     let inside = thread < {{ dim // 4 }}u;
@@ -209,11 +228,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         if scale_byte != 255u {
             word = e4m3_code(value.x * by) | (e4m3_code(value.y * by) << 8u) | (e4m3_code(value.z * by) << 16u) | (e4m3_code(value.w * by) << 24u);
         }
-        session[to + thread] = word;
+        keep(run.session, to + thread, word);
     } else if inside {
         let at = to + {{ nope // 4 + ((nope // 64 + 7) // 8) * 2 }}u + 2u * (thread - {{ nope // 4 }}u);
-        session[at] = bf16_code(value.x) | (bf16_code(value.y) << 16u);
-        session[at + 1u] = bf16_code(value.z) | (bf16_code(value.w) << 16u);
+        keep(run.session, at, bf16_code(value.x) | (bf16_code(value.y) << 16u));
+        keep(run.session, at + 1u, bf16_code(value.z) | (bf16_code(value.w) << 16u));
     }
     if thread < {{ ((nope // 64 + 7) // 8) * 2 }}u {
         var word = 0u;
@@ -225,7 +244,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             }
             i += 1u;
         }
-        session[to + {{ nope // 4 }}u + thread] = word;
+        keep(run.session, to + {{ nope // 4 }}u + thread, word);
     }
 {% endif %}
 }

@@ -5,8 +5,10 @@
    head_dim, rope, plain; heads, index_heads (0 without an indexer); norms: where keys' norm is. Workgroups: heads + 1 +
    index_heads + compressors, rows. -#}
 {% import "rows.wgsl" as rows %}
+{% import "runs.wgsl" as runs %}
 {% set nope = head_dim - rope %}
 struct Params {
+{{ runs.params() }}
     // Of a row: values of queries (and the indexer's after them), and of other projections.
     q_stride: u32,
     p_stride: u32,
@@ -14,18 +16,15 @@ struct Params {
     kv: u32,
     norm: u32,
     epsilon: f32,
-    // Rows of the run: the first of the pass, and how many.
-    row0: u32,
+    // The first row of the pass that is settled, and how many are.
+    first: u32,
     count: u32,
-    // Position of the first.
-    start: u32,
-    // Where rows go: word of the ring in the session, rows of it, words of a row; as many of the last rows as are kept.
-    ring: u32,
+    // Rows of the ring that rows go to, and as many of the last rows as are kept.
     ring_rows: u32,
     kept: u32,
     // Whether rows also go to the pass's own.
     fresh: u32,
-    // Word of the ring of compressors' inputs in the session, rows of it.
+    // Rings of compressors' inputs: words from the ring on, rows of it.
     inputs: u32,
     inputs_rows: u32,
     inputs_kept: u32,
@@ -42,17 +41,19 @@ struct Params {
 }
 
 @group(0) @binding(0) var<storage, read> w: array<vec4<u32>>;
-@group(0) @binding(1) var<storage, read> tables: array<vec2<f32>>;
+@group(0) @binding(1) var<storage, read> tables: array<vec2<u32>>;
 @group(0) @binding(2) var<storage, read> projected: array<f32>;
 @group(0) @binding(3) var<storage, read_write> q: array<f32>;
-@group(0) @binding(4) var<storage, read_write> session: array<u32>;
-@group(0) @binding(5) var<storage, read_write> fresh: array<u32>;
+@group(0) @binding(4) var<storage, read_write> fresh: array<u32>;
+{{ runs.sessions(5, "read_write") }}
 var<immediate> p: Params;
 
 var<workgroup> sums: array<f32, 128>;
 var<workgroup> row: array<f32, {{ head_dim if head_dim > 128 else 128 }}>;
 var<workgroup> codes: array<u32, 128>;
 
+{{ runs.of_rows() }}
+{{ runs.keeper() }}
 {{ rows.scales() }}
 {% if not plain %}
 {{ rows.fp8() }}
@@ -79,7 +80,7 @@ fn sum_all(thread: u32, value: f32) -> f32 {
 
 // Rotates a pair, the `pair`th of its row's position.
 fn rotated(v: vec2<f32>, at: u32) -> vec2<f32> {
-    let turn = tables[at];
+    let turn = bitcast<vec2<f32>>(tables[at]);
     return vec2<f32>(fma(v.x, turn.x, -(v.y * turn.y)), fma(v.x, turn.y, v.y * turn.x));
 }
 
@@ -95,8 +96,9 @@ fn rotated_tail(value: vec4<f32>, v: u32, dim: u32, r: u32) -> vec4<f32> {
 
 @compute @workgroup_size(128)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
-    let r = p.row0 + group.y;
-    let position = p.start + group.y;
+    let r = p.first + group.y;
+    let run = run_of(r);
+    let position = position_of(run, r);
     let left = p.count - group.y;
     if group.x < {{ heads }}u {
         // A head of the query.
@@ -132,14 +134,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
         let words = {{ row_words }}u;
         let to_ring = left <= p.kept;
-        let ring_at = p.ring + (position % p.ring_rows) * words;
+        let ring_at = run.ring + (position % p.ring_rows) * words;
         let fresh_at = group.y * words;
 {% if plain %}
         if inside {
             let bits = bitcast<vec4<u32>>(value);
 {% for i in range(4) %}
             if to_ring {
-                session[ring_at + 4u * thread + {{ i }}u] = bits.{{ "xyzw"[i] }};
+                keep(run.session, ring_at + 4u * thread + {{ i }}u, bits.{{ "xyzw"[i] }});
             }
             if p.fresh != 0u {
                 fresh[fresh_at + 4u * thread + {{ i }}u] = bits.{{ "xyzw"[i] }};
@@ -167,11 +169,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             if scale_byte != 255u {
                 word = e4m3_code(value.x * by) | (e4m3_code(value.y * by) << 8u) | (e4m3_code(value.z * by) << 16u) | (e4m3_code(value.w * by) << 24u);
             }
-            put(to_ring, ring_at, fresh_at, thread, word);
+            put(run.session, to_ring, ring_at, fresh_at, thread, word);
         } else if inside {
             let at = {{ nope // 4 + ((nope // 64 + 7) // 8) * 2 }}u + 2u * (thread - {{ nope // 4 }}u);
-            put(to_ring, ring_at, fresh_at, at, bf16_code(value.x) | (bf16_code(value.y) << 16u));
-            put(to_ring, ring_at, fresh_at, at + 1u, bf16_code(value.z) | (bf16_code(value.w) << 16u));
+            put(run.session, to_ring, ring_at, fresh_at, at, bf16_code(value.x) | (bf16_code(value.y) << 16u));
+            put(run.session, to_ring, ring_at, fresh_at, at + 1u, bf16_code(value.z) | (bf16_code(value.w) << 16u));
         }
         if thread < {{ ((nope // 64 + 7) // 8) * 2 }}u {
             var word = 0u;
@@ -183,7 +185,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 }
                 i += 1u;
             }
-            put(to_ring, ring_at, fresh_at, {{ nope // 4 }}u + thread, word);
+            put(run.session, to_ring, ring_at, fresh_at, {{ nope // 4 }}u + thread, word);
         }
 {% endif %}
         return;
@@ -193,12 +195,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         // What the compressor's rows are made of: u, and z with its position.
         if left <= p.inputs_kept {
             let from_ = r * p.p_stride + p.u;
-            let to = p.inputs + (position % p.inputs_rows) * {{ 2 * width }}u;
+            let to = run.ring + p.inputs + (position % p.inputs_rows) * {{ 2 * width }}u;
             let ape = (position % {{ ratio }}u) * {{ width }}u;
             var i = thread;
             while i < {{ width }}u {
-                session[to + i] = bitcast<u32>(projected[from_ + i]);
-                session[to + {{ width }}u + i] = bitcast<u32>(projected[from_ + {{ width }}u + i] + weight(p.ape, ape + i));
+                keep(run.session, to + i, bitcast<u32>(projected[from_ + i]));
+                keep(run.session, to + {{ width }}u + i, bitcast<u32>(projected[from_ + {{ width }}u + i] + weight(p.ape, ape + i)));
                 i += 128u;
             }
         }
@@ -209,12 +211,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if group.x == {{ heads + 2 }}u {
         if left <= p.index_inputs_kept {
             let from_ = r * p.p_stride + p.index_u;
-            let to = p.index_inputs + (position % p.index_inputs_rows) * 512u;
+            let to = run.ring + p.index_inputs + (position % p.index_inputs_rows) * 512u;
             let ape = (position % {{ ratio }}u) * 256u;
             var i = thread;
             while i < 256u {
-                session[to + i] = bitcast<u32>(projected[from_ + i]);
-                session[to + 256u + i] = bitcast<u32>(projected[from_ + 256u + i] + weight(p.index_ape, ape + i));
+                keep(run.session, to + i, bitcast<u32>(projected[from_ + i]));
+                keep(run.session, to + 256u + i, bitcast<u32>(projected[from_ + 256u + i] + weight(p.index_ape, ape + i)));
                 i += 128u;
             }
         }
@@ -250,9 +252,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 }
 {% if not plain %}
 
-fn put(to_ring: bool, ring_at: u32, fresh_at: u32, i: u32, word: u32) {
+fn put(session: u32, to_ring: bool, ring_at: u32, fresh_at: u32, i: u32, word: u32) {
     if to_ring {
-        session[ring_at + i] = word;
+        keep(session, ring_at + i, word);
     }
     if p.fresh != 0u {
         fresh[fresh_at + i] = word;
