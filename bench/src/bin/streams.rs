@@ -21,7 +21,7 @@ use infall::device::{Chosen, Device};
 use infall::load::ModelFile;
 use infall::placement::Work;
 use model::Cancel;
-use session::{Context, Session, read_together};
+use session::{Context, Sampler, Sampling, Session, read_together};
 
 /// What decoding several sessions in one pass gains.
 #[derive(Parser)]
@@ -113,7 +113,7 @@ fn measure<D: Device>(backend: &D, streams: usize, arguments: &Arguments, contex
     let mut pass = |sessions: &mut [Session<D>]| -> Result<()> {
         let mut parts: Vec<_> = sessions.iter_mut().zip(&next).map(|(session, next)| (session, &next[..])).collect();
         let logits = read_together(backend, &mut parts, &Cancel::default())?;
-        next = logits.iter().map(|logits| [likeliest(logits)]).collect();
+        next = logits.chunks_exact(config.vocab_size).map(|logits| [likeliest(logits)]).collect();
         Ok(())
     };
     let warm = arguments.tokens / 3;
@@ -134,6 +134,6 @@ fn measure<D: Device>(backend: &D, streams: usize, arguments: &Arguments, contex
 }
 
 fn likeliest(logits: &[f32]) -> u32 {
-    let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
-    best.map_or(0, |(token, _)| token as u32)
+    let greedy = Sampling { temperature: 0.0, ..Sampling::default() };
+    Sampler::new(greedy, 0).and_then(|mut sampler| sampler.sample(logits)).expect("there are finite logits")
 }

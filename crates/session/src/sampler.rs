@@ -332,7 +332,16 @@ fn finite(logits: &[f32]) -> impl Iterator<Item = (u32, f32)> {
 
 /// The token of the largest finite logit, the first of equals.
 fn argmax(logits: &[f32]) -> Option<u32> {
-    finite(logits).reduce(|best, next| if next.1 > best.1 { next } else { best }).map(|(token, _)| token)
+    // So many at a time as registers hold: every token of every session waits for this.
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let (whole, rest) = logits.as_chunks::<16>();
+    let larger = |most: f32, logit: f32| if logit.is_finite() && logit > most { logit } else { most };
+    for chunk in whole {
+        lanes.iter_mut().zip(chunk).for_each(|(most, &logit)| *most = larger(*most, logit));
+    }
+    let most = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |most, &logit| larger(most, logit));
+    let first = logits.iter().position(|&logit| logit == most)?;
+    most.is_finite().then_some(first as u32)
 }
 
 /// The `count` tokens of the largest finite logits, largest first, equals by token.
@@ -386,5 +395,28 @@ impl Logprobs {
         let logprob = |logit: f32| f64::from(logit) - normalizer;
         let top = likeliest(logits, top).into_iter().map(|(token, logit)| (token, logprob(logit))).collect();
         Logprobs { chosen: logprob(logits[chosen as usize]), top }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn the_largest_finite_logit_is_found_as_one_by_one(
+            logits in prop::collection::vec(
+                prop_oneof![
+                    3 => -3.0_f32..3.0,
+                    2 => prop::sample::select(vec![0.0, -0.0, 2.5, f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MIN]),
+                ],
+                0..100,
+            )
+        ) {
+            let first = finite(&logits).reduce(|best, next| if next.1 > best.1 { next } else { best });
+            prop_assert_eq!(argmax(&logits), first.map(|(token, _)| token));
+        }
     }
 }

@@ -252,8 +252,8 @@ impl<B: Backend> Slice<'_, B> {
     }
 }
 
-/// Reads the tokens of several sessions in one pass, each at least one, and returns the logits `[vocab]` after the last token of
-/// each. What experts they choose is read once.
+/// Reads the tokens of several sessions in one pass, each at least one, and returns the logits `[sessions, vocab]` after the last
+/// token of each. What experts they choose is read once.
 ///
 /// # Errors
 /// As [`Session::prefill`]; no session has changed then.
@@ -261,7 +261,7 @@ pub fn read_together<B: Backend>(
     backend: &B,
     parts: &mut [(&mut Session<B>, &[u32])],
     cancel: &Cancel,
-) -> Result<Vec<Vec<f32>>, Error> {
+) -> Result<Vec<f32>, Error> {
     for (session, tokens) in parts.iter() {
         session.context.check(session.tokens.len(), tokens.len())?;
     }
@@ -274,8 +274,7 @@ pub fn read_together<B: Backend>(
     for (session, tokens) in parts {
         session.tokens.extend_from_slice(tokens);
     }
-    let vocab_size = backend.config().vocab_size;
-    Ok(backend.read_logits(logits)?.chunks_exact(vocab_size).map(<[f32]>::to_vec).collect())
+    Ok(backend.read_logits(logits)?)
 }
 
 /// Rows of the pass at `position` when `left` tokens are to be read: it ends at the next multiple of `chunk_tokens`, or

@@ -1,5 +1,6 @@
 //! The loop: what is computed next, for whom.
 
+use std::borrow::Cow;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::mpsc::TryRecvError;
@@ -302,10 +303,14 @@ where
         // What others wait for is not thrown away because one of them has gone.
         let shared = Cancel::default();
         let cancel = if let [cancel] = &cancels[..] { cancel } else { &shared };
-        let results = match read_together(self.backend, &mut parts, cancel) {
-            Ok(logits) => logits.into_iter().map(Ok).collect(),
+        let all;
+        let results: Vec<Result<Cow<'_, [f32]>, Error>> = match read_together(self.backend, &mut parts, cancel) {
+            Ok(logits) => {
+                all = logits;
+                all.chunks_exact(self.backend.config().vocab_size).map(|logits| Ok(logits.into())).collect()
+            }
             Err(error) if parts.len() == 1 => vec![Err(error)],
-            Err(_) => parts.iter_mut().map(|part| alone(self.backend, part, &shared)).collect::<Vec<_>>(),
+            Err(_) => parts.iter_mut().map(|part| alone(self.backend, part, &shared).map(Cow::Owned)).collect(),
         };
         for (id, result) in ids.iter().zip(results) {
             match result {
@@ -503,7 +508,7 @@ where
 /// A pass for one of those whose shared pass failed.
 fn alone<B: Backend>(backend: &B, part: &mut (&mut Session<B>, &[u32]), cancel: &Cancel) -> Result<Vec<f32>, Error> {
     let mut part = [(&mut *part.0, part.1)];
-    Ok(read_together(backend, &mut part, cancel)?.remove(0))
+    read_together(backend, &mut part, cancel)
 }
 
 /// Tells requests that never left the queue that they will not.
