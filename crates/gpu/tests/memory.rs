@@ -49,7 +49,8 @@ fn what_is_told_is_what_is_held() {
     let (model, source) = open("tiny-iq2");
     let report = software();
     for precision in [Precision::Fast, Precision::Exact] {
-        let (rows, tokens) = (64, 128);
+        // Up to a checkpoint; in Exact, whose every row takes a processor long, fewer.
+        let (rows, tokens) = if precision == Precision::Fast { (64, 128) } else { (16, 32) };
         let told = told(&model, precision, Room { rows, wanted_rows: 1, end_tokens: tokens + 1 }, &report);
         let slabs = Slabs::plan(&told.slots, model.config.experts, told.experts / 4, report.binding_bytes).unwrap();
         let slot_bytes = slabs.bytes();
@@ -86,8 +87,8 @@ fn decoding_takes_no_more_memory_the_longer_it_goes_on() {
         backend.allocated_bytes().expect("Vulkan counts")[0]
     };
     let early = decode(0..10);
-    let late = decode(10..60);
-    assert!(late < early + 8 * 4 * model.config.vocab_size as u64, "{early} bytes after 10 tokens, {late} after 60");
+    let late = decode(10..40);
+    assert!(late < early + 8 * 4 * model.config.vocab_size as u64, "{early} bytes after 10 tokens, {late} after 40");
 }
 
 #[test]

@@ -8,8 +8,14 @@ use gpu::{Checks, GpuBackend, GpuPass, Options, Placement, Slabs};
 use model::{Backend, Cancel, Error, Model, Observer, Precision, Stage, forward};
 use store::{ExpertExtents, Residency};
 
-/// More rows than a ring has room for, a few, and single tokens.
-const PASSES: [usize; 4] = [66, 5, 1, 1];
+/// Rows of each pass. In Fast more than a ring has room for, a few, and single tokens; in Exact, whose every row takes a
+/// processor long and which has no kernels for many rows, a few more than share weights in place of the first.
+fn passes(precision: Precision) -> [usize; 4] {
+    match precision {
+        Precision::Fast => [66, 5, 1, 1],
+        Precision::Exact => [12, 5, 1, 1],
+    }
+}
 
 /// Which kernels a pass ran, by the names under which their time is taken.
 #[derive(Default)]
@@ -44,7 +50,7 @@ enum Groups {
 /// in `groups`.
 fn read(backend: &GpuBackend, precision: Precision, groups: Groups, tokens: &[u32]) -> Vec<f32> {
     let (mut state, mut logits) = (backend.new_state().unwrap(), Vec::new());
-    for count in PASSES {
+    for count in passes(precision) {
         let at = backend.position(&state);
         let (mut stages, batch) = (Stages::default(), rows(0, at, &tokens[at..][..count]));
         logits.extend(forward(backend, batch, &mut [&mut state], &Cancel::default(), &mut stages).unwrap());
@@ -96,8 +102,8 @@ fn smallest_tier(model: &Model) -> Residency {
 /// Some numbers of slots in both precisions, from host memory and from the file.
 fn streaming_changes_no_bit(name: &str, wanted: &[Slots]) {
     let (model, _) = open(name);
-    let (tokens, vocab) = (tokens(name, PASSES.iter().sum()), model.config.vocab_size);
     for precision in PRECISIONS {
+        let (tokens, vocab) = (tokens(name, passes(precision).iter().sum()), model.config.vocab_size);
         let resident = on_gpu(name, in_precision(precision));
         let expected = read(&resident, precision, Groups::One, &tokens);
         assert_eq!(
@@ -156,7 +162,7 @@ fn checks_change_no_bit() {
     let cases = [("tiny-iq2", Exact, true), ("tiny-iq2", Fast, true), ("tiny-q4", Exact, false), ("nano", Fast, false)];
     for (name, precision, is_streamed) in cases {
         let (model, _) = open(name);
-        let tokens = tokens(name, PASSES.iter().sum());
+        let tokens = tokens(name, passes(precision).iter().sum());
         let streamed = Placement::Streamed { slabs: slabs(&model, Slots::Quarter), host: Residency::Resident };
         let placement = if is_streamed { streamed } else { Placement::Resident };
         let unchecked = checked_on_gpu(name, Checks::Off, Options { placement, ..in_precision(precision) });

@@ -10,7 +10,7 @@ use std::time::Duration;
 use gguf::{Gguf, TensorInfo, TensorType, Value, Writer};
 
 /// No command of these tests may take longer.
-const TIME_LIMIT: Duration = Duration::from_secs(60);
+const TIME_LIMIT: Duration = Duration::from_secs(120);
 
 /// A small random model that `scripts/test-data` makes.
 pub fn tiny(name: &str) -> PathBuf {
