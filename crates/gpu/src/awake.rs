@@ -3,7 +3,7 @@
 //! A driver lowers the clock of a device that is idle most of the time, and a device that waits for weights in every layer is:
 //! an H200 went down to 555 of its 1,980 MHz, and everything it then computed took two to three times as long (docs/performance.md).
 //! So what it is given to do while the host copies what misses is a kernel that computes nothing of use, on one of its many
-//! processors, for a third of the time or so that the copies take. No result comes near it.
+//! processors, for a third of the time or so that reading and copying take. No result comes near it.
 
 use std::sync::Arc;
 

@@ -387,12 +387,8 @@ impl GpuExperts {
         let Some(mut wanted) = leases.0 else { return kernels(commands, true) };
         let mut is_first = true;
         loop {
-            if let Some(awake) = wanted.tiers.awake.as_ref().filter(|_| !wanted.group.missing.is_empty()) {
-                let miss_bytes = wanted.group.missing.len() as u64 * self.layouts[wanted.layer].slot_bytes();
-                awake.stay(commands, miss_bytes);
-            }
             // On a thread of those that copy: it takes part, and need not be told by others that they are done.
-            rayon::scope(|_| self.fill(&mut wanted.group, uploader, cancel))?;
+            rayon::scope(|_| self.fill(&mut wanted.group, uploader, commands, cancel))?;
             let mut table = vec![NONE; self.experts];
             let first = wanted.tiers.first_slot[self.slab_of_layer[wanted.layer]];
             for &(expert, slot) in &wanted.group.leased {
@@ -411,11 +407,27 @@ impl GpuExperts {
     }
 
     /// Copies the experts of a group that miss to their slots, as they come.
-    fn fill(&self, group: &mut Group<'_>, uploader: &Uploader, cancel: &Cancel) -> Result<(), Error> {
+    fn fill(
+        &self,
+        group: &mut Group<'_>,
+        uploader: &Uploader,
+        commands: &mut Commands,
+        cancel: &Cancel,
+    ) -> Result<(), Error> {
         let (layer, tiers) = (group.layer, group.tiers);
         let (layout, slab) = (&self.layouts[layer], self.slab_of_layer[layer]);
+        let mut stay_awake = |experts: usize| {
+            if let Some(awake) = &tiers.awake {
+                awake.stay(commands, experts as u64 * layout.slot_bytes());
+            }
+        };
+        // While they are read, and while they are copied.
+        if !group.missing.is_empty() {
+            stay_awake(group.missing.len());
+        }
         while !group.missing.is_empty() {
             let leases = group.host.all_ready(cancel)?;
+            stay_awake(leases.len());
             let rows = leases.iter().flat_map(|lease| {
                 let slot = group.missing[&lease.expert()] - tiers.first_slot[slab];
                 let parts = [0, 1, 2].map(|part| FileRows::Here(lease.part(part)));
