@@ -13,8 +13,8 @@ use crate::GpuError;
 use crate::device::Device;
 use crate::kernel::{Buffer, Commands, Kernel, Kernels};
 
-/// Rounds of the kernel for each MiB that misses: at 2 GHz, and some 13 cycles each, 13 us, where copying takes 40.
-const ROUNDS_PER_MIB: u64 = 2000;
+/// Rounds of the kernel for each MiB that misses: at 2 GHz, and some 13 cycles each, 10 us, where reading takes 25 and copying 40.
+const ROUNDS_PER_MIB: u64 = 1500;
 
 /// Rounds at most: 2 ms or so.
 const MOST_ROUNDS: u64 = 300_000;

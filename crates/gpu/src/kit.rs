@@ -16,9 +16,8 @@ use crate::self_check::Cooperative;
 use crate::together::{MOST_TOGETHER, bound_sessions};
 use crate::weights::{HeadWeights, LayerWeights};
 
-/// Outputs of each 32 lanes of `experts_up`, of gate and of up, and of `experts_down`: of one row, and of several, which are
-/// enough work for the whole device.
-const LANE_OUTPUTS: [[usize; 2]; 2] = [[2, 4], [4, 8]];
+/// Outputs of each 32 lanes of `experts_up`, of gate and of up, and of `experts_down`.
+pub(crate) const LANE_OUTPUTS: [usize; 2] = [2, 4];
 
 /// Formats of the matrices, rows together, outputs of each 32 lanes, and whether inputs are normalised.
 type MatvecKey = (Vec<Format>, usize, usize, bool);
@@ -113,16 +112,10 @@ impl SessionKit {
 /// Kernels that differ between layers.
 pub(crate) struct LayerKit {
     pub(crate) route: Arc<Kernel>,
-    /// Of one row, and of several.
-    pub(crate) experts: [ExpertKit; 2],
-}
-
-/// Kernels of a few rows' experts.
-pub(crate) struct ExpertKit {
     pub(crate) up: Arc<Kernel>,
+    /// The same for inputs that were made into digits before, in `Fast`.
+    pub(crate) up_of_several: Arc<Kernel>,
     pub(crate) down: Arc<Kernel>,
-    /// Outputs of a workgroup of each.
-    pub(crate) outputs: [usize; 2],
 }
 
 /// What the adapter's driver computes rightly, of what is used where it does.
@@ -166,22 +159,17 @@ impl Kit {
         let layer = |(weights, experts): (&LayerWeights, &ExpertLayout)| {
             let [gate, up, down] = experts.formats.map(Format::name);
             let shared_down = weights.shared_down.jobs[0].matrix.format.name();
-            let used = config.experts_used;
+            let (used, outputs) = (config.experts_used, LANE_OUTPUTS[0]);
             let makes = digits && experts.formats[2].has_integers();
-            let of_rows = |several: bool| {
-                // Of several rows digits are made before, in `Fast`.
-                let [outputs, of_down] = LANE_OUTPUTS[usize::from(several && digits)];
-                let made = several && digits;
-                let down = context! { down, shared_down, used, digits, made => makes, outputs => of_down };
-                Ok::<_, GpuError>(ExpertKit {
-                    up: get("experts_up", context! { gate, up, used, digits, made, makes, outputs })?,
-                    down: get("experts_down", down)?,
-                    outputs: [8 * outputs, 8 * of_down],
-                })
-            };
+            let up_of = |made: bool| get("experts_up", context! { gate, up, used, digits, made, makes, outputs });
             Ok(LayerKit {
                 route: get("route", context! { experts => config.experts, used, hashed => weights.hashed })?,
-                experts: [of_rows(false)?, of_rows(true)?],
+                up: up_of(false)?,
+                up_of_several: up_of(digits)?,
+                down: get(
+                    "experts_down",
+                    context! { down, shared_down, used, digits, made => makes, outputs => LANE_OUTPUTS[1] },
+                )?,
             })
         };
         let many = AttendMany::of(config, layout).map(|many| AttendMany { coop: cooperative.attention, ..many });

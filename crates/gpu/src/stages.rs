@@ -8,6 +8,7 @@ use crate::experts::{GpuLeases, Selection};
 use crate::format::Format;
 use crate::jobs::{Jobs, Matrix};
 use crate::kernel::{Buffer, Commands};
+use crate::kit::LANE_OUTPUTS;
 use crate::matmul::{Experts, Groups, Halves};
 use crate::pass::{Activations, FEW_ROWS, GpuPass, ManyActivations, Pending, Shapes, windows};
 use crate::state::{GpuState, SMALL_PASS};
@@ -47,6 +48,9 @@ impl Word for f32 {
         self.to_bits()
     }
 }
+
+/// Outputs of a workgroup of `experts_up` and of `experts_down`.
+const EXPERT_OUTPUTS: [usize; 2] = [8 * LANE_OUTPUTS[0], 8 * LANE_OUTPUTS[1]];
 
 /// Values of a workgroup of the kernel `finite`.
 const FINITE_VALUES: usize = 4096;
@@ -521,7 +525,6 @@ impl GpuBackend {
             return self.experts_of_many(layer, leases, cancel, rows, on, many, commands);
         }
         let down = weights.shared_down.jobs[0].matrix;
-        let kit = &self.kit.layers[layer].experts[usize::from(rows > 1)];
         // The router's products had the same inputs.
         let made = self.by_digits(rows, &layout.formats[..2]);
         if made && !self.by_digits(rows, &weights.route.formats()) {
@@ -552,11 +555,12 @@ impl GpuBackend {
             if has_book(&layout.formats[..2]) {
                 buffers.push(self.code_book.all());
             }
+            let kit = &self.kit.layers[layer];
             if made {
                 buffers.push(on.digits.all());
             }
-            let groups = [c.expert_width.div_ceil(kit.outputs[0]) as u32, choices as u32, 1];
-            commands.run(&kit.up, &buffers, &params, groups);
+            let groups = [c.expert_width.div_ceil(EXPERT_OUTPUTS[0]) as u32, choices as u32, 1];
+            commands.run(if made { &kit.up_of_several } else { &kit.up }, &buffers, &params, groups);
             commands.stage("experts down");
             let params = params![
                 layout.slot,
@@ -583,8 +587,8 @@ impl GpuBackend {
                 buffers.push(self.code_book.all());
             }
             let shared = if is_first { rows } else { 0 };
-            let groups = [c.d_model.div_ceil(kit.outputs[1]) as u32, (choices + shared) as u32, 1];
-            commands.run(&kit.down, &buffers, &params, groups);
+            let groups = [c.d_model.div_ceil(EXPERT_OUTPUTS[1]) as u32, (choices + shared) as u32, 1];
+            commands.run(&self.kit.layers[layer].down, &buffers, &params, groups);
             Ok(())
         })
     }

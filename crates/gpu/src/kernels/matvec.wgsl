@@ -9,13 +9,13 @@
 {%- set tile = 128 // rows if rows < 4 else 32 %}
 {% set has_digits = digits and types | reject("in", weights.unscaled) | list and rows > 1 %}
 {% set at_once = [rows, 4] | min %}
-{# Of integers, half of the lanes take rows 0 to 3 of eight and half the others, of twice the outputs: so an input that was read
-   serves more outputs, and fewer registers hold more. Floats come in workgroup memory, for all rows. #}
-{% set floats = types | select("in", weights.unscaled) | list %}
-{% set parts = 2 if rows == 8 and has_digits else 1 %}
+{# Where all are integers, half of the lanes take rows 0 to 3 of eight and half the others, of twice the outputs: so an input that
+   was read serves more outputs, and fewer registers hold more. #}
+{% set has_floats = types | select("in", weights.unscaled) | list %}
+{% set parts = 2 if rows == 8 and digits and not has_floats else 1 %}
 {% set lane_rows = rows // parts %}
 {% set lane_outputs = outputs * parts %}
-{% set together = outputs if rows == 1 else 4 if parts == 2 and not floats else 4 // at_once %}
+{% set together = outputs if rows == 1 else 4 if parts == 2 else 4 // at_once %}
 {% set values = 8 * together * at_once %}
 
 struct Params {
@@ -99,26 +99,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% endfor %}
 {% for type in types %}
     {% if not loop.first %}else {% endif %}{% if not loop.last %}if ty == {{ type_ids[type] }}u {% endif %}{
-{% if parts == 2 and type in weights.unscaled %}
-        let first = (thread >> 5u) * {{ outputs }}u;
-{% set of = namespace(list=[]) %}
-{% for n in range(outputs) %}
-        let float_at{{ n }} = matrix.x + min(first + {{ n }}u, output_count - 1u) * stride;
-{% set of.list = of.list + [["float_at" ~ n, type, "sum" ~ n]] %}
-{% for r in range(rows) %}
-        var sum{{ n }}_{{ r }} = 0.0;
-{% endfor %}
-{% endfor %}
-{% for r in range(rows) %}
-        let all_at{{ r }} = min(row0 + {{ r }}u, p.rows - 1u) * p.x_stride + place.y;
-{% endfor %}
-{% call(r, i) weights.products(of.list, "w", rows, tile, 256, digits, has_digits) %}x[{{ "all_at" ~ r }} + {{ i }}]{% if norm %} * bitcast<vec4<f32>>(w[p.norm + {{ i }}]){% endif %}{% endcall %}
-{% for n in range(outputs) %}
-{% for r in range(rows) %}
-        acc{{ 2 * n + r // 4 }}_{{ r % 4 }} = sum{{ n }}_{{ r }};
-{% endfor %}
-{% endfor %}
-{% else %}
 {% for n0 in range(0, lane_outputs, 4) %}
 {% set of = namespace(list=[]) %}
 {% for n in range(n0, [n0 + 4, lane_outputs] | min) %}
@@ -126,12 +106,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% endfor %}
 {% call(r, i) weights.products(of.list, "w", lane_rows, tile, 256, digits, has_digits) %}x[{{ "x_at" ~ r }} + {{ i }}]{% if norm %} * bitcast<vec4<f32>>(w[p.norm + {{ i }}]){% endif %}{% endcall %}
 {% endfor %}
-{% endif %}
     }
 {% endfor %}
-{% if parts == 2 and floats %}
-    let is_float = {% for type in floats %}ty == {{ type_ids[type] }}u{% if not loop.last %} || {% endif %}{% endfor %};
-{% endif %}
 {% for n0 in range(0, lane_outputs, together) %}
 {% for r0 in range(0, lane_rows, at_once) %}
 {% for n in range(n0, n0 + together) %}
@@ -143,15 +119,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if thread < {{ values }}u {
         let of_group = thread / {{ at_once }}u;
         let lanes = of_group / {{ together }}u;
-        let of_lanes = {{ n0 }}u + of_group % {{ together }}u;
-        var output = lanes / {{ parts }}u * {{ lane_outputs }}u + of_lanes;
-        var row = lanes % {{ parts }}u * {{ lane_rows }}u + {{ r0 }}u + thread % {{ at_once }}u;
-{% if parts == 2 and floats %}
-        if is_float {
-            output = lanes * {{ outputs }}u + of_lanes / 2u;
-            row = of_lanes % 2u * 4u + thread % 4u;
-        }
-{% endif %}
+        let output = lanes / {{ parts }}u * {{ lane_outputs }}u + {{ n0 }}u + of_group % {{ together }}u;
+        let row = lanes % {{ parts }}u * {{ lane_rows }}u + {{ r0 }}u + thread % {{ at_once }}u;
         if output < output_count && row0 + row < p.rows {
 {% if squares %}
             var sum = 0.0;
