@@ -498,18 +498,6 @@ var<workgroup> halves: array<vec2<f32>, {{ 2 * tile }}>;
 {% endfor %}
 {% endmacro %}
 
-{# Adds the products of each row of weights' chunk `k` with chunk `c` of those of `count` rows that are staged. -#}
-{% macro multiply_floats(of, r0, count, tile) %}
-{% for r in range(count) %}
-            {
-                {{ inputs(r, tile) }}
-{% for at, ty, acc in of %}
-                {{ dot(ty, acc ~ "_" ~ (r0 + r), "k" ~ loop.index0) }}
-{% endfor %}
-            }
-{% endfor %}
-{% endmacro %}
-
 {# Dot products of `rows` rows of inputs with rows of weights: `of` lists [where the row begins, its type, what is added to].
    Lane `lane` of 32 takes every 32nd unit (chunk, of floats), in one order whatever else is computed. `source(r, i)` is vector `i` of row `r` of
    the inputs; all `threads` run it. Integers are computed where `digits` and the type allow: the types must agree in that, and in
@@ -547,61 +535,35 @@ var<workgroup> halves: array<vec2<f32>, {{ 2 * tile }}>;
 {% endif %}
 {% else %}
 {# As many rows at a time as there is room for. #}
-{% set ahead = rows > 1 and 8 * tile == threads and of | length <= 2 %}
 {% for r0 in range(0, rows, 4) %}
 {% set count = [4, rows - r0] | min %}
     first_chunk = 0u;
-{% if ahead %}
-    // A thread brings a vector of each row, and a lane multiplies a chunk: the next are on their way meanwhile.
-{% for r in range(count) %}
-    var next{{ r0 + r }} = {{ source(r0 + r, "min(thread, 8u * chunks - 1u)") }};
-{% endfor %}
-{% for at, ty, acc in of %}
-    var chunk{{ r0 }}_{{ loop.index0 }} = load_{{ ty }}_{{ memory }}({{ at }}, chunks, min(lane, chunks - 1u));
-{% endfor %}
-    while first_chunk < chunks {
-        workgroupBarrier();
-{% for r in range(count) %}
-        staged[{{ r * 8 * (tile + 1) }}u + (thread & 7u) * {{ tile + 1 }}u + (thread >> 3u)] = bitcast<vec4<u32>>(next{{ r0 + r }});
-{% endfor %}
-        workgroupBarrier();
-        first_chunk += {{ tile }}u;
-{% for r in range(count) %}
-        next{{ r0 + r }} = {{ source(r0 + r, "min(8u * first_chunk + thread, 8u * chunks - 1u)") }};
-{% endfor %}
-{% for at, ty, acc in of %}
-        let k{{ loop.index0 }} = chunk{{ r0 }}_{{ loop.index0 }};
-        chunk{{ r0 }}_{{ loop.index0 }} = load_{{ ty }}_{{ memory }}({{ at }}, chunks, min(first_chunk + lane, chunks - 1u));
-{% endfor %}
-        let c = lane;
-        if first_chunk - {{ tile }}u + c < chunks {
-{{ multiply_floats(of, r0, count, tile) }}
-        }
-    }
-{% else %}
     while first_chunk < chunks {
 {% call(r, i) stage(count, tile, threads) %}{{ source(r0 + r, i) }}{% endcall %}
         var c = lane;
         while c < {{ tile }}u && first_chunk + c < chunks {
-{% if rows == 1 %}
-{# One after the other, for registers' sake. #}
-{% for one in of %}
-            {
-                let k0 = load_{{ one[1] }}_{{ memory }}({{ one[0] }}, chunks, first_chunk + c);
-{{ multiply_floats([one], r0, 1, tile) }}
-            }
-{% endfor %}
-{% else %}
+{% if rows > 1 %}
 {% for at, ty, acc in of %}
             let k{{ loop.index0 }} = load_{{ ty }}_{{ memory }}({{ at }}, chunks, first_chunk + c);
 {% endfor %}
-{{ multiply_floats(of, r0, count, tile) }}
 {% endif %}
+{% for r in range(count) %}
+            {
+                {{ inputs(r, tile) }}
+{% for at, ty, acc in of %}
+                {
+{% if rows == 1 %}
+                    let k{{ loop.index0 }} = load_{{ ty }}_{{ memory }}({{ at }}, chunks, first_chunk + c);
+{% endif %}
+                    {{ dot(ty, acc ~ "_" ~ (r0 + r), "k" ~ loop.index0) }}
+                }
+{% endfor %}
+            }
+{% endfor %}
             c += 32u;
         }
         first_chunk += {{ tile }}u;
     }
-{% endif %}
 {% endfor %}
 {% endif %}
     }
