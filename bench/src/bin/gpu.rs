@@ -67,7 +67,7 @@ fn at_least_one(text: &str) -> Result<usize, String> {
 }
 
 fn token(session: usize, position: usize, vocab: usize) -> u32 {
-    let x = ((session << 32) as u64 + position as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let x = (((session as u64) << 32) + position as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     ((x >> 33) % vocab as u64) as u32
 }
 

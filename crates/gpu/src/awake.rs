@@ -3,7 +3,8 @@
 //! A driver lowers the clock of a device that is idle most of the time, and a device that waits for weights in every layer is:
 //! an H200 went down to 555 of its 1,980 MHz, and everything it then computed took two to three times as long (docs/performance.md).
 //! So what it is given to do while the host copies what misses is a kernel that computes nothing of use, on one of its many
-//! processors, for a third of the time or so that reading and copying take. No result comes near it.
+//! processors, for a third of the time or so that reading and copying take at its full clock. It takes longer, and copies wait for it, until the
+//! clock is up. No result comes near it.
 
 use std::sync::Arc;
 
@@ -16,7 +17,7 @@ use crate::kernel::{Buffer, Commands, Kernel, Kernels};
 /// Rounds of the kernel for each MiB that misses: at 2 GHz, and some 13 cycles each, 10 us, where reading takes 25 and copying 40.
 const ROUNDS_PER_MIB: u64 = 1500;
 
-/// Rounds at most: 2 ms or so.
+/// Rounds at most: 2 ms or so at 2 GHz.
 const MOST_ROUNDS: u64 = 300_000;
 
 /// What a waiting device does.

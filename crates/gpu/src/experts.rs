@@ -544,3 +544,21 @@ fn on_threads<T: Sync, R: Send>(
 fn id(layer: usize, expert: u32) -> ExpertId {
     ExpertId { layer: layer as u32, expert }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_piece_is_done_once_and_an_error_is_told() {
+        let work: Vec<usize> = (0..100).collect();
+        let mut done = Vec::new();
+        on_threads(&work, |&piece| Ok(piece), &mut |piece| done.push(piece)).unwrap();
+        done.sort_unstable();
+        assert_eq!(done, work);
+
+        let fails = |&piece: &usize| if piece == 3 { Err(Error::Cancelled) } else { Ok(piece) };
+        let result = on_threads(&work, fails, &mut |_| ());
+        assert!(matches!(result, Err(Error::Cancelled)), "found {result:?}");
+    }
+}

@@ -30,7 +30,7 @@ impl Matrix {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Job {
     pub(crate) matrix: Matrix,
-    /// Where its inputs begin in a row of `x`, in values (a multiple of 4).
+    /// Where its inputs begin in a row of `x`, in values (a multiple of 32: a chunk of the kernels).
     pub(crate) x_at: usize,
     /// Where its results begin in a row of `y`, in values.
     pub(crate) y_at: usize,
@@ -52,6 +52,7 @@ impl Jobs {
     /// Words of the table of jobs.
     pub(crate) fn words(jobs: &[Job]) -> Vec<u32> {
         let words = |Job { matrix, x_at, y_at }: &Job| {
+            debug_assert!(x_at.is_multiple_of(32), "inputs from {x_at} on begin within a chunk");
             let chunks = (matrix.cols / 32) as u32;
             let place = [0, matrix.rows as u32, (x_at / 4) as u32, *y_at as u32];
             [[matrix.base, matrix.stride, chunks, matrix.format as u32], place].concat()

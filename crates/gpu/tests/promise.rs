@@ -8,11 +8,13 @@ use gpu::{Checks, GpuBackend, GpuPass, Options, Placement, Slabs};
 use model::{Backend, Cancel, Error, Model, Observer, Precision, Stage, forward};
 use store::{ExpertExtents, Residency};
 
-/// Rows of each pass. In Fast more than a ring has room for, a few, and single tokens; in Exact, whose every row takes a
-/// processor long and which has no kernels for many rows, a few more than share weights in place of the first.
+/// Rows of each pass: more than a ring has room for, a few, and single tokens.
+const LARGE: [usize; 4] = [66, 5, 1, 1];
+
+/// The same, but in Exact, whose every row takes a processor long, only a few more than share weights in place of the first.
 fn passes(precision: Precision) -> [usize; 4] {
     match precision {
-        Precision::Fast => [66, 5, 1, 1],
+        Precision::Fast => LARGE,
         Precision::Exact => [12, 5, 1, 1],
     }
 }
@@ -48,9 +50,9 @@ enum Groups {
 
 /// Logits of all passes. Each must have run the kernels that its size and the precision ask for, and all experts of a layer
 /// in `groups`.
-fn read(backend: &GpuBackend, precision: Precision, groups: Groups, tokens: &[u32]) -> Vec<f32> {
+fn read(backend: &GpuBackend, precision: Precision, passes: [usize; 4], groups: Groups, tokens: &[u32]) -> Vec<f32> {
     let (mut state, mut logits) = (backend.new_state().unwrap(), Vec::new());
-    for count in passes(precision) {
+    for count in passes {
         let at = backend.position(&state);
         let (mut stages, batch) = (Stages::default(), rows(0, at, &tokens[at..][..count]));
         logits.extend(forward(backend, batch, &mut [&mut state], &Cancel::default(), &mut stages).unwrap());
@@ -105,7 +107,7 @@ fn streaming_changes_no_bit(name: &str, wanted: &[Slots]) {
     for precision in PRECISIONS {
         let (tokens, vocab) = (tokens(name, passes(precision).iter().sum()), model.config.vocab_size);
         let resident = on_gpu(name, in_precision(precision));
-        let expected = read(&resident, precision, Groups::One, &tokens);
+        let expected = read(&resident, precision, passes(precision), Groups::One, &tokens);
         assert_eq!(
             (resident.stats(), resident.host_stats()),
             Default::default(),
@@ -124,7 +126,7 @@ fn streaming_changes_no_bit(name: &str, wanted: &[Slots]) {
             let placement = Placement::Streamed { slabs: slabs.clone(), host };
             let backend = on_gpu(name, Options { placement, ..in_precision(precision) });
             assert_eq!(backend.weight_bytes().1, slabs.bytes(), "{what}");
-            let ours = read(&backend, precision, groups, &tokens);
+            let ours = read(&backend, precision, passes(precision), groups, &tokens);
             assert_same(&ours, &expected, vocab, &what);
             let (counts, copied, host) = (backend.stats().cache, backend.stats().read_bytes, backend.host_stats());
             println!("{what}: {counts:?}, {copied} bytes copied, {} read", host.read_bytes);
@@ -159,15 +161,20 @@ fn streaming_changes_no_bit_of_nano() {
 #[test]
 fn checks_change_no_bit() {
     use Precision::{Exact, Fast};
-    let cases = [("tiny-iq2", Exact, true), ("tiny-iq2", Fast, true), ("tiny-q4", Exact, false), ("nano", Fast, false)];
-    for (name, precision, is_streamed) in cases {
+    let cases = [
+        ("tiny-iq2", Exact, LARGE, true),
+        ("tiny-iq2", Fast, LARGE, true),
+        ("tiny-q4", Exact, passes(Exact), false),
+        ("nano", Fast, LARGE, false),
+    ];
+    for (name, precision, passes, is_streamed) in cases {
         let (model, _) = open(name);
-        let tokens = tokens(name, passes(precision).iter().sum());
+        let tokens = tokens(name, passes.iter().sum());
         let streamed = Placement::Streamed { slabs: slabs(&model, Slots::Quarter), host: Residency::Resident };
         let placement = if is_streamed { streamed } else { Placement::Resident };
         let unchecked = checked_on_gpu(name, Checks::Off, Options { placement, ..in_precision(precision) });
-        let expected = read(&on_gpu(name, in_precision(precision)), precision, Groups::Any, &tokens);
-        let ours = read(&unchecked, precision, Groups::Any, &tokens);
+        let expected = read(&on_gpu(name, in_precision(precision)), precision, passes, Groups::Any, &tokens);
+        let ours = read(&unchecked, precision, passes, Groups::Any, &tokens);
         assert_same(&ours, &expected, model.config.vocab_size, &format!("{name}, {precision:?}, unchecked"));
     }
 }

@@ -100,6 +100,22 @@ fn sessions_in_step_end_their_windows_together() {
     }
 }
 
+/// Sessions that each have more rows than a ring has room for: the first once read the second's keys.
+#[test]
+fn two_large_runs_in_a_pass_change_no_bit() {
+    let tokens = tokens(MODEL, 75);
+    for precision in PRECISIONS {
+        let backend = on_gpu(MODEL, in_precision(precision));
+        let each = [&tokens[..65], &tokens[7..75]];
+        let mut sessions = [backend.new_state(), backend.new_state()].map(Result::unwrap);
+        let batch = (0..2).flat_map(|session| rows(session, 0, each[session])).collect();
+        let [first, second] = &mut sessions;
+        let both = forward(&backend, batch, &mut [first, second], &Cancel::default(), &mut NoObserver).unwrap();
+        let expected = logits(&backend, each[0], &[each[0].len()]);
+        assert_same(&both[..expected.len()], &expected, 512, &format!("{precision:?}"));
+    }
+}
+
 /// Five sessions as unlike as can be: of other lengths, in both rings, stepped back, with and without chosen rows, ending windows
 /// at other times. One dispatch computes all of them, or two of them where an adapter can bind no more.
 #[test]

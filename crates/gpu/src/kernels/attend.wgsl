@@ -81,7 +81,7 @@ fn place_of(run: Run, number: u32, near: u32, position: u32, row: u32, listed: b
     if number < near {
         let at = position + 1u - near + number;
         if at >= p.fresh {
-            return 0x80000000u | ((at - p.fresh) * {{ row_words }}u);
+            return 0x80000000u | ((run.row0 + at - p.fresh) * {{ row_words }}u);
         }
         return run.ring + (at % p.ring_rows) * {{ row_words }}u;
     }

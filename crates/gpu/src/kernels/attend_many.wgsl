@@ -164,7 +164,7 @@ fn put(row: u32, head: u32, v: u32, sum: vec4<f32>) {
                 let where_ = position + 1u - near + number;
                 own = where_ >= p.fresh;
                 if own {
-                    base = (where_ - p.fresh) * {{ row_words }}u;
+                    base = (p.run0 + where_ - p.fresh) * {{ row_words }}u;
                 } else {
                     base = p.ring + (where_ % p.ring_rows) * {{ row_words }}u;
                 }

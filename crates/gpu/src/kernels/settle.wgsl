@@ -135,7 +135,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let words = {{ row_words }}u;
         let to_ring = left <= p.kept;
         let ring_at = run.ring + (position % p.ring_rows) * words;
-        let fresh_at = group.y * words;
+        let fresh_at = r * words;
 {% if plain %}
         if inside {
             let bits = bitcast<vec4<u32>>(value);
