@@ -156,21 +156,23 @@ impl Kit {
         let d = config.d_model;
         let outputs = config.hc_outputs();
         let get = |name: &str, context: Value| kernels.get(name, context);
-        let layer = |(weights, experts): (&LayerWeights, &ExpertLayout)| {
+        let of_layer = |(weights, experts): (&LayerWeights, &ExpertLayout)| {
             let [gate, up, down] = experts.formats.map(Format::name);
             let shared_down = weights.shared_down.jobs[0].matrix.format.name();
             let (used, outputs) = (config.experts_used, LANE_OUTPUTS[0]);
             let makes = digits && experts.formats[2].has_integers();
-            let up_of = |made: bool| get("experts_up", context! { gate, up, used, digits, made, makes, outputs });
-            Ok(LayerKit {
-                route: get("route", context! { experts => config.experts, used, hashed => weights.hashed })?,
-                up: up_of(false)?,
-                up_of_several: up_of(digits)?,
-                down: get(
-                    "experts_down",
-                    context! { down, shared_down, used, digits, made => makes, outputs => LANE_OUTPUTS[1] },
-                )?,
-            })
+            let up_of = |made: bool| ("experts_up", context! { gate, up, used, digits, made, makes, outputs });
+            let outputs = LANE_OUTPUTS[1];
+            [
+                ("route", context! { experts => config.experts, used, hashed => weights.hashed }),
+                up_of(false),
+                up_of(digits),
+                ("experts_down", context! { down, shared_down, used, digits, made => makes, outputs }),
+            ]
+        };
+        let layer = |of: (&LayerWeights, &ExpertLayout)| {
+            let [route, up, up_of_several, down] = of_layer(of).map(|(name, context)| get(name, context));
+            Ok(LayerKit { route: route?, up: up?, up_of_several: up_of_several?, down: down? })
         };
         let many = AttendMany::of(config, layout).map(|many| AttendMany { coop: cooperative.attention, ..many });
         let attend_many =
@@ -184,7 +186,8 @@ impl Kit {
             jobs.map(|(jobs, norm)| ("matvec", matvec_context(&jobs.formats(), 1, jobs.matvec().0, norm, digits)))
         };
         let of_head = ("matvec", matvec_context(&head.output.formats(), 1, head.output.matvec().0, false, digits));
-        kernels.make_all(&layers.iter().flat_map(products).chain([of_head]).collect::<Vec<_>>())?;
+        let of_layers = layers.iter().zip(experts).flat_map(of_layer);
+        kernels.make_all(&layers.iter().flat_map(products).chain([of_head]).chain(of_layers).collect::<Vec<_>>())?;
         let of_sessions = <[OnceLock<_>; _]>::default();
         let of_one = SessionKit::new(kernels, config, layout, 1)?;
         of_sessions[0].get_or_init(|| of_one);
