@@ -21,6 +21,7 @@ use infall::device::{Chosen, Device};
 use infall::load::ModelFile;
 use infall::placement::Work;
 use model::Cancel;
+use rayon::prelude::*;
 use session::{Context, Sampler, Sampling, Session, read_together};
 
 /// What decoding several sessions in one pass gains.
@@ -113,7 +114,8 @@ fn measure<D: Device>(backend: &D, streams: usize, arguments: &Arguments, contex
     let mut pass = |sessions: &mut [Session<D>]| -> Result<()> {
         let mut parts: Vec<_> = sessions.iter_mut().zip(&next).map(|(session, next)| (session, &next[..])).collect();
         let logits = read_together(backend, &mut parts, &Cancel::default())?;
-        next = logits.chunks_exact(config.vocab_size).map(|logits| [likeliest(logits)]).collect();
+        // As the engine does it.
+        next = logits.par_chunks_exact(config.vocab_size).map(|logits| [likeliest(logits)]).collect();
         Ok(())
     };
     let warm = arguments.tokens / 3;

@@ -7,7 +7,7 @@ use std::time::Instant;
 use model::{Backend, Cancel};
 
 use super::shelf::Live;
-use super::{Ended, EngineEvent, Prompt, Usage};
+use super::{Ended, EngineEvent, MOST_ROWS, Prompt, Usage};
 use crate::{Error, PreparedTurn, Slice, StopReason};
 
 /// A request that reads its prompt or generates its turn.
@@ -75,19 +75,21 @@ impl<'b, B: Backend> Active<'b, B> {
         (self.receive)(EngineEvent::Read { tokens });
     }
 
-    /// Takes the logits after the session's last token; whether the turn goes on, or why it ends.
-    pub fn advance(&mut self, logits: &[f32]) -> Result<ControlFlow<StopReason>, Error> {
-        if self.is_decoding {
-            self.turn.was_read();
-        } else {
-            self.usage.prefill = self.since.elapsed();
-            (self.since, self.is_decoding) = (Instant::now(), true);
+    /// Takes the logits after the prompt, which is read; whether the turn goes on, or why it ends.
+    pub fn begin_turn(&mut self, logits: &[f32]) -> Result<ControlFlow<StopReason>, Error> {
+        self.usage.prefill = self.since.elapsed();
+        (self.since, self.is_decoding) = (Instant::now(), true);
+        self.choice().next(logits)
+    }
+
+    /// The turn without its session, to choose its next token on any thread.
+    pub fn choice(&mut self) -> Choice<'_> {
+        Choice {
+            turn: &mut self.turn,
+            begun_tokens: &mut self.begun_tokens,
+            room_tokens: self.live.session.room_tokens(),
+            receive: &mut self.receive,
         }
-        let receive = &mut self.receive;
-        self.turn.next(logits, self.live.session.room_tokens(), &mut |event| {
-            receive(EngineEvent::Turn(event));
-            ControlFlow::Continue(())
-        })
     }
 
     /// Settles the turn and tells what came of it, once `keep` has the session: whoever is told may ask again at once.
@@ -108,5 +110,35 @@ impl<'b, B: Backend> Active<'b, B> {
     pub fn fail(mut self, error: Error, keep: impl FnOnce(Live<B>)) {
         keep(self.live);
         (self.receive)(EngineEvent::Failed(error));
+    }
+}
+
+/// A turn whose next token is chosen.
+pub struct Choice<'a> {
+    turn: &'a mut PreparedTurn,
+    begun_tokens: &'a mut usize,
+    room_tokens: usize,
+    receive: &'a mut (dyn FnMut(EngineEvent) + Send),
+}
+
+impl Choice<'_> {
+    /// Takes the logits after up to [`MOST_ROWS`] of the turn's unread tokens; whether the turn goes on, or why it ends.
+    pub fn was_read(mut self, logits: &[f32]) -> Result<ControlFlow<StopReason>, Error> {
+        let unread = self.turn.unread().len();
+        *self.begun_tokens = (*self.begun_tokens + MOST_ROWS).min(unread);
+        if *self.begun_tokens < unread {
+            return Ok(ControlFlow::Continue(()));
+        }
+        *self.begun_tokens = 0;
+        self.turn.was_read();
+        self.next(logits)
+    }
+
+    fn next(&mut self, logits: &[f32]) -> Result<ControlFlow<StopReason>, Error> {
+        let receive = &mut self.receive;
+        self.turn.next(logits, self.room_tokens, &mut |event| {
+            receive(EngineEvent::Turn(event));
+            ControlFlow::Continue(())
+        })
     }
 }

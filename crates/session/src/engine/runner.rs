@@ -7,8 +7,9 @@ use std::sync::mpsc::TryRecvError;
 use std::time::{Duration, Instant};
 
 use model::{Backend, Cancel};
+use rayon::prelude::*;
 
-use super::active::Active;
+use super::active::{Active, Choice};
 use super::archive::{self, Archive, Loading};
 use super::shelf::{self, Kind, Live, Saved, Shelf};
 use super::{EngineEvent, Inbox, Request, Shared, Waiting};
@@ -304,7 +305,7 @@ where
         let shared = Cancel::default();
         let cancel = if let [cancel] = &cancels[..] { cancel } else { &shared };
         let all;
-        let results: Vec<Result<Cow<'_, [f32]>, Error>> = match read_together(self.backend, &mut parts, cancel) {
+        let results: Vec<Read<'_>> = match read_together(self.backend, &mut parts, cancel) {
             Ok(logits) => {
                 all = logits;
                 all.chunks_exact(self.backend.config().vocab_size).map(|logits| Ok(logits.into())).collect()
@@ -312,11 +313,10 @@ where
             Err(error) if parts.len() == 1 => vec![Err(error)],
             Err(_) => parts.iter_mut().map(|part| alone(self.backend, part, &shared).map(Cow::Owned)).collect(),
         };
-        for (id, result) in ids.iter().zip(results) {
-            match result {
-                Ok(logits) => self.decoded(*id, &logits),
-                Err(error) => self.failed(*id, error),
-            }
+        let decoding = self.active.iter_mut().filter(|active| active.is_decoding());
+        let went = choose(decoding.map(Active::choice).zip(results).collect());
+        for (id, went) in ids.iter().zip(went) {
+            self.went(*id, went);
             self.save_grown(*id);
         }
         self.reading_credit = begun.elapsed();
@@ -367,7 +367,8 @@ where
         let id = self.active[at].id;
         self.save_grown(id);
         if !logits.is_empty() {
-            self.advance(id, &logits);
+            let went = self.of(id).begin_turn(&logits);
+            self.went(id, went);
         }
         Ok(())
     }
@@ -399,19 +400,9 @@ where
         }
     }
 
-    /// Goes on with a turn whose session has read the next of its tokens.
-    fn decoded(&mut self, id: u64, logits: &[f32]) {
-        let active = self.of(id);
-        active.begun_tokens = (active.begun_tokens + MOST_ROWS).min(active.turn.unread().len());
-        if active.begun_tokens == active.turn.unread().len() {
-            active.begun_tokens = 0;
-            self.advance(id, logits);
-        }
-    }
-
-    /// Goes on with a turn.
-    fn advance(&mut self, id: u64, logits: &[f32]) {
-        match self.of(id).advance(logits) {
+    /// Ends a turn that does not go on.
+    fn went(&mut self, id: u64, went: Result<ControlFlow<StopReason>, Error>) {
+        match went {
             Ok(ControlFlow::Continue(())) => (),
             Ok(ControlFlow::Break(reason)) => self.end(id, reason),
             Err(error) => self.failed(id, error),
@@ -502,6 +493,19 @@ where
         while let (Some(archive), Some(id)) = (&self.archive, self.shelf.oldest_conversation()) {
             archive.save_last(self.shelf.take(id), snapshots::Kind::Shutdown);
         }
+    }
+}
+
+/// What came of reading a turn's tokens: the logits after them.
+type Read<'a> = Result<Cow<'a, [f32]>, Error>;
+
+/// Chooses the next token of every turn; of several each on a thread of its own, because among so many tokens it takes as long as
+/// layers do.
+fn choose(turns: Vec<(Choice<'_>, Read<'_>)>) -> Vec<Result<ControlFlow<StopReason>, Error>> {
+    let next = |(choice, read): (Choice<'_>, Read<'_>)| choice.was_read(&read?);
+    match turns.len() {
+        1 => turns.into_iter().map(next).collect(),
+        _ => turns.into_par_iter().map(next).collect(),
     }
 }
 
