@@ -142,7 +142,8 @@ impl Shape {
     fn context(&self) -> Value {
         let Shape { heads, head_dim, plain, .. } = *self;
         let together = Shapes::heads_together(heads, self.row_words());
-        context! { states => 1, heads, head_dim, rope => ROPE, plain, row_words => self.row_words(), together }
+        let row_words = self.row_words();
+        context! { states => 1, heads, head_dim, rope => ROPE, plain, row_words, together, digits => false }
     }
 
     fn row_words(&self) -> usize {
@@ -320,8 +321,8 @@ impl Scene {
             [(heads / Shapes::heads_together(heads, self.shape.row_words())) as u32, pieces as u32, rows as u32],
         );
         let mut params = words(&run);
-        params.extend(words(&[0, window, ratio, top_k, pieces, 1, 3]));
-        let params: [u32; 12] = params.try_into().unwrap();
+        params.extend(words(&[0, window, ratio, top_k, pieces, 1, 3, 0]));
+        let params: [u32; 13] = params.try_into().unwrap();
         let combine = bench.kernels.get("combine", self.shape.context()).unwrap();
         let buffers = [w.all(), tables.all(), partial.all(), out.all()];
         bench.commands.run(&combine, &buffers, &params, [heads as u32, rows as u32, 1]);

@@ -10,6 +10,7 @@ use crate::GpuError;
 use crate::attend_many::{AttendMany, IndexScoreMany};
 use crate::experts::ExpertLayout;
 use crate::format::Format;
+use crate::jobs::Jobs;
 use crate::kernel::{Kernel, Kernels};
 use crate::pass::Shapes;
 use crate::self_check::Cooperative;
@@ -19,13 +20,10 @@ use crate::weights::{HeadWeights, LayerWeights};
 /// Outputs of each 32 lanes of `experts_up`, of gate and of up, and of `experts_down`.
 pub(crate) const LANE_OUTPUTS: [usize; 2] = [2, 4];
 
-/// Formats of the matrices, rows together, outputs of each 32 lanes, and whether inputs are normalised.
-type MatvecKey = (Vec<Format>, usize, usize, bool);
-
 /// Kernels by what they are for.
 pub(crate) struct Kit {
     kernels: Arc<Kernels>,
-    /// Inputs as digits, without and with a norm's weights, where few rows are multiplied as integers.
+    /// Lay inputs out for lanes, without and with a norm's weights, where few rows are multiplied as integers.
     pub(crate) digits: Option<[Arc<Kernel>; 2]>,
     pub(crate) expand: Arc<Kernel>,
     /// Without and with a sub-layer's output.
@@ -42,7 +40,7 @@ pub(crate) struct Kit {
     pub(crate) score_many: Option<Arc<Kernel>>,
     pub(crate) normalise: Arc<Kernel>,
     pub(crate) finite: Arc<Kernel>,
-    matvecs: Mutex<HashMap<MatvecKey, Arc<Kernel>>>,
+    matvecs: Mutex<HashMap<Matvec, Arc<Kernel>>>,
 }
 
 /// Kernels that know sessions, bound to so many of them.
@@ -59,11 +57,16 @@ pub(crate) struct SessionKit {
 pub(crate) struct LayerSessionKit {
     pub(crate) settle: Arc<Kernel>,
     pub(crate) pool: Option<Arc<Kernel>>,
-    pub(crate) pool_index: Option<Arc<Kernel>>,
 }
 
 impl SessionKit {
-    fn new(kernels: &Kernels, config: &Config, layout: &KvLayout, states: usize) -> Result<SessionKit, GpuError> {
+    fn new(
+        kernels: &Kernels,
+        config: &Config,
+        layout: &KvLayout,
+        states: usize,
+        digits: bool,
+    ) -> Result<SessionKit, GpuError> {
         let Config { heads, head_dim, rope_dim: rope, index_head_dim, .. } = *config;
         let plain = layout.arithmetic == Arithmetic::Plain;
         let row_words = layout.layers[0].raw.row_bytes() / 4;
@@ -75,30 +78,25 @@ impl SessionKit {
             let width = of_layer.main.as_ref().map_or(0, |main| main.width);
             ("settle", context! { states, head_dim, rope, plain, heads, index_heads, ratio, width, row_words })
         };
-        let pool = |layer: usize, indexer: bool| {
-            let of_layer = &layout.layers[layer];
-            let is_there = if indexer { of_layer.index.is_some() } else { of_layer.main.is_some() };
-            let (dim, row_words) = if indexer { (index_head_dim, index_words) } else { (head_dim, row_words) };
-            let ratio = config.compress_ratios[layer];
-            is_there.then(|| ("pool", context! { states, ratio, dim, rope, plain, indexer, row_words }))
+        let pool = |layer: usize| {
+            let (ratio, of_layer) = (config.compress_ratios[layer], &layout.layers[layer]);
+            let index_words = if of_layer.index.is_some() { index_words } else { 0 };
+            let context = || context! { states, ratio, dim => head_dim, rope, plain, row_words, index_words };
+            of_layer.main.is_some().then(|| ("pool", context()))
         };
         let attend = ("attend", context! { states, head_dim, rope, plain, heads, row_words, together });
-        let combine = ("combine", context! { states, head_dim, rope, heads });
+        let digits = digits && heads_lay_out(config);
+        let combine = ("combine", context! { states, head_dim, rope, heads, digits });
         let index_heads = config.index_heads;
         let score = ("index_score", context! { states, index_heads, plain, row_words => index_words });
         let select = ("index_select", context! { states });
-        let of_layer = |layer: usize| [Some(settle(layer)), pool(layer, false), pool(layer, true)];
+        let of_layer = |layer: usize| [Some(settle(layer)), pool(layer)];
         let of_layers = (0..config.layers).flat_map(of_layer).flatten();
         let of_all = [&attend, &combine, &score, &select].map(Clone::clone);
         kernels.make_all(&of_layers.chain(of_all).collect::<Vec<_>>())?;
         let get = |(name, context): (&str, Value)| kernels.get(name, context);
-        let layer = |layer: usize| {
-            Ok(LayerSessionKit {
-                settle: get(settle(layer))?,
-                pool: pool(layer, false).map(get).transpose()?,
-                pool_index: pool(layer, true).map(get).transpose()?,
-            })
-        };
+        let layer =
+            |layer: usize| Ok(LayerSessionKit { settle: get(settle(layer))?, pool: pool(layer).map(get).transpose()? });
         Ok(SessionKit {
             layers: (0..config.layers).map(layer).collect::<Result<_, GpuError>>()?,
             attend: get(attend)?,
@@ -113,8 +111,6 @@ impl SessionKit {
 pub(crate) struct LayerKit {
     pub(crate) route: Arc<Kernel>,
     pub(crate) up: Arc<Kernel>,
-    /// The same for inputs that were made into digits before, in `Fast`.
-    pub(crate) up_of_several: Arc<Kernel>,
     pub(crate) down: Arc<Kernel>,
 }
 
@@ -132,10 +128,38 @@ fn type_ids() -> Value {
     Value::from(ids)
 }
 
-/// What the template of `matvec` is filled in with.
-pub(crate) fn matvec_context(formats: &[Format], rows: usize, outputs: usize, norm: bool, digits: bool) -> Value {
-    let types: Vec<&str> = formats.iter().map(|format| format.name()).collect();
-    context! { types, rows, outputs, norm, digits, type_ids => type_ids() }
+/// Whether attention lays its rows out for lanes: no 16 values of a row may be of two heads.
+pub(crate) fn heads_lay_out(config: &Config) -> bool {
+    config.head_dim.is_multiple_of(16)
+}
+
+/// Which kernel multiplies few rows.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Matvec {
+    pub(crate) formats: Vec<Format>,
+    /// Rows together.
+    pub(crate) rows: usize,
+    /// Outputs of each 32 lanes.
+    pub(crate) outputs: usize,
+    /// Whether inputs are normalised.
+    pub(crate) norm: bool,
+    /// Whether integers are multiplied where formats allow, and inputs were laid out for that before.
+    pub(crate) digits: bool,
+    pub(crate) made: bool,
+}
+
+impl Matvec {
+    /// What the template is filled in with.
+    pub(crate) fn context(&self) -> Value {
+        let types: Vec<&str> = self.formats.iter().map(|format| format.name()).collect();
+        let Matvec { rows, outputs, norm, digits, made, .. } = *self;
+        context! { types, rows, outputs, norm, digits, made, type_ids => type_ids() }
+    }
+}
+
+/// Whether products with matrices of these formats multiply integers.
+pub(crate) fn has_integers(formats: &[Format]) -> bool {
+    formats.iter().any(|format| format.has_integers())
 }
 
 /// What the template of `digits` is filled in with.
@@ -158,21 +182,25 @@ impl Kit {
         let get = |name: &str, context: Value| kernels.get(name, context);
         let of_layer = |(weights, experts): (&LayerWeights, &ExpertLayout)| {
             let [gate, up, down] = experts.formats.map(Format::name);
-            let shared_down = weights.shared_down.jobs[0].matrix.format.name();
+            let shared_down = weights.shared_down.jobs[0].matrix.format;
+            let shared_made = digits && shared_down.has_integers();
+            let shared_down = shared_down.name();
             let (used, outputs) = (config.experts_used, LANE_OUTPUTS[0]);
             let makes = digits && experts.formats[2].has_integers();
-            let up_of = |made: bool| ("experts_up", context! { gate, up, used, digits, made, makes, outputs });
+            let of_up = ("experts_up", context! { gate, up, used, digits, makes, outputs });
             let outputs = LANE_OUTPUTS[1];
             [
-                ("route", context! { experts => config.experts, used, hashed => weights.hashed }),
-                up_of(false),
-                up_of(digits),
-                ("experts_down", context! { down, shared_down, used, digits, made => makes, outputs }),
+                (
+                    "route",
+                    context! { experts => config.experts, used, hashed => weights.hashed, lays_out => shared_made },
+                ),
+                of_up,
+                ("experts_down", context! { down, shared_down, used, digits, made => makes, shared_made, outputs }),
             ]
         };
         let layer = |of: (&LayerWeights, &ExpertLayout)| {
-            let [route, up, up_of_several, down] = of_layer(of).map(|(name, context)| get(name, context));
-            Ok(LayerKit { route: route?, up: up?, up_of_several: up_of_several?, down: down? })
+            let [route, up, down] = of_layer(of).map(|(name, context)| get(name, context));
+            Ok(LayerKit { route: route?, up: up?, down: down? })
         };
         let many = AttendMany::of(config, layout).map(|many| AttendMany { coop: cooperative.attention, ..many });
         let attend_many =
@@ -180,16 +208,29 @@ impl Kit {
         let many = IndexScoreMany::of(config, layout).map(|many| IndexScoreMany { coop: cooperative.scores, ..many });
         let score_many = many.map(|many| get("index_score_many", many.context())).transpose()?;
         // What the first token would wait for.
+        let matvec = |jobs: &Jobs, norm: bool, made: bool| {
+            let formats = jobs.formats();
+            let made = made && digits && has_integers(&formats);
+            let matvec = Matvec { formats, rows: 1, outputs: jobs.matvec().0, norm, digits, made };
+            ("matvec", matvec.context())
+        };
         let products = |layer: &LayerWeights| {
             let LayerWeights { project, queries, output_a, output_b, route, .. } = layer;
-            let jobs = [(project, false), (queries, true), (output_a, false), (output_b, false), (route, false)];
-            jobs.map(|(jobs, norm)| ("matvec", matvec_context(&jobs.formats(), 1, jobs.matvec().0, norm, digits)))
+            let of_heads = heads_lay_out(config);
+            let jobs = [
+                (project, false, true),
+                (queries, true, false),
+                (output_a, false, of_heads),
+                (output_b, false, false),
+                (route, false, true),
+            ];
+            jobs.map(|(jobs, norm, made)| matvec(jobs, norm, made))
         };
-        let of_head = ("matvec", matvec_context(&head.output.formats(), 1, head.output.matvec().0, false, digits));
+        let of_head = matvec(&head.output, false, true);
         let of_layers = layers.iter().zip(experts).flat_map(of_layer);
         kernels.make_all(&layers.iter().flat_map(products).chain([of_head]).chain(of_layers).collect::<Vec<_>>())?;
         let of_sessions = <[OnceLock<_>; _]>::default();
-        let of_one = SessionKit::new(kernels, config, layout, 1)?;
+        let of_one = SessionKit::new(kernels, config, layout, 1, digits)?;
         of_sessions[0].get_or_init(|| of_one);
         Ok(Kit {
             kernels: kernels.clone(),
@@ -207,8 +248,8 @@ impl Kit {
                 get("hc_mix", context! { streams, outputs => streams, post => false })?,
                 get("hc_mix", context! { streams, outputs => streams, post => true })?,
             ],
-            finish: get("hc_finish", context! { streams, d, outputs, head => false })?,
-            finish_head: get("hc_finish", context! { streams, d, outputs => streams, head => true })?,
+            finish: get("hc_finish", context! { streams, d, outputs, head => false, digits })?,
+            finish_head: get("hc_finish", context! { streams, d, outputs => streams, head => true, digits })?,
             layers: layers.iter().zip(experts).map(layer).collect::<Result<_, GpuError>>()?,
             of_sessions,
             attend_many,
@@ -227,7 +268,7 @@ impl Kit {
         let states = bound_sessions(runs);
         let held = &self.of_sessions[states.ilog2() as usize];
         if held.get().is_none() {
-            let made = SessionKit::new(&self.kernels, config, layout, states)?;
+            let made = SessionKit::new(&self.kernels, config, layout, states, self.digits.is_some())?;
             // If another pass was first, its are kept.
             held.get_or_init(|| made);
         }
@@ -239,24 +280,17 @@ impl Kit {
         self.of_sessions[bound_sessions(runs).ilog2() as usize].get().expect("prepared when the pass began")
     }
 
-    /// The product with matrices of these formats for `rows` rows together and `outputs` outputs of each 32 lanes; `norm` if
-    /// the inputs are normalised first.
-    pub(crate) fn matvec(
-        &self,
-        formats: Vec<Format>,
-        rows: usize,
-        outputs: usize,
-        norm: bool,
-    ) -> Result<Arc<Kernel>, GpuError> {
+    /// The kernel that multiplies few rows, made when it is first wanted.
+    ///
+    /// # Errors
+    /// The driver does not take it.
+    pub(crate) fn matvec(&self, wanted: Matvec) -> Result<Arc<Kernel>, GpuError> {
         let mut matvecs = self.matvecs.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (formats, rows, outputs, norm);
-        if let Some(kernel) = matvecs.get(&key) {
+        if let Some(kernel) = matvecs.get(&wanted) {
             return Ok(kernel.clone());
         }
-        let (formats, rows, outputs, norm) = &key;
-        let kernel =
-            self.kernels.get("matvec", matvec_context(formats, *rows, *outputs, *norm, self.digits.is_some()))?;
-        matvecs.insert(key, kernel.clone());
+        let kernel = self.kernels.get("matvec", wanted.context())?;
+        matvecs.insert(wanted, kernel.clone());
         Ok(kernel)
     }
 }

@@ -7,7 +7,7 @@ use crate::device::{Checks, Choice, Device, adapters};
 use crate::format::{Format, code_book};
 use crate::jobs::{Job, Jobs};
 use crate::kernel::{Buffer, Commands, Kernels};
-use crate::kit::{digits_context, matvec_context};
+use crate::kit::{Matvec, digits_context, has_integers};
 use crate::matmul::tests::{Weights, distance, random_slab, wide};
 use crate::pass::digits_bytes;
 use crate::self_check::Random;
@@ -49,6 +49,21 @@ struct Case {
 
 const EPSILON: f32 = 1e-6;
 
+/// So many rows together, as integers where formats allow, of inputs that were laid out for lanes before.
+#[derive(Clone, Copy, Debug)]
+struct How {
+    together: usize,
+    digits: bool,
+    made: bool,
+}
+
+impl How {
+    /// As a model's passes do it, where no kernel that made the inputs laid them out.
+    fn usual(together: usize, digits: bool) -> How {
+        How { together, digits, made: digits && together > 1 }
+    }
+}
+
 impl Case {
     fn new(random: &mut Random, formats: &[Format], (rows, outputs, cols): (usize, usize, usize), norm: bool) -> Case {
         let each = |(i, &format): (usize, &Format)| Weights::random(&mut *random, format, outputs + 5 * i, cols);
@@ -68,8 +83,9 @@ impl Case {
         self.weights.iter().map(|weights| weights.rows.len()).sum()
     }
 
-    /// `[rows, outputs]` of rows `first..first + rows`, so many of them together.
-    fn run(&self, bench: &mut Bench, (first, rows): (usize, usize), together: usize, digits: bool) -> Vec<f32> {
+    /// `[rows, outputs]` of rows `first..first + rows`.
+    fn run(&self, bench: &mut Bench, (first, rows): (usize, usize), how: How) -> Vec<f32> {
+        let How { together, digits, made } = how;
         let mut slab = vec![0; 16];
         let mut y_at = 0;
         let job = |weights: &Weights| {
@@ -83,8 +99,11 @@ impl Case {
         slab.extend_from_slice(bytemuck::cast_slice(self.norm.as_deref().unwrap_or_default()));
         let jobs = Jobs { jobs, table: 0, group_table };
         let (outputs, groups) = jobs.matvec();
-        let context = matvec_context(&jobs.formats(), together, outputs, self.norm.is_some(), digits);
-        let kernel = bench.kernels.get("matvec", context).unwrap();
+        let formats = jobs.formats();
+        let made = made && digits && has_integers(&formats);
+        let norm_is_some = self.norm.is_some();
+        let matvec = Matvec { formats, rows: together, outputs, norm: norm_is_some, digits, made };
+        let kernel = bench.kernels.get("matvec", matvec.context()).unwrap();
         let slab = bench.upload(&slab);
         let x = bench.upload(bytemuck::cast_slice(&self.x[first * self.cols..][..rows * self.cols]));
         let y = bench.upload(&vec![0xff; 4 * rows * self.outputs()]);
@@ -92,22 +111,23 @@ impl Case {
         let halves = self.cols as u32 / 16;
         let stride = self.cols as u32 / 4;
         let params = [group_table, rows as u32, stride, self.outputs() as u32, norm, EPSILON.to_bits(), halves];
-        let mut buffers = vec![slab.all(), x.all(), y.all()];
+        let laid_out = bench.upload(&vec![0xff; rows * digits_bytes(self.cols) as usize]);
+        let transposed = bench.upload(&vec![0xff; 4 * rows * self.cols]);
+        let mut buffers = vec![slab.all(), if made { transposed.all() } else { x.all() }, y.all()];
         if jobs.formats().contains(&Format::Iq2Xxs) {
             buffers.push(book.all());
         }
-        let made = bench.upload(&vec![0xff; rows * digits_bytes(self.cols) as usize]);
-        if digits && together > 1 && jobs.formats().iter().any(|format| format.has_integers()) {
-            let kernel = bench.kernels.get("digits", digits_context(self.norm.is_some())).unwrap();
-            let from = [x.all(), made.all(), slab.all()];
-            let from = if self.norm.is_some() { &from[..] } else { &from[..2] };
+        if made {
+            let kernel = bench.kernels.get("digits", digits_context(norm_is_some)).unwrap();
+            let from = [x.all(), laid_out.all(), transposed.all(), slab.all()];
+            let from = if norm_is_some { &from[..] } else { &from[..3] };
             bench.commands.run(
                 &kernel,
                 from,
                 &[stride, halves, norm, EPSILON.to_bits()],
                 [halves.div_ceil(256), rows as u32, 1],
             );
-            buffers.push(made.all());
+            buffers.push(laid_out.all());
         }
         bench.commands.run(&kernel, &buffers, &params, [groups, rows.div_ceil(together) as u32, 1]);
         let bytes = bench.commands.read((&y, 0), (4 * rows * self.outputs()) as u64).unwrap();
@@ -160,13 +180,13 @@ fn products_of_few_rows_equal_f64() {
             // Inputs of more than a tile, and fewer outputs than a workgroup has.
             for (rows, outputs, cols, together) in [(1, 41, 4608, 1), (3, 9, 1280, 4)] {
                 let case = Case::new(&mut random, &[format], (rows, outputs, cols), rows == 3);
-                let error = case.error(&case.run(&mut bench, (0, rows), together, digits));
+                let error = case.error(&case.run(&mut bench, (0, rows), How::usual(together, digits)));
                 assert!(error < most, "{}, digits: {digits}, {rows} rows of {cols}: {error:e}", format.name());
             }
         }
     }
     let case = Case::new(&mut random, &[Format::F16, Format::Q8_0, Format::Iq2Xxs], (5, 37, 512), true);
-    let error = case.error(&case.run(&mut bench, (0, 5), 8, true));
+    let error = case.error(&case.run(&mut bench, (0, 5), How::usual(8, true)));
     assert!(error < DIGITS_ERROR, "three formats at once: {error:e}");
 }
 
@@ -183,14 +203,16 @@ fn a_product_of_few_rows_does_not_depend_on_other_rows() {
         (true, many),
     ] {
         let case = Case::new(&mut Random(6), &formats, (7, outputs, cols), true);
-        let all = case.run(&mut bench, (0, 7), 8, digits);
+        let all = case.run(&mut bench, (0, 7), How::usual(8, digits));
         let error = case.error(&all);
         assert!(error < if digits { DIGITS_ERROR } else { FLOATS_ERROR }, "{formats:?}: {error:e}");
-        for (first, rows, together) in [(0, 1, 1), (3, 2, 2), (3, 4, 4), (6, 1, 1)] {
-            let some = case.run(&mut bench, (first, rows), together, digits);
+        let made = How { together: 1, digits, made: digits };
+        let ways = [(0, 1, How::usual(1, digits)), (3, 2, How::usual(2, digits)), (3, 4, How::usual(4, digits))];
+        for (first, rows, how) in ways.into_iter().chain([(6, 1, How::usual(1, digits)), (0, 1, made), (5, 1, made)]) {
+            let some = case.run(&mut bench, (first, rows), how);
             let expected = &all[first * case.outputs()..][..rows * case.outputs()];
             let differ = (0..some.len()).filter(|&i| some[i].to_bits() != expected[i].to_bits()).count();
-            assert_eq!(differ, 0, "digits: {digits}, {rows} rows from {first}, of {}", some.len());
+            assert_eq!(differ, 0, "{how:?}, {rows} rows from {first}, of {}", some.len());
         }
     }
 }
@@ -216,13 +238,15 @@ fn measure_matvec() {
         slab.extend_from_slice(bytemuck::cast_slice(&Jobs::group_words(&jobs)));
         let jobs = Jobs { jobs, table: 0, group_table };
         let (outputs, groups) = jobs.matvec();
-        let context = matvec_context(&jobs.formats(), together, outputs, false, true);
-        let kernel = bench.kernels.get("matvec", context).unwrap();
+        let matvec =
+            Matvec { formats: jobs.formats(), rows: together, outputs, norm: false, digits: true, made: together > 1 };
+        let kernel = bench.kernels.get("matvec", matvec.context()).unwrap();
         let digits = bench.kernels.get("digits", digits_context(false)).unwrap();
         let slab = bench.upload(&slab);
         let x = bench.upload(bytemuck::cast_slice(&random.values(together * cols)));
         let y = bench.upload(&vec![0; 4 * together * rows]);
         let made = bench.upload(&vec![0; together * digits_bytes(cols) as usize]);
+        let transposed = bench.upload(&vec![0; 4 * together * cols]);
         let halves = cols as u32 / 16;
         let params = [group_table, together as u32, cols as u32 / 4, rows as u32, 0, 0, halves];
         let mut least_s = f64::MAX;
@@ -234,7 +258,7 @@ fn measure_matvec() {
                 if together > 1 {
                     let params = [cols as u32 / 4, halves, 0, 0];
                     let groups = [halves.div_ceil(256), together as u32, 1];
-                    bench.commands.run(&digits, &[x.all(), made.all()], &params, groups);
+                    bench.commands.run(&digits, &[x.all(), made.all(), transposed.all()], &params, groups);
                     buffers.push(made.all());
                 }
                 bench.commands.run(&kernel, &buffers, &params, [groups, 1, 1]);

@@ -149,8 +149,9 @@ pub(crate) struct Activations<B = Buffer> {
     /// Rows with a value that is no number.
     pub(crate) flags: B,
     pub(crate) tables: B,
-    /// Inputs of products of a few rows, as digits.
+    /// Inputs of products of a few rows, laid out for lanes (`kernels/weights.wgsl`): as digits, and transposed.
     pub(crate) digits: B,
+    pub(crate) transposed: B,
     /// Raw rows of a large pass.
     pub(crate) fresh: B,
     /// What tiled products need, in passes of more than [`FEW_ROWS`] rows.
@@ -210,6 +211,7 @@ impl<B> Activations<B> {
             // Two rotations of every row, one of a window of each kind that may end at it, a token; and its runs.
             tables: floats("tables", rows * (4 * c.rope_dim + 1) + together::table_words(rows, c.layers))?,
             digits: make("digits of inputs", FEW_ROWS as u64 * digits_bytes(shapes.widest()))?,
+            transposed: floats("transposed inputs", FEW_ROWS * shapes.widest())?,
             fresh: floats("new rows", rows * shapes.row_words)?,
             many: (shapes.has_tiles && rows > FEW_ROWS)
                 .then(|| ManyActivations::new(make, shapes, rows))

@@ -16,7 +16,7 @@ use crate::attend_many::{AttendMany, AttendManyParams, IndexScoreMany, IndexScor
 use crate::format::{Format, code_book};
 use crate::jobs::{Job, Jobs, Matrix};
 use crate::kernel::{Buffer, Commands, Kernels};
-use crate::kit::matvec_context;
+use crate::kit::Matvec;
 use crate::matmul::{Experts, Groups, Halves, Many};
 
 /// Which families of kernels use cooperative matrices.
@@ -142,6 +142,11 @@ const DIGITS_DISTANCE: f64 = 1e-4;
 /// Outputs of each 32 lanes of the product that is tried.
 const TRIED_OUTPUTS: usize = 2;
 
+/// The kernel that is tried.
+fn tried(digits: bool) -> Matvec {
+    Matvec { formats: vec![Format::Q8_0], rows: 1, outputs: TRIED_OUTPUTS, norm: false, digits, made: false }
+}
+
 /// Whether few rows can be multiplied as packed integers on this adapter, and a line for the user if its driver computes them
 /// wrongly. Not in Exact.
 ///
@@ -151,7 +156,7 @@ pub(crate) fn integers(kernels: &Arc<Kernels>, precision: Precision) -> Result<(
     if precision != Precision::Fast {
         return Ok((false, None));
     }
-    let context = |digits: bool| ("matvec", matvec_context(&[Format::Q8_0], 1, TRIED_OUTPUTS, false, digits));
+    let context = |digits: bool| ("matvec", tried(digits).context());
     kernels.make_all(&[context(true), context(false)])?;
     let twin = |digits: bool| Trial::new(kernels, false).matvec(digits);
     let fault = fault(&twin(true)?, &twin(false)?, DIGITS_DISTANCE);
@@ -328,7 +333,7 @@ impl Trial {
         slab.extend_from_slice(bytemuck::cast_slice(&Jobs::group_words(&jobs)));
         let (outputs, groups) = Jobs { jobs, table: 0, group_table }.matvec();
         assert_eq!(outputs, TRIED_OUTPUTS, "the kernel that was made for this");
-        let kernel = self.kernels.get("matvec", matvec_context(&[Format::Q8_0], 1, outputs, false, digits))?;
+        let kernel = self.kernels.get("matvec", tried(digits).context())?;
         let (slab, x, y) = (self.buffer(&slab)?, self.random(WIDTH)?, self.results(OUTPUTS)?);
         let params = [group_table, 1, WIDTH as u32 / 4, OUTPUTS as u32, 0, 0, WIDTH as u32 / 16];
         self.commands.run(&kernel, &[slab.all(), x.all(), y.all()], &params, [groups, 1, 1]);

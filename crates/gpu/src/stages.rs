@@ -7,8 +7,8 @@ use crate::backend::GpuBackend;
 use crate::experts::{GpuLeases, Selection};
 use crate::format::Format;
 use crate::jobs::{Jobs, Matrix};
-use crate::kernel::{Buffer, Commands};
-use crate::kit::LANE_OUTPUTS;
+use crate::kernel::{Buffer, Commands, Span};
+use crate::kit::{LANE_OUTPUTS, Matvec, has_integers, heads_lay_out};
 use crate::matmul::{Experts, Groups, Halves};
 use crate::pass::{Activations, FEW_ROWS, GpuPass, ManyActivations, Pending, Shapes, windows};
 use crate::state::{GpuState, SMALL_PASS};
@@ -70,6 +70,8 @@ struct Operands<'b> {
     x: (&'b Buffer, usize),
     y: (&'b Buffer, usize),
     rows: usize,
+    /// Whether the kernel that made the inputs laid them out for lanes, if their rows are few.
+    laid_out: bool,
 }
 
 impl GpuBackend {
@@ -78,12 +80,22 @@ impl GpuBackend {
         on.many.as_ref().filter(|_| rows > FEW_ROWS)
     }
 
-    /// Whether products with matrices of these formats take several rows' inputs as digits that are made before.
-    fn by_digits(&self, rows: usize, formats: &[Format]) -> bool {
-        rows > 1 && self.kit.digits.is_some() && formats.iter().any(|format| format.has_integers())
+    /// Whether products of few rows multiply integers, where formats have any.
+    fn has_digits(&self) -> bool {
+        self.kit.digits.is_some()
     }
 
-    /// Makes the first `width` values of each row into digits, weighed by a norm of the slab if one is given.
+    /// Whether kernels that make the inputs of `rows` rows are to lay them out for lanes, too.
+    fn lay_out(&self, rows: usize) -> u32 {
+        u32::from(self.has_digits() && rows <= FEW_ROWS)
+    }
+
+    /// Whether attention of few rows lays them out.
+    fn heads_lay_out(&self) -> bool {
+        self.has_digits() && heads_lay_out(&self.config)
+    }
+
+    /// Lays the first `width` values of each row out for lanes, weighed by a norm of the slab if one is given.
     fn digits(
         &self,
         commands: &mut Commands,
@@ -94,12 +106,13 @@ impl GpuBackend {
     ) {
         let Some([plain, weighed]) = &self.kit.digits else { return };
         let params = params![x.1 / 4, width / 16, norm.unwrap_or(0), self.config.rms_eps];
-        let buffers = [x.0.all(), on.digits.all(), slab.all()];
-        let (kernel, buffers) = if norm.is_some() { (weighed, &buffers[..]) } else { (plain, &buffers[..2]) };
+        let buffers = [x.0.all(), on.digits.all(), on.transposed.all(), slab.all()];
+        let (kernel, buffers) = if norm.is_some() { (weighed, &buffers[..]) } else { (plain, &buffers[..3]) };
         commands.run(kernel, buffers, &params, [(width / 16).div_ceil(256) as u32, rows as u32, 1]);
     }
 
-    /// `jobs` on every row; the inputs are divided by their RMS and weighed first where there is a norm.
+    /// `jobs` on every row; the inputs are divided by their RMS and weighed first where there is a norm. Of few rows they may
+    /// have been laid out for lanes.
     fn products(
         &self,
         commands: &mut Commands,
@@ -109,7 +122,7 @@ impl GpuBackend {
         operands: Operands<'_>,
         norm: Option<At>,
     ) -> Result<(), Error> {
-        let Operands { x, y, rows } = operands;
+        let Operands { x, y, rows, laid_out } = operands;
         if let Some(many) = self.tiled(on, rows) {
             let mut from = x;
             if let Some(norm) = norm {
@@ -124,19 +137,26 @@ impl GpuBackend {
             self.many.matmul(commands, slab.all(), jobs, halves, y.0.all(), y.1, self.code_book.all())?;
             return Ok(());
         }
-        let together = rows_together(rows);
         let (outputs, groups) = jobs.matvec();
-        let kernel = self.kit.matvec(jobs.formats(), together, outputs, norm.is_some())?;
         let formats = jobs.formats();
-        let mut buffers = vec![slab.all(), x.0.all(), y.0.all()];
-        if formats.contains(&Format::Iq2Xxs) {
+        let (digits, has_book) = (self.has_digits(), formats.contains(&Format::Iq2Xxs));
+        let laid_out = laid_out && self.lay_out(rows) != 0;
+        // Of one row each workgroup may as well do it for itself.
+        let made = digits && has_integers(&formats) && (laid_out || rows > 1);
+        let width = if norm.is_some() { self.config.q_rank } else { x.1 };
+        if made && !laid_out {
+            self.digits(commands, on, slab, (x, width, rows), norm);
+        }
+        let mut buffers = vec![slab.all(), if made { on.transposed.all() } else { x.0.all() }, y.0.all()];
+        if has_book {
             buffers.push(self.code_book.all());
         }
-        let width = if norm.is_some() { self.config.q_rank } else { x.1 };
-        if self.by_digits(rows, &formats) {
-            self.digits(commands, on, slab, (x, width, rows), norm);
+        if made {
             buffers.push(on.digits.all());
         }
+        let together = rows_together(rows);
+        let norm_is_some = norm.is_some();
+        let kernel = self.kit.matvec(Matvec { formats, rows: together, outputs, norm: norm_is_some, digits, made })?;
         let halves = width / 16;
         let params = params![jobs.group_table, rows, x.1 / 4, y.1, norm.unwrap_or(0), self.config.rms_eps, halves];
         commands.run(&kernel, &buffers, &params, [groups, rows.div_ceil(together) as u32, 1]);
@@ -181,12 +201,17 @@ impl GpuBackend {
         self.mix(pass, &mut commands, &weights.slab, at.function, false);
         let on = pass.on();
         let groups = [2, pass.rows() as u32, 1];
-        let buffers = [weights.slab.all(), on.streams.all(), on.sums.all(), on.input.all(), on.hyper.all()];
-        commands.run(&self.kit.finish, &buffers, &self.finish_params(at, 0, 0), groups);
+        let params = self.finish_params(at, 0, 0, self.lay_out(pass.rows()));
+        commands.run(&self.kit.finish, &self.finish_buffers(&weights.slab, on, &on.input), &params, groups);
         Ok(())
     }
 
-    fn finish_params(&self, at: &HyperAt, row0: usize, out0: usize) -> [u32; 9] {
+    fn finish_buffers<'b>(&self, slab: &'b Buffer, on: &'b Activations, result: &'b Buffer) -> Vec<Span<'b>> {
+        let all = [slab, &on.streams, &on.sums, result, &on.hyper, &on.digits, &on.transposed].map(Buffer::all);
+        all[..if self.has_digits() { 7 } else { 5 }].to_vec()
+    }
+
+    fn finish_params(&self, at: &HyperAt, row0: usize, out0: usize, lay_out: u32) -> [u32; 10] {
         let c = &self.config;
         params![
             self.shapes.slices(),
@@ -198,6 +223,7 @@ impl GpuBackend {
             c.rms_eps,
             row0,
             out0,
+            lay_out,
         ]
     }
 
@@ -211,10 +237,12 @@ impl GpuBackend {
         let rows = pass.rows();
         let mut commands = lock(&pass.commands);
         commands.stage("project");
-        let operands = Operands { x: (&on.input, c.d_model), y: (&on.projected, weights.projected), rows };
+        let operands =
+            Operands { x: (&on.input, c.d_model), y: (&on.projected, weights.projected), rows, laid_out: true };
         self.products(&mut commands, on, &weights.slab, &weights.project, operands, None)?;
         commands.stage("queries");
-        let operands = Operands { x: (&on.projected, weights.projected), y: (&on.queries, weights.queried), rows };
+        let (x, y) = ((&on.projected, weights.projected), (&on.queries, weights.queried));
+        let operands = Operands { x, y, rows, laid_out: false };
         self.products(&mut commands, on, &weights.slab, &weights.queries, operands, Some(weights.q_a_norm))?;
         commands.stage("settle");
         for runs in Together::all(layer, states, pass) {
@@ -296,26 +324,28 @@ impl GpuBackend {
             let places = &states[runs.runs[0].session].places[layer];
             let kernels = &self.kit.of_sessions(runs.runs.len()).layers[layer];
             let buffers = runs.buffers(&[weights.slab.all(), on.tables.all(), on.projected.all()], &self.spares);
-            let mut pool = |kernel, at: &crate::weights::CompressorAt, inputs: usize, rows: usize| {
-                let params = params![runs.place;
-                    weights.projected,
-                    at.u,
-                    at.positions,
-                    at.norm,
-                    c.rms_eps,
-                    runs.rows.start,
-                    inputs,
-                    rows,
-                    places.main(),
-                ];
-                commands.run(kernel, &buffers, &params, [runs.rows.len() as u32, 1, 1]);
-            };
-            if let (Some(kernel), Some(at)) = (&kernels.pool, &weights.compressor) {
-                pool(kernel, at, places.inputs, places.inputs_rows);
-            }
-            if let (Some(kernel), Some(at)) = (&kernels.pool_index, &weights.index_compressor) {
-                pool(kernel, at, places.index_inputs, places.index_inputs_rows);
-            }
+            let (Some(kernel), Some(main)) = (&kernels.pool, &weights.compressor) else { continue };
+            // Nobody looks at the second where there is no indexer.
+            let index = weights.index_compressor.as_ref();
+            let of_index = index.unwrap_or(main);
+            let params = params![runs.place;
+                weights.projected,
+                c.rms_eps,
+                runs.rows.start,
+                places.main(),
+                main.u,
+                main.positions,
+                main.norm,
+                places.inputs,
+                places.inputs_rows,
+                of_index.u,
+                of_index.positions,
+                of_index.norm,
+                places.index_inputs,
+                places.index_inputs_rows,
+            ];
+            let kinds = 1 + u32::from(index.is_some());
+            commands.run(kernel, &buffers, &params, [runs.rows.len() as u32, kinds, 1]);
         }
     }
 
@@ -432,7 +462,9 @@ impl GpuBackend {
             let kit = self.kit.of_sessions(runs.runs.len());
             let others = [on.queries.all(), on.tables.all(), on.fresh.all(), on.chosen.all(), on.partial.all()];
             let of_attend = runs.buffers(&others, &self.spares);
-            let of_combine = [weights.slab.all(), on.tables.all(), on.partial.all(), on.heads.all()];
+            let of_combine = [&weights.slab, &on.tables, &on.partial, &on.heads, &on.digits, &on.transposed];
+            let of_combine = &of_combine.map(Buffer::all)[..if self.heads_lay_out() { 6 } else { 4 }];
+            let lay_out = self.lay_out(pass.rows());
             let together = self.shapes.attended_together(pieces, count);
             for first in runs.rows.clone().step_by(together) {
                 let rows = together.min(runs.rows.end - first) as u32;
@@ -450,8 +482,9 @@ impl GpuBackend {
                 ];
                 let groups = c.heads / Shapes::heads_together(c.heads, self.shapes.row_words);
                 commands.run(&kit.attend, &of_attend, &params, [groups as u32, pieces as u32, rows]);
-                let params = params![runs.place; first, c.window, ratio, top_k, pieces, weights.sinks, rotations];
-                commands.run(&kit.combine, &of_combine, &params, [c.heads as u32, rows, 1]);
+                let params =
+                    params![runs.place; first, c.window, ratio, top_k, pieces, weights.sinks, rotations, lay_out];
+                commands.run(&kit.combine, of_combine, &params, [c.heads as u32, rows, 1]);
             }
         }
     }
@@ -463,10 +496,11 @@ impl GpuBackend {
         let mut commands = lock(&pass.commands);
         commands.stage("output a");
         let low = c.o_groups * c.o_rank;
-        let operands = Operands { x: (&on.heads, c.heads * c.head_dim), y: (&on.low, low), rows };
+        let x = (&on.heads, c.heads * c.head_dim);
+        let operands = Operands { x, y: (&on.low, low), rows, laid_out: self.heads_lay_out() };
         self.products(&mut commands, on, &weights.slab, &weights.output_a, operands, None)?;
         commands.stage("output b");
-        let operands = Operands { x: (&on.low, low), y: (&on.output, c.d_model), rows };
+        let operands = Operands { x: (&on.low, low), y: (&on.output, c.d_model), rows, laid_out: false };
         self.products(&mut commands, on, &weights.slab, &weights.output_b, operands, None)
     }
 
@@ -475,7 +509,8 @@ impl GpuBackend {
         let on = pass.on();
         let mut commands = lock(&pass.commands);
         commands.stage("router");
-        let operands = Operands { x: (&on.input, c.d_model), y: (&on.routed, self.shapes.routed), rows };
+        let operands =
+            Operands { x: (&on.input, c.d_model), y: (&on.routed, self.shapes.routed), rows, laid_out: true };
         self.products(&mut commands, on, &weights.slab, &weights.route, operands, None)?;
         commands.stage("choose");
         let params = params![
@@ -485,6 +520,7 @@ impl GpuBackend {
             weights.choice,
             c.route_scale,
             pass.tokens,
+            self.lay_out(rows),
         ];
         let buffers = [
             weights.slab.all(),
@@ -525,11 +561,7 @@ impl GpuBackend {
             return self.experts_of_many(layer, leases, cancel, rows, on, many, commands);
         }
         let down = weights.shared_down.jobs[0].matrix;
-        // The router's products had the same inputs.
-        let made = self.by_digits(rows, &layout.formats[..2]);
-        if made && !self.by_digits(rows, &weights.route.formats()) {
-            self.digits(commands, on, &weights.slab, ((&on.input, c.d_model), c.d_model, rows), None);
-        }
+        let made = self.has_digits() && has_integers(&layout.formats[..2]);
         self.experts.run(leases, &self.uploader, commands, cancel, &mut |commands, is_first| {
             commands.stage("experts up");
             let params = params![
@@ -548,19 +580,18 @@ impl GpuBackend {
                 self.experts.table.all(),
                 on.experts.all(),
                 on.shares.all(),
-                on.input.all(),
+                if made { on.transposed.all() } else { on.input.all() },
                 on.mid.all(),
             ];
             let has_book = |formats: &[Format]| formats.contains(&Format::Iq2Xxs);
             if has_book(&layout.formats[..2]) {
                 buffers.push(self.code_book.all());
             }
-            let kit = &self.kit.layers[layer];
             if made {
                 buffers.push(on.digits.all());
             }
             let groups = [c.expert_width.div_ceil(EXPERT_OUTPUTS[0]) as u32, choices as u32, 1];
-            commands.run(if made { &kit.up_of_several } else { &kit.up }, &buffers, &params, groups);
+            commands.run(&self.kit.layers[layer].up, &buffers, &params, groups);
             commands.stage("experts down");
             let params = params![
                 layout.slot,
@@ -608,7 +639,8 @@ impl GpuBackend {
         let (c, weights) = (&self.config, &self.layers[layer]);
         commands.stage("shared expert");
         let outputs = (1 + c.experts_used) * c.d_model;
-        let operands = Operands { x: (&on.shared_mid, c.shared_width), y: (&on.output, outputs), rows };
+        let operands =
+            Operands { x: (&on.shared_mid, c.shared_width), y: (&on.output, outputs), rows, laid_out: false };
         self.products(commands, on, &weights.slab, &weights.shared_down, operands, None)?;
         commands.stage("group");
         let choices = rows * c.experts_used;
@@ -667,14 +699,15 @@ impl GpuBackend {
         }
         let mut out0 = 0;
         for rows in wanted.chunk_by(|a, b| a + 1 == *b) {
-            let params = self.finish_params(&self.head.hc, rows[0], out0);
-            let buffers = [self.head.slab.all(), on.streams.all(), on.sums.all(), on.hidden.all(), on.hyper.all()];
+            let params = self.finish_params(&self.head.hc, rows[0], out0, self.lay_out(wanted.len()));
+            let buffers = self.finish_buffers(&self.head.slab, on, &on.hidden);
             commands.run(&self.kit.finish_head, &buffers, &params, [1, rows.len() as u32, 1]);
             out0 += rows.len();
         }
         commands.stage("head");
         let logits = Buffer::new(&self.device, "logits", 4 * (wanted.len() * c.vocab_size) as u64)?.of_one_pass();
-        let operands = Operands { x: (&on.hidden, c.d_model), y: (&logits, c.vocab_size), rows: wanted.len() };
+        let operands =
+            Operands { x: (&on.hidden, c.d_model), y: (&logits, c.vocab_size), rows: wanted.len(), laid_out: true };
         self.products(&mut commands, on, &self.head.slab, &self.head.output, operands, None)?;
         let mut at = 0;
         for rows in wanted.chunk_by(|a, b| a + 1 == *b) {

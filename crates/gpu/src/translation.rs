@@ -20,8 +20,10 @@ fn variants() -> Vec<(&'static str, Value)> {
         for norm in [false, true] {
             for types in [vec!["q8_0"], vec!["q8_0", "f16"], all.to_vec()] {
                 for (outputs, digits) in [(2, false), (4, false), (2, true), (4, true)] {
-                    let (types, type_ids) = (types.clone(), ids.clone());
-                    variants.push(("matvec", context! { types, rows, outputs, norm, digits, type_ids }));
+                    for made in if rows > 1 { vec![digits] } else { vec![false, digits] } {
+                        let (types, type_ids) = (types.clone(), ids.clone());
+                        variants.push(("matvec", context! { types, rows, outputs, norm, digits, made, type_ids }));
+                    }
                 }
             }
         }
@@ -32,8 +34,10 @@ fn variants() -> Vec<(&'static str, Value)> {
         }
     }
     for d in [64, 4096, 7168] {
-        variants.push(("hc_finish", context! { streams => 4, d, outputs => 24, head => false }));
-        variants.push(("hc_finish", context! { streams => 4, d, outputs => 4, head => true }));
+        for digits in [false, true] {
+            variants.push(("hc_finish", context! { streams => 4, d, outputs => 24, head => false, digits }));
+            variants.push(("hc_finish", context! { streams => 4, d, outputs => 4, head => true, digits }));
+        }
     }
     for plain in [false, true] {
         for (ratio, index_heads) in [(0, 0), (4, 64), (128, 0)] {
@@ -48,9 +52,12 @@ fn variants() -> Vec<(&'static str, Value)> {
                     for together in [4, 8] {
                         variants.push(("attend", context! { together, ..context.clone() }));
                     }
-                    variants.push(("combine", context.clone()));
+                    for digits in [false, true] {
+                        variants.push(("combine", context! { digits, ..context.clone() }));
+                    }
                     if ratio > 0 {
-                        variants.push(("pool", context! { dim => head_dim, indexer => false, ..context }));
+                        let index_words = [0, if plain { 128 } else { 17 }][usize::from(ratio == 4)];
+                        variants.push(("pool", context! { dim => head_dim, index_words, ..context }));
                     }
                 }
                 for (heads, subgroups) in [(16, 2), (32, 4), (32, 8), (64, 8)] {
@@ -64,8 +71,6 @@ fn variants() -> Vec<(&'static str, Value)> {
         }
         let row_words = if plain { 128 } else { 17 };
         for states in SESSIONS {
-            let index = context! { ratio => 4, dim => 128, rope => 64, indexer => true };
-            variants.push(("pool", context! { states, plain, row_words, ..index }));
             for index_heads in [4, 12, 64] {
                 variants.push(("index_score", context! { states, index_heads, plain, row_words }));
             }
@@ -86,24 +91,26 @@ fn variants() -> Vec<(&'static str, Value)> {
     variants.push(("copy", context! {}));
     for hashed in [false, true] {
         for (experts, used) in [(256, 6), (30, 1), (3, 2)] {
-            variants.push(("route", context! { experts, used, hashed }));
+            for lays_out in [false, true] {
+                variants.push(("route", context! { experts, used, hashed, lays_out }));
+            }
         }
     }
     for streams in [1, 2, 8] {
         let outputs = 2 * streams + streams * streams;
         variants.push(("hc_mix", context! { streams, outputs, post => true }));
-        variants.push(("hc_finish", context! { streams, d => 192, outputs, head => false }));
+        variants.push(("hc_finish", context! { streams, d => 192, outputs, head => false, digits => true }));
     }
     for ty in all {
         for digits in [false, true] {
-            for made in [false, digits] {
-                let context = context! { gate => ty, up => ty, used => 6, digits, made, makes => made, outputs => 2 };
+            for makes in [false, digits] {
+                let context = context! { gate => ty, up => ty, used => 6, digits, makes, outputs => 2 };
                 variants.push(("experts_up", context));
             }
             let made = digits && !["f32", "f16", "bf16"].contains(&ty);
             variants.push((
                 "experts_down",
-                context! { down => ty, shared_down => "q8_0", used => 6, digits, made, outputs => 4 },
+                context! { down => ty, shared_down => "q8_0", used => 6, digits, made, shared_made => digits, outputs => 4 },
             ));
         }
     }

@@ -1,5 +1,4 @@
-{# Rows of inputs as digits, for products of several rows at a time: of each row the high digits of all halves of chunks, then the
-   low ones, then scale and sum, a vector of a half each; last what the products are to be multiplied by.
+{# Lays rows of inputs out for lanes (weights.wgsl), where no kernel that made them did.
 
    norm: whether the inputs are to be divided by their RMS, and are weighed first. Workgroups: halves / 256, rows. -#}
 {% import "weights.wgsl" as weights with context %}
@@ -15,8 +14,9 @@ struct Params {
 
 @group(0) @binding(0) var<storage, read> x: array<vec4<f32>>;
 @group(0) @binding(1) var<storage, read_write> digits: array<vec4<u32>>;
+@group(0) @binding(2) var<storage, read_write> transposed: array<vec4<f32>>;
 {% if norm %}
-@group(0) @binding(2) var<storage, read> w: array<vec4<u32>>;
+@group(0) @binding(3) var<storage, read> w: array<vec4<u32>>;
 {% endif %}
 var<immediate> p: Params;
 {% if norm %}
@@ -29,15 +29,14 @@ var<workgroup> squares: array<f32, 32>;
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let half = group.x * 256u + thread;
     let x_at = group.y * p.x_stride;
-{{ weights.row_digits(0, "group.y", "p.halves", "0u") }}
     if half < p.halves {
 {% for i in range(4) %}
         let v{{ i }} = x[x_at + 4u * half + {{ i }}u]{% if norm %} * bitcast<vec4<f32>>(w[p.norm + 4u * half + {{ i }}u]){% endif %};
 {% endfor %}
-{{ weights.digits_of_half() }}
-        digits[high_at0 + half] = high;
-        digits[low_at0 + half] = low;
-        digits[halves_at0 + half] = bitcast<vec4<u32>>(vec4<f32>(of_half, 0.0, 0.0));
+{% for i in range(4) %}
+        transposed[{{ weights.transposed_at("group.y", "p.halves", "4u * half + " ~ i ~ "u") }}] = v{{ i }};
+{% endfor %}
+{{ weights.lay_out_half("group.y", "p.halves", "half") }}
     }
 {% if norm %}
     if thread < 32u {
@@ -59,7 +58,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             i += 1u;
         }
         let scale = 1.0 / sqrt(sum / f32(16u * p.halves) + p.epsilon);
-        digits[halves_at0 + p.halves] = bitcast<vec4<u32>>(vec4<f32>(scale, 0.0, 0.0, 0.0));
+        digits[(group.y + 1u) * (3u * p.halves + 1u) - 1u] = bitcast<vec4<u32>>(vec4<f32>(scale, 0.0, 0.0, 0.0));
     }
 {% endif %}
 }

@@ -2,7 +2,7 @@
    at place 0, where that is asked for.
 
    down, shared_down: types; used: K; digits: whether integers are multiplied where types allow; made: whether what
-   experts made is digits; outputs: of each 32 lanes. Workgroups: D / (8 outputs), choices (then rows, for the shared expert). -#}
+   experts made is laid out for lanes, and shared_made: what the shared expert made; outputs: of each 32 lanes. Workgroups: D / (8 outputs), choices (then rows, for the shared expert). -#}
 {% import "weights.wgsl" as weights with context %}
 {% set types = [down] if down == shared_down else [down, shared_down] %}
 
@@ -29,7 +29,11 @@ struct Params {
 {% else %}
 @group(0) @binding(4) var<storage, read> mid: array<vec4<f32>>;
 {% endif %}
+{% if shared_made %}
+@group(0) @binding(5) var<storage, read> shared_digits: array<vec4<u32>>;
+{% else %}
 @group(0) @binding(5) var<storage, read> shared_mid: array<vec4<f32>>;
+{% endif %}
 @group(0) @binding(6) var<storage, read_write> outputs: array<f32>;
 {% if "iq2_xxs" in [down, shared_down] %}
 @group(0) @binding(7) var<storage, read> code_book: array<vec2<u32>>;
@@ -42,7 +46,7 @@ var<immediate> p: Params;
 {{ weights.product_functions([down], "slab", digits) }}
 {{ weights.product_functions([shared_down], "w", digits) }}
 {{ weights.reduction(8 * outputs, 256) }}
-{{ weights.staged(1, 128, types, digits, false) }}
+{{ weights.staged(1, 128, ([] if made else [down]) + ([] if shared_made else [shared_down]), digits, false) }}
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
@@ -76,18 +80,23 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% for n in range(outputs) %}
         let row{{ n }} = slot * p.slot + p.down + min(first + {{ n }}u, p.d - 1u) * p.stride;
 {% endfor %}
-{% call(r, i) weights.products(of.list, "slab", 1, 128, 256, digits, made) %}mid[x_at + {{ i }}]{% endcall %}
+{% call(r, i) weights.products(of.list, "slab", 1, 128, 256, digits, "digits" if made else "") %}mid[x_at + {{ i }}]{% endcall %}
     } else {
         let row = group.y - p.choices;
         to = row * {{ 1 + used }}u;
-        let x_at = row * p.shared_chunks * 8u;
         let chunks = p.shared_chunks;
+{% if shared_made %}
+        let halves = 2u * chunks;
+{{ weights.row_digits(0, "row", "halves", "0u") }}
+{% else %}
+        let x_at = row * chunks * 8u;
+{% endif %}
 {% set of.list = [] %}
 {% for n in range(outputs) %}
         let row{{ n }} = p.shared_down + min(first + {{ n }}u, p.d - 1u) * p.shared_stride;
 {% set of.list = of.list + [["row" ~ n, shared_down, "acc" ~ n]] %}
 {% endfor %}
-{% call(r, i) weights.products(of.list, "w", 1, 128, 256, digits, false) %}shared_mid[x_at + {{ i }}]{% endcall %}
+{% call(r, i) weights.products(of.list, "w", 1, 128, 256, digits, "shared_digits" if shared_made else "") %}shared_mid[x_at + {{ i }}]{% endcall %}
     }
 {% for n in range(outputs) %}
     partial[((thread >> 5u) * {{ outputs }}u + {{ n }}u) * 32u + lane] = acc{{ n }}_0;

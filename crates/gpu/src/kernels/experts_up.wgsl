@@ -1,7 +1,6 @@
 {# silu(min(gate, limit)) · clamp(up, ±limit) · weight of one choice of a row (§2.7), if its expert is in a slot.
 
-   gate, up: types; used: K; digits: whether integers are multiplied where types allow; made: whether the inputs' digits were made
-   before, by digits.wgsl; makes: whether results are left as digits; outputs: of each 32 lanes, an even number.
+   gate, up: types; used: K; digits: whether integers are multiplied where types allow, of inputs that were laid out for lanes; makes: whether results are left as digits; outputs: of each 32 lanes, an even number.
    Workgroups: width / (8 outputs), choices. -#}
 {% import "weights.wgsl" as weights with context %}
 {% import "functions.wgsl" as functions %}
@@ -24,12 +23,13 @@ struct Params {
 @group(0) @binding(1) var<storage, read> table: array<u32>;
 @group(0) @binding(2) var<storage, read> experts: array<u32>;
 @group(0) @binding(3) var<storage, read> shares: array<f32>;
+// Transposed, where they were laid out.
 @group(0) @binding(4) var<storage, read> x: array<vec4<f32>>;
 @group(0) @binding(5) var<storage, read_write> mid: array<{{ "vec4<u32>" if makes else "f32" }}>;
 {% if "iq2_xxs" in types %}
 @group(0) @binding(6) var<storage, read> code_book: array<vec2<u32>>;
 {% endif %}
-{% set made = made and digits and types | reject("in", weights.unscaled) | list %}
+{% set made = "digits" if digits and types | reject("in", weights.unscaled) | list else "" %}
 {% if made %}
 @group(0) @binding({{ 7 if "iq2_xxs" in types else 6 }}) var<storage, read> digits: array<vec4<u32>>;
 {% endif %}
@@ -63,6 +63,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let row = choice / {{ used }}u;
     let halves = 2u * p.chunks;
 {{ weights.row_digits(0, "row", "halves", "0u") }}
+    let x_chunks = p.chunks;
 {% endif %}
     let first_of_all = group.x * {{ 8 * outputs }}u;
     let first = first_of_all + (thread >> 5u) * {{ outputs }}u;

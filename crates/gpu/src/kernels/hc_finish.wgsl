@@ -1,7 +1,9 @@
 {# From the sums of `hc_mix`: the sub-layer's input, normalised (§2.1, steps 3 and 5; §2.9 for the head), by workgroup 0 of a
    row; weights and doubly stochastic mix of the streams (steps 3 and 4) by workgroup 1.
 
-   streams: S; d: D; outputs: rows of the projection; head: whether it is the output head's. -#}
+   streams: S; d: D; outputs: rows of the projection; head: whether it is the output head's; digits: whether few rows are multiplied
+   as integers: then the input is laid out for lanes, too, if that is asked for. -#}
+{% import "weights.wgsl" as weights with context %}
 {% import "functions.wgsl" as functions %}
 {# Vectors of a row for each thread. #}
 {%- set each = (d // 4 + 255) // 256 %}
@@ -18,6 +20,8 @@ struct Params {
     row0: u32,
     // Row of the result.
     out0: u32,
+    // Whether to lay it out for lanes.
+    lay_out: u32,
 }
 
 @group(0) @binding(0) var<storage, read> w: array<vec4<u32>>;
@@ -25,6 +29,10 @@ struct Params {
 @group(0) @binding(2) var<storage, read> sums: array<f32>;
 @group(0) @binding(3) var<storage, read_write> input: array<vec4<f32>>;
 @group(0) @binding(4) var<storage, read_write> weights: array<f32>;
+{% if digits %}
+@group(0) @binding(5) var<storage, read_write> digits: array<vec4<u32>>;
+@group(0) @binding(6) var<storage, read_write> transposed: array<vec4<f32>>;
+{% endif %}
 var<immediate> p: Params;
 
 var<workgroup> eighths: array<f32, {{ (outputs + 1) * 8 }}>;
@@ -33,6 +41,9 @@ var<workgroup> pre: array<f32, {{ streams }}>;
 var<workgroup> mix: array<f32, {{ 2 * streams * streams }}>;
 var<workgroup> squares: array<f32, 256>;
 var<workgroup> sixteenths: array<f32, 16>;
+{% if digits %}
+var<workgroup> laid_out: array<vec4<f32>, {{ d // 4 }}>;
+{% endif %}
 
 {{ functions.exponential() }}
 
@@ -168,7 +179,25 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let scale = 1.0 / sqrt(sum_all(thread, square) / {{ d }}.0 + p.epsilon);
 {% for n in range(each) %}
     if thread + {{ 256 * n }}u < {{ d // 4 }}u {
-        input[out + at{{ n }}] = value{{ n }} * scale * norm{{ n }};
+        let result = value{{ n }} * scale * norm{{ n }};
+        input[out + at{{ n }}] = result;
+{% if digits %}
+        laid_out[at{{ n }}] = result;
+        if p.lay_out != 0u {
+            transposed[{{ weights.transposed_at("(p.out0 + group.y)", (d // 16) ~ "u", "at" ~ n) }}] = result;
+        }
+{% endif %}
     }
 {% endfor %}
+{% if digits %}
+    workgroupBarrier();
+    var half = thread;
+    while half < {{ d // 16 }}u && p.lay_out != 0u {
+{% for i in range(4) %}
+        let v{{ i }} = laid_out[4u * half + {{ i }}u];
+{% endfor %}
+{{ weights.lay_out_half("(p.out0 + group.y)", (d // 16) ~ "u", "half") }}
+        half += 256u;
+    }
+{% endif %}
 }

@@ -2,12 +2,12 @@
    order whatever the number of rows.
 
    types: those of the matrices; rows: activation rows together; outputs: of each 32 lanes; norm: whether x is divided by its
-   RMS and weighed first; digits: whether integers are multiplied where types allow. Of several rows they were made before, by
-   digits.wgsl. -#}
+   RMS and weighed first; digits: whether integers are multiplied where types allow; made: whether the inputs were laid out for
+   lanes before: those of several rows are, if any type is one of integers. -#}
 {% import "weights.wgsl" as weights with context %}
+{% set made = "digits" if made and digits and types | reject("in", weights.unscaled) | list else "" %}
 {# Chunks of inputs in workgroup memory at a time, and outputs and rows that are summed at a time. #}
 {%- set tile = 128 // rows if rows < 4 else 32 %}
-{% set has_digits = digits and types | reject("in", weights.unscaled) | list and rows > 1 %}
 {% set at_once = [rows, 4] | min %}
 {# Where all are integers, half of the lanes take rows 0 to 3 of eight and half the others, of twice the outputs: so an input that
    was read serves more outputs, and fewer registers hold more. #}
@@ -34,12 +34,13 @@ struct Params {
 }
 
 @group(0) @binding(0) var<storage, read> w: array<vec4<u32>>;
+// Transposed, if they were laid out before.
 @group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read_write> y: array<f32>;
 {% if "iq2_xxs" in types %}
 @group(0) @binding(3) var<storage, read> code_book: array<vec2<u32>>;
 {% endif %}
-{% if has_digits %}
+{% if made %}
 @group(0) @binding({{ 4 if "iq2_xxs" in types else 3 }}) var<storage, read> digits: array<vec4<u32>>;
 {% endif %}
 var<immediate> p: Params;
@@ -48,8 +49,8 @@ var<immediate> p: Params;
 {{ weights.product_types(types, digits) }}
 {{ weights.product_functions(types, "w", digits) }}
 {{ weights.reduction(values, 256) }}
-{{ weights.staged(rows, tile, types, digits, has_digits) }}
-{% set squares = norm and not has_digits %}
+{{ weights.staged(rows, tile, types, digits, made) }}
+{% set squares = norm and not made %}
 {% if squares %}
 // Sums of squares of each row, by lane.
 var<workgroup> squares: array<f32, {{ rows * 32 }}>;
@@ -69,11 +70,16 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let lane_row0 = row0 + (thread >> 5u) % {{ parts }}u * {{ lane_rows }}u;
 {% for r in range(lane_rows) %}
     let input{{ r }} = min(lane_row0 + {{ r }}u, p.rows - 1u);
-    let x_at{{ r }} = input{{ r }} * p.x_stride + place.y;
-{% if has_digits %}
+{% if made %}
+    let x_at{{ r }} = 4u * input{{ r }} * p.halves + place.y / 8u;
 {{ weights.row_digits(r, "input" ~ r, "p.halves", "place.y") }}
+{% else %}
+    let x_at{{ r }} = input{{ r }} * p.x_stride + place.y;
 {% endif %}
 {% endfor %}
+{% if made and has_floats %}
+    let x_chunks = p.halves / 2u;
+{% endif %}
 {% if "iq2_xxs" in types %}
     load_points(thread, 256u);
     workgroupBarrier();
@@ -104,7 +110,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% for n in range(n0, [n0 + 4, lane_outputs] | min) %}
 {% set of.list = of.list + [["at" ~ n, type, "acc" ~ n]] %}
 {% endfor %}
-{% call(r, i) weights.products(of.list, "w", lane_rows, tile, 256, digits, has_digits) %}x[{{ "x_at" ~ r }} + {{ i }}]{% if norm %} * bitcast<vec4<f32>>(w[p.norm + {{ i }}]){% endif %}{% endcall %}
+{% call(r, i) weights.products(of.list, "w", lane_rows, tile, 256, digits, made) %}x[{{ "x_at" ~ r }} + {{ i }}]{% if norm and not made %} * bitcast<vec4<f32>>(w[p.norm + {{ i }}]){% endif %}{% endcall %}
 {% endfor %}
     }
 {% endfor %}

@@ -1,29 +1,36 @@
 {# Compressed rows of windows that end in a pass (§2.5): Σ u · softmax(z) over a window (and where windows overlap the one
    before), one softmax a channel; normalised, rotated, rounded and stored.
 
-   ratio, dim (of the row), rope, plain; indexer: whether it is the indexer's. Workgroups: rows, of which those that end no
-   window return. -#}
+   ratio, dim (of a row), row_words, rope, plain; index_words: of the indexer's rows, which are made beside, or 0. Workgroups: rows, of
+   which those that end no window return; kinds of rows. -#}
 {% import "functions.wgsl" as functions %}
 {% import "rows.wgsl" as rows %}
 {% import "runs.wgsl" as runs %}
 {% set overlaps = ratio == 4 %}
-{% set width = 2 * dim if overlaps else dim %}
-{% set nope = dim - rope %}
-{% set block = 8 if ratio % 8 == 0 or overlaps else 1 %}
-struct Params {
-{{ runs.params() }}
-    p_stride: u32,
+{% set index_dim = 128 %}
+{# Slots of a window, and those that are read at a time, so that they come together. #}
+{% set slots = 8 if overlaps else ratio %}
+{% set block = 8 if slots % 8 == 0 else 1 %}
+// Where a kind of rows has what it is made of.
+struct Kind {
+    // In a row of projections; weights of positions, and of the norm.
     u: u32,
     ape: u32,
     norm: u32,
+    // The ring of inputs: words from the session's ring on, and rows.
+    inputs: u32,
+    inputs_rows: u32,
+}
+
+struct Params {
+{{ runs.params() }}
+    p_stride: u32,
     epsilon: f32,
     // The first row of the pass that may end a window.
     first: u32,
-    // Ring of inputs: words from the ring on, rows of it.
-    inputs: u32,
-    inputs_rows: u32,
     // Where rows begin in the session; for the indexer's the run says it.
     to: u32,
+    kinds: array<Kind, 2>,
 }
 
 @group(0) @binding(0) var<storage, read> w: array<vec4<u32>>;
@@ -33,7 +40,7 @@ struct Params {
 var<immediate> p: Params;
 
 var<workgroup> sums: array<f32, 128>;
-var<workgroup> row: array<f32, {{ dim if dim > 128 else 128 }}>;
+var<workgroup> row: array<f32, {{ [dim, 128] | max }}>;
 var<workgroup> codes: array<u32, 128>;
 
 {{ runs.of_rows() }}
@@ -61,70 +68,129 @@ fn sum_all(thread: u32, value: f32) -> f32 {
     return sums[0];
 }
 
-{% for s in range(states) %}
-// u and z of channel `i` of the token at `position`.
-fn input{{ s }}(run: Run, position: u32, i: u32) -> vec2<f32> {
-    if position < run.start {
-        let at = run.ring + p.inputs + (position % p.inputs_rows) * {{ 2 * width }}u + i;
-        return vec2<f32>(bitcast<f32>(session{{ s }}[at]), bitcast<f32>(session{{ s }}[at + {{ width }}u]));
-    }
-    let at = (run.row0 + position - run.start) * p.p_stride + p.u + i;
-    return vec2<f32>(projected[at], projected[at + {{ width }}u] + weight(p.ape, (position % {{ ratio }}u) * {{ width }}u + i));
-}
+{# u and z of slots `s`.. of `window`, of channel `i` of rows with `dim`, as `one0`..: from the ring, or from this pass. Both are asked
+   for, because what waits for one before it asks for the next waits eight times. -#}
+{% macro read_block(dim) %}
+{% set width = 2 * dim if overlaps else dim %}
+{% for n in range(block) %}
+    let channel{{ n }} = i{% if overlaps and n >= 4 %} + {{ dim }}u{% endif %};
+    let position{{ n }} = {% if overlaps and n >= 4 %}4u * window + {{ n - 4 }}u{% else %}begin + s + {{ n }}u{% endif %};
+    let far{{ n }} = begin_place + position{{ n }} - begin;
+    let place{{ n }} = select(far{{ n }}, far{{ n }} - kind.inputs_rows, far{{ n }} >= kind.inputs_rows);
+    let old{{ n }} = run.ring + kind.inputs + place{{ n }} * {{ 2 * width }}u + channel{{ n }};
+    let new{{ n }} = (run.row0 + max(position{{ n }}, run.start) - run.start) * p.p_stride + kind.u + channel{{ n }};
+    let new_u{{ n }} = projected[new{{ n }}];
+    let new_z{{ n }} = projected[new{{ n }} + {{ width }}u] + weight(kind.ape, (position{{ n }} % {{ ratio }}u) * {{ width }}u + channel{{ n }});
+    var u{{ n }}: u32;
+    var z{{ n }}: u32;
+{% endfor %}
+{% call(session) runs.with_session("run.session") %}
+{% for n in range(block) %}
+    u{{ n }} = {{ session }}[old{{ n }}];
+    z{{ n }} = {{ session }}[old{{ n }} + {{ width }}u];
+{% endfor %}
+{% endcall %}
+{% for n in range(block) %}
+    let is_new{{ n }} = position{{ n }} >= run.start;
+    let one{{ n }} = select(vec2<f32>(bitcast<f32>(u{{ n }}), bitcast<f32>(z{{ n }})), vec2<f32>(new_u{{ n }}, new_z{{ n }}), is_new{{ n }});
+{% endfor %}
+{% endmacro %}
 
-// Slot `s` of channel `i` of the row of `window`.
-fn slot{{ s }}(run: Run, window: u32, s: u32, i: u32) -> vec2<f32> {
-{% if overlaps %}
-    if s < 4u {
-        return input{{ s }}(run, (window - 1u) * 4u + s, i);
-    }
-    return input{{ s }}(run, window * 4u + s - 4u, {{ dim }}u + i);
-{% else %}
-    return input{{ s }}(run, window * {{ ratio }}u + s, i);
-{% endif %}
-}
+{% macro largest() %}
+{% for n in range(block) %}
+    most = select(most, max(most, one{{ n }}.y), s + {{ n }}u >= first);
+{% endfor %}
+{% endmacro %}
 
+{% macro add_shares() %}
+{% for n in range(block) %}
+    if s + {{ n }}u >= first {
+        let share = exp_of(one{{ n }}.y - most);
+        value = fma(share, one{{ n }}.x, value);
+        sum += share;
+    }
+{% endfor %}
+{% endmacro %}
+
+{% macro channel(name, dim) %}
 // Channel `i` of the row of `window`.
-fn channel_session{{ s }}(run: Run, window: u32, i: u32) -> f32 {
+fn {{ name }}(run: Run, kind: Kind, window: u32, i: u32) -> f32 {
 {% if overlaps %}
+    // Before the first window there is none.
     let first = select(0u, 4u, window == 0u);
-    let last = 8u;
+    let begin = 4u * max(window, 1u) - 4u;
 {% else %}
     let first = 0u;
-    let last = {{ ratio }}u;
+    let begin = window * {{ ratio }}u;
 {% endif %}
-    // A block of slots at a time, so that they come together; before the first window there is none.
+    let begin_place = begin % kind.inputs_rows;
     var most = -3.4e38;
-    var s = 0u;
-    while s < last {
-{% for n in range(block) %}
-        let z{{ n }} = slot{{ s }}(run, window, max(s + {{ n }}u, first), i).y;
-{% endfor %}
-{% for n in range(block) %}
-        most = max(most, z{{ n }});
-{% endfor %}
-        s += {{ block }}u;
-    }
     var sum = 0.0;
     var value = 0.0;
-    s = 0u;
-    while s < last {
-{% for n in range(block) %}
-        let one{{ n }} = slot{{ s }}(run, window, max(s + {{ n }}u, first), i);
-{% endfor %}
-{% for n in range(block) %}
-        if s + {{ n }}u >= first {
-            let share = exp_of(one{{ n }}.y - most);
-            value = fma(share, one{{ n }}.x, value);
-            sum += share;
-        }
-{% endfor %}
+    var s = 0u;
+{% if slots == block %}
+{{ read_block(dim) }}
+{{ largest() }}
+{{ add_shares() }}
+{% else %}
+    while s < {{ slots }}u {
+{{ read_block(dim) }}
+{{ largest() }}
         s += {{ block }}u;
     }
+    s = 0u;
+    while s < {{ slots }}u {
+{{ read_block(dim) }}
+{{ add_shares() }}
+        s += {{ block }}u;
+    }
+{% endif %}
     return value / sum;
 }
+{% endmacro %}
 
-{% endfor %}
+{{ channel("main_channel", dim) }}
+{% if index_words > 0 %}
+{{ channel("index_channel", index_dim) }}
+{% endif %}
+
+{# The row of `window` of a kind, rotated, in `row`. -#}
+{% macro make(kind, channel, dim) %}
+    let kind = p.kinds[{{ kind }}];
+    var square = 0.0;
+    var i = thread;
+    while i < {{ dim }}u {
+        let value = {{ channel }}(run, kind, window, i);
+        row[i] = value;
+        square = fma(value, value, square);
+        i += 128u;
+    }
+    let scale = 1.0 / sqrt(sum_all(thread, square) / {{ dim }}.0 + p.epsilon);
+    i = thread;
+    while i < {{ dim }}u {
+        row[i] = row[i] * scale * weight(kind.norm, i);
+        i += 128u;
+    }
+    workgroupBarrier();
+    if thread < {{ rope // 2 }}u {
+        let i = {{ dim - rope }}u + 2u * thread;
+        let number = window - run.start / {{ ratio }}u;
+        let turn = bitcast<vec2<f32>>(tables[run.windows + number * {{ rope // 2 }}u + thread]);
+        let v = vec2<f32>(row[i], row[i + 1u]);
+        row[i] = fma(v.x, turn.x, -(v.y * turn.y));
+        row[i + 1u] = fma(v.x, turn.y, v.y * turn.x);
+    }
+    workgroupBarrier();
+{% endmacro %}
+
+{% macro store_plain(dim) %}
+    i = thread;
+    while i < {{ dim }}u {
+        keep(run.session, to + i, bitcast<u32>(row[i]));
+        i += 128u;
+    }
+{% endmacro %}
+
 @compute @workgroup_size(128)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let r = p.first + group.x;
@@ -134,41 +200,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         return;
     }
     let window = end / {{ ratio }}u - 1u;
-    var square = 0.0;
-    var i = thread;
-    while i < {{ dim }}u {
-        var value = 0.0;
-{% call(session) runs.with_session("run.session") %}
-        value = channel_{{ session }}(run, window, i);
-{% endcall %}
-        row[i] = value;
-        square = fma(value, value, square);
-        i += 128u;
-    }
-    let scale = 1.0 / sqrt(sum_all(thread, square) / {{ dim }}.0 + p.epsilon);
-    i = thread;
-    while i < {{ dim }}u {
-        row[i] = row[i] * scale * weight(p.norm, i);
-        i += 128u;
-    }
-    workgroupBarrier();
-    if thread < {{ rope // 2 }}u {
-        let i = {{ nope }}u + 2u * thread;
-        let number = window - run.start / {{ ratio }}u;
-        let turn = bitcast<vec2<f32>>(tables[run.windows + number * {{ rope // 2 }}u + thread]);
-        let v = vec2<f32>(row[i], row[i + 1u]);
-        row[i] = fma(v.x, turn.x, -(v.y * turn.y));
-        row[i + 1u] = fma(v.x, turn.y, v.y * turn.x);
-    }
-    workgroupBarrier();
-    let to = {{ "run.index" if indexer else "p.to" }} + window * {{ row_words }}u;
+{% if index_words > 0 %}
+    if group.y == 1u {
+{{ make(1, "index_channel", index_dim) }}
+    let to = run.index + window * {{ index_words }}u;
 {% if plain %}
-    i = thread;
-    while i < {{ dim }}u {
-        keep(run.session, to + i, bitcast<u32>(row[i]));
-        i += 128u;
-    }
-{% elif indexer %}
+{{ store_plain(index_dim) }}
+{% else %}
     var step = 1u;
     while step < 128u {
         let low = row[thread & ~step];
@@ -203,6 +241,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if thread == 16u {
         keep(run.session, to + 16u, (codes[0] >> 8u) | ((codes[32] >> 8u) << 8u) | ((codes[64] >> 8u) << 16u) | ((codes[96] >> 8u) << 24u));
     }
+{% endif %}
+        return;
+    }
+{% endif %}
+{{ make(0, "main_channel", dim) }}
+    let to = p.to + window * {{ row_words }}u;
+{% if plain %}
+{{ store_plain(dim) }}
 {% else %}
     let inside = thread < {{ dim // 4 }}u;
     var value = vec4<f32>(0.0);
@@ -222,7 +268,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     workgroupBarrier();
     codes[thread] = scale_byte;
     workgroupBarrier();
-    if thread < {{ nope // 4 }}u {
+    if thread < {{ (dim - rope) // 4 }}u {
         let by = scale_inverse(scale_byte);
         var word = 0u;
         if scale_byte != 255u {
@@ -230,21 +276,21 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
         keep(run.session, to + thread, word);
     } else if inside {
-        let at = to + {{ nope // 4 + ((nope // 64 + 7) // 8) * 2 }}u + 2u * (thread - {{ nope // 4 }}u);
+        let at = to + {{ (dim - rope) // 4 + (((dim - rope) // 64 + 7) // 8) * 2 }}u + 2u * (thread - {{ (dim - rope) // 4 }}u);
         keep(run.session, at, bf16_code(value.x) | (bf16_code(value.y) << 16u));
         keep(run.session, at + 1u, bf16_code(value.z) | (bf16_code(value.w) << 16u));
     }
-    if thread < {{ ((nope // 64 + 7) // 8) * 2 }}u {
+    if thread < {{ (((dim - rope) // 64 + 7) // 8) * 2 }}u {
         var word = 0u;
         i = 0u;
         while i < 4u {
             let block = thread * 4u + i;
-            if block < {{ nope // 64 }}u {
+            if block < {{ (dim - rope) // 64 }}u {
                 word |= codes[block * 16u] << (8u * i);
             }
             i += 1u;
         }
-        keep(run.session, to + {{ nope // 4 }}u + thread, word);
+        keep(run.session, to + {{ (dim - rope) // 4 }}u + thread, word);
     }
 {% endif %}
 }

@@ -1,7 +1,9 @@
 {# Experts of a row and their weights (§2.7) by workgroup 0 of the row; the others make the shared expert's activation.
 
-   experts: E; used: K; hashed. Workgroups: 1 + shared width / 256, rows. -#}
+   experts: E; used: K; hashed; lays_out: whether the shared expert's activation is laid out for
+   lanes (weights.wgsl), if that is asked for. Workgroups: 1 + shared width / 256, rows. -#}
 {% import "functions.wgsl" as functions %}
+{% import "weights.wgsl" as weights with context %}
 struct Params {
     // Of a row of projections: router logits, then gate and up of the shared expert.
     stride: u32,
@@ -12,6 +14,7 @@ struct Params {
     scale: f32,
     // Tokens of the rows, in words.
     tokens: u32,
+    lay_out: u32,
 }
 
 @group(0) @binding(0) var<storage, read> w: array<vec4<u32>>;
@@ -19,13 +22,17 @@ struct Params {
 @group(0) @binding(2) var<storage, read> projected: array<f32>;
 @group(0) @binding(3) var<storage, read_write> experts: array<u32>;
 @group(0) @binding(4) var<storage, read_write> weights: array<f32>;
-@group(0) @binding(5) var<storage, read_write> shared_mid: array<f32>;
+// Floats, or digits.
+@group(0) @binding(5) var<storage, read_write> shared_mid: array<u32>;
 @group(0) @binding(6) var<storage, read_write> flags: array<u32>;
 var<immediate> p: Params;
 
 var<workgroup> scores: array<f32, {{ experts }}>;
 // Four a vector; what is past the last expert is below every one.
 var<workgroup> biased: array<vec4<f32>, {{ (experts + 3) // 4 }}>;
+{% if lays_out %}
+var<workgroup> results: array<f32, 256>;
+{% endif %}
 var<workgroup> ranked: array<u32, {{ used }}>;
 
 {{ functions.exponential() }}
@@ -37,11 +44,37 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let row = group.y;
     if group.x > 0u {
         let i = (group.x - 1u) * 256u + thread;
+        var result = 0.0;
         if i < p.width {
             let at = row * p.stride + {{ experts }}u + i;
             let gate = min(projected[at], p.limit);
             let up = clamp(projected[at + p.width], -p.limit, p.limit);
-            shared_mid[row * p.width + i] = silu(gate) * up;
+            result = silu(gate) * up;
+        }
+{% if lays_out %}
+        if p.lay_out != 0u {
+            results[thread] = result;
+            workgroupBarrier();
+            let halves = p.width / 16u;
+            let half = (group.x - 1u) * 16u + thread;
+            if thread < 16u && half < halves {
+{% for i in range(4) %}
+                let v{{ i }} = vec4<f32>({% for j in range(4) %}results[16u * thread + {{ 4 * i + j }}u]{% if j < 3 %}, {% endif %}{% endfor %});
+{% endfor %}
+{{ weights.digits_of_half() }}
+                let to = 4u * (row * (3u * halves + 1u) + half);
+{% for c in "xyzw" %}
+                shared_mid[to + {{ loop.index0 }}u] = high.{{ c }};
+                shared_mid[to + 4u * halves + {{ loop.index0 }}u] = low.{{ c }};
+{% endfor %}
+                shared_mid[to + 8u * halves] = bitcast<u32>(of_half.x);
+                shared_mid[to + 8u * halves + 1u] = bitcast<u32>(of_half.y);
+            }
+            return;
+        }
+{% endif %}
+        if i < p.width {
+            shared_mid[row * p.width + i] = bitcast<u32>(result);
         }
         return;
     }

@@ -280,25 +280,48 @@ fn dot16(codes: vec4<u32>, digits: vec4<u32>) -> i32 {
 {% endif %}
 {% endmacro %}
 
-{# Where the digits of row `row` are in `digits` as digits.wgsl leaves them, from vector `x_at` of the row on; `halves` in all. -#}
+{# ---- Inputs laid out for lanes ----
+
+   A row of inputs that several workgroups multiply by is laid out once, by the kernel that made it or by digits.wgsl. In `digits`:
+   the high digits of all halves of chunks, the low ones, then scale and sum, a vector of a half each; last what the products are to be
+   multiplied by, if anything. In `transposed`: the floats, vector `i` of chunk `c` at `i * chunks + c`, so that lanes that take a chunk
+   each read without gaps. -#}
+
+{# Where the digits of row `row` are in `digits`, from vector `x_at` of the row on; `halves` in all. -#}
 {% macro row_digits(r, row, halves, x_at) %}
     let high_at{{ r }} = {{ row }} * (3u * {{ halves }} + 1u) + {{ x_at }} / 4u;
     let low_at{{ r }} = high_at{{ r }} + {{ halves }};
     let halves_at{{ r }} = low_at{{ r }} + {{ halves }};
 {% endmacro %}
 
-{# The same of row `r` in memory. -#}
-{% macro digits_in_memory(ty, r) %}
+{# Writes half `half` of row `row` there: `v0`..`v3`. -#}
+{% macro lay_out_half(row, halves, half) %}
+            {
+{{ digits_of_half() }}
+                let to = {{ row }} * (3u * {{ halves }} + 1u) + {{ half }};
+                digits[to] = high;
+                digits[to + {{ halves }}] = low;
+                digits[to + 2u * {{ halves }}] = bitcast<vec4<u32>>(vec4<f32>(of_half, 0.0, 0.0));
+            }
+{% endmacro %}
+
+{# Where vector `i` of row `row` is in `transposed`; `halves` in all. -#}
+{% macro transposed_at(row, halves, i) -%}
+4u * {{ row }} * {{ halves }} + (({{ i }}) & 7u) * ({{ halves }} / 2u) + (({{ i }}) >> 3u)
+{%- endmacro %}
+
+{# The same of row `r`, which was laid out in `memory`. -#}
+{% macro digits_in_memory(ty, r, memory) %}
 {% if ty in halved %}
-                let x0 = digits[high_at{{ r }} + u];
-                let x1 = digits[low_at{{ r }} + u];
-                let of_x = bitcast<vec2<f32>>(digits[halves_at{{ r }} + u].xy);
+                let x0 = {{ memory }}[high_at{{ r }} + u];
+                let x1 = {{ memory }}[low_at{{ r }} + u];
+                let of_x = bitcast<vec2<f32>>({{ memory }}[halves_at{{ r }} + u].xy);
 {% else %}
-                let x0 = digits[high_at{{ r }} + 2u * u];
-                let x1 = digits[high_at{{ r }} + 2u * u + 1u];
-                let x2 = digits[low_at{{ r }} + 2u * u];
-                let x3 = digits[low_at{{ r }} + 2u * u + 1u];
-                let of_x = bitcast<vec4<f32>>(vec4<u32>(digits[halves_at{{ r }} + 2u * u].xy, digits[halves_at{{ r }} + 2u * u + 1u].xy));
+                let x0 = {{ memory }}[high_at{{ r }} + 2u * u];
+                let x1 = {{ memory }}[high_at{{ r }} + 2u * u + 1u];
+                let x2 = {{ memory }}[low_at{{ r }} + 2u * u];
+                let x3 = {{ memory }}[low_at{{ r }} + 2u * u + 1u];
+                let of_x = bitcast<vec4<f32>>(vec4<u32>({{ memory }}[halves_at{{ r }} + 2u * u].xy, {{ memory }}[halves_at{{ r }} + 2u * u + 1u].xy));
 {% endif %}
 {% endmacro %}
 
@@ -384,7 +407,7 @@ fn e2m1(codes: u32) -> vec4<f32> {
    of digits (at `i * (tile + 4) + c`), unless they were made before. -#}
 {% macro staged(rows, tile, types, digits, made) %}
 {% set floats = 8 * ([rows, 4] | min) * (tile + 1) %}
-{% set has_floats = not digits or types | select("in", unscaled) | list %}
+{% set has_floats = not made and (not digits or types | select("in", unscaled) | list) %}
 {% set has_digits = digits and not made and types | reject("in", unscaled) | list %}
 {% if has_floats or has_digits %}
 var<workgroup> staged: array<vec4<u32>, {{ [floats if has_floats else 0, 4 * (tile + 4) if has_digits else 0] | max }}>;
@@ -486,7 +509,7 @@ var<workgroup> halves: array<vec2<f32>, {{ 2 * tile }}>;
 {% for r in range(rows) %}
             {
 {% if made %}
-                {{ digits_in_memory(of[0][1], r) }}
+                {{ digits_in_memory(of[0][1], r, made) }}
 {% endif %}
 {% for at, ty, acc in of %}
                 {{ dot_digits(ty, acc ~ "_" ~ r, "w" ~ loop.index0) }}
@@ -501,11 +524,14 @@ var<workgroup> halves: array<vec2<f32>, {{ 2 * tile }}>;
 {# Dot products of `rows` rows of inputs with rows of weights: `of` lists [where the row begins, its type, what is added to].
    Lane `lane` of 32 takes every 32nd unit (chunk, of floats), in one order whatever else is computed. `source(r, i)` is vector `i` of row `r` of
    the inputs; all `threads` run it. Integers are computed where `digits` and the type allow: the types must agree in that, and in
-   their units. Inputs are made into digits here, of one row at a time, or were before (`made`: `row_digits`). -#}
+   their units. Inputs are made into digits here, of one row at a time, unless they were laid out before (`made` is where: `row_digits`,
+   and `source(r, i)` is vector `i` of those that are transposed, of `x_chunks` chunks). -#}
 {% macro products(of, memory, rows, tile, threads, digits, made) %}
 {% set source = caller %}
     {
+{% if not made %}
     var first_chunk = 0u;
+{% endif %}
 {% if digits and of[0][1] not in unscaled %}
 {% set units = 2 if of[0][1] in halved else 1 %}
     let last_unit = {{ units }}u * chunks - 1u;
@@ -521,7 +547,7 @@ var<workgroup> halves: array<vec2<f32>, {{ 2 * tile }}>;
         var u = lane;
         while u < left {
             {{ digits_of_unit(of[0][1], tile) }}
-{{ multiply_digits(of, memory, "first_unit + u", 1, false) }}
+{{ multiply_digits(of, memory, "first_unit + u", 1, "") }}
             u += 32u;
         }
         first_chunk += {{ tile }}u;
@@ -529,10 +555,28 @@ var<workgroup> halves: array<vec2<f32>, {{ 2 * tile }}>;
 {% else %}
     var u = lane;
     while u <= last_unit {
-{{ multiply_digits(of, memory, "u", rows, true) }}
+{{ multiply_digits(of, memory, "u", rows, made) }}
         u += 32u;
     }
 {% endif %}
+{% elif made %}
+    var c = lane;
+    while c < chunks {
+{% for at, ty, acc in of %}
+        let k{{ loop.index0 }} = load_{{ ty }}_{{ memory }}({{ at }}, chunks, c);
+{% endfor %}
+{% for r in range(rows) %}
+        {
+{% for i in range(8) %}
+            let x{{ i }} = {{ source(r, i ~ "u * x_chunks + c") }};
+{% endfor %}
+{% for at, ty, acc in of %}
+            {{ dot(ty, acc ~ "_" ~ r, "k" ~ loop.index0) }}
+{% endfor %}
+        }
+{% endfor %}
+        c += 32u;
+    }
 {% else %}
 {# As many rows at a time as there is room for. #}
 {% for r0 in range(0, rows, 4) %}
