@@ -53,6 +53,9 @@ pub struct Options {
     pub cancel: Arc<Cancel>,
     /// Sessions whose rows one dispatch computes at most, where an adapter can bind so many. More than 8 are 8.
     pub sessions_together: usize,
+    /// Sessions that will be in a pass at the same time: the kernels for them are made when the model is loaded. Those for more are
+    /// made when so many first meet.
+    pub sessions_prepared: usize,
 }
 
 impl Default for Options {
@@ -65,6 +68,7 @@ impl Default for Options {
             checksums: None,
             cancel: Arc::default(),
             sessions_together: MOST_TOGETHER,
+            sessions_prepared: 1,
         }
     }
 }
@@ -190,10 +194,13 @@ impl GpuBackend {
             Precision::Fast => prepare(&many, &layers, &experts.layouts, &model.config),
         });
         prepared?;
+        let kit = kit?;
+        let sessions = options.sessions_prepared;
+        kit.prepare_all((sessions, together), &model.config, &layout, (&layers, &head))?;
         Ok(GpuBackend {
             config: model.config.clone(),
             ropes: [Rope::plain(&model.config), Rope::yarn(&model.config)],
-            kit: kit?,
+            kit,
             embedding: Embedding {
                 source: source.clone(),
                 extent: embedding.extent,
@@ -260,6 +267,11 @@ impl GpuBackend {
     /// How often the tier of host memory had what the device asked for; `read_bytes` were read from the file.
     pub fn host_stats(&self) -> StoreCounts {
         self.experts.host_counts()
+    }
+
+    /// Kernels that were made so far.
+    pub fn kernels_made(&self) -> usize {
+        self.kernels.count()
     }
 
     /// Bytes of device memory: weights that every token uses with their tables, and experts or their slots.

@@ -133,6 +133,11 @@ impl Kernels {
         each.into_par_iter().try_for_each(|(_, (name, context))| self.get(name, context.clone()).map(drop))
     }
 
+    /// Kernels that were made.
+    pub(crate) fn count(&self) -> usize {
+        self.made().len()
+    }
+
     fn made(&self) -> MutexGuard<'_, HashMap<String, Arc<Kernel>>> {
         self.made.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -10,7 +10,6 @@ use crate::GpuError;
 use crate::attend_many::{AttendMany, IndexScoreMany};
 use crate::experts::ExpertLayout;
 use crate::format::Format;
-use crate::jobs::Jobs;
 use crate::kernel::{Kernel, Kernels};
 use crate::pass::Shapes;
 use crate::self_check::Cooperative;
@@ -167,6 +166,32 @@ pub(crate) fn digits_context(norm: bool) -> Value {
     context! { norm }
 }
 
+/// Kernels of a token's products, of so many rows together.
+fn products<'w>(
+    config: &Config,
+    (layers, head): (&'w [LayerWeights], &'w HeadWeights),
+    rows: usize,
+    digits: bool,
+) -> impl Iterator<Item = (&'static str, Value)> + 'w {
+    let of_heads = heads_lay_out(config);
+    let of_layer = move |layer: &'w LayerWeights| {
+        let LayerWeights { project, queries, output_a, output_b, route, .. } = layer;
+        [
+            (project, false, true),
+            (queries, true, false),
+            (output_a, false, of_heads),
+            (output_b, false, false),
+            (route, false, true),
+        ]
+    };
+    layers.iter().flat_map(of_layer).chain([(&head.output, false, true)]).map(move |(jobs, norm, laid_out)| {
+        let formats = jobs.formats();
+        let made = digits && has_integers(&formats) && (laid_out || rows > 1);
+        let matvec = Matvec { formats, rows, outputs: jobs.matvec().0, norm, digits, made };
+        ("matvec", matvec.context())
+    })
+}
+
 impl Kit {
     pub(crate) fn new(
         kernels: &Arc<Kernels>,
@@ -208,27 +233,9 @@ impl Kit {
         let many = IndexScoreMany::of(config, layout).map(|many| IndexScoreMany { coop: cooperative.scores, ..many });
         let score_many = many.map(|many| get("index_score_many", many.context())).transpose()?;
         // What the first token would wait for.
-        let matvec = |jobs: &Jobs, norm: bool, made: bool| {
-            let formats = jobs.formats();
-            let made = made && digits && has_integers(&formats);
-            let matvec = Matvec { formats, rows: 1, outputs: jobs.matvec().0, norm, digits, made };
-            ("matvec", matvec.context())
-        };
-        let products = |layer: &LayerWeights| {
-            let LayerWeights { project, queries, output_a, output_b, route, .. } = layer;
-            let of_heads = heads_lay_out(config);
-            let jobs = [
-                (project, false, true),
-                (queries, true, false),
-                (output_a, false, of_heads),
-                (output_b, false, false),
-                (route, false, true),
-            ];
-            jobs.map(|(jobs, norm, made)| matvec(jobs, norm, made))
-        };
-        let of_head = matvec(&head.output, false, true);
+        let products = products(config, (layers, head), 1, digits);
         let of_layers = layers.iter().zip(experts).flat_map(of_layer);
-        kernels.make_all(&layers.iter().flat_map(products).chain([of_head]).chain(of_layers).collect::<Vec<_>>())?;
+        kernels.make_all(&products.chain(of_layers).collect::<Vec<_>>())?;
         let of_sessions = <[OnceLock<_>; _]>::default();
         let of_one = SessionKit::new(kernels, config, layout, 1, digits)?;
         of_sessions[0].get_or_init(|| of_one);
@@ -258,6 +265,23 @@ impl Kit {
             finite: get("finite", Value::from(()))?,
             matvecs: Mutex::default(),
         })
+    }
+
+    /// Makes what passes over up to so many sessions need, a row each: whoever comes second would wait for it otherwise.
+    ///
+    /// # Errors
+    /// The driver does not take a kernel.
+    pub(crate) fn prepare_all(
+        &self,
+        (sessions, together): (usize, usize),
+        config: &Config,
+        layout: &KvLayout,
+        weights: (&[LayerWeights], &HeadWeights),
+    ) -> Result<(), GpuError> {
+        let counts = || (1..=MOST_TOGETHER.ilog2()).map(|n| 1 << n).filter(move |&n| n < 2 * sessions);
+        let of_products = counts().flat_map(|rows| products(config, weights, rows, self.digits.is_some()));
+        self.kernels.make_all(&of_products.collect::<Vec<_>>())?;
+        counts().filter(|&runs| runs <= together).try_for_each(|runs| self.prepare(runs, config, layout))
     }
 
     /// Makes what passes of so many runs together need.

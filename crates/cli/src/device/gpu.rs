@@ -110,6 +110,7 @@ impl Device for GpuBackend {
             placement,
             checksums,
             cancel,
+            sessions_prepared: work.sessions,
             ..gpu::Options::default()
         };
         let backend = GpuBackend::load(model, source, (Choice::Index(on.index), Checks::Off), options, loaded)?;
