@@ -196,6 +196,7 @@ impl GpuBackend {
         prepared?;
         let kit = kit?;
         let sessions = options.sessions_prepared;
+        options.cancel.check()?;
         kit.prepare_all((sessions, together), &model.config, &layout, (&layers, &head))?;
         Ok(GpuBackend {
             config: model.config.clone(),
@@ -578,7 +579,12 @@ impl Backend for GpuBackend {
             | Activation::IndexRows => panic!("{activation:?} is made or chosen within its stage"),
         };
         assert_eq!(values.len(), count, "values of {activation:?}");
-        lock(&pass.commands).write((buffer, 0), bytemuck::cast_slice(values));
+        let mut commands = lock(&pass.commands);
+        commands.write((buffer, 0), bytemuck::cast_slice(values));
+        if matches!(activation, Activation::Input | Activation::Heads) {
+            self.lay_out_apart(&mut commands, pass.on(), buffer, count / rows, rows);
+        }
+        drop(commands);
         match activation {
             Activation::Streams => *lock(&pass.pending) = Pending::Nothing,
             Activation::Output => pass.outputs = 1,

@@ -8,6 +8,7 @@ use model::{Arithmetic, Config, KvLayout};
 
 use crate::GpuError;
 use crate::attend_many::{AttendMany, IndexScoreMany};
+use crate::device::WORKGROUP_BYTES;
 use crate::experts::ExpertLayout;
 use crate::format::Format;
 use crate::kernel::{Kernel, Kernels};
@@ -80,7 +81,8 @@ impl SessionKit {
         let pool = |layer: usize| {
             let (ratio, of_layer) = (config.compress_ratios[layer], &layout.layers[layer]);
             let index_words = if of_layer.index.is_some() { index_words } else { 0 };
-            let context = || context! { states, ratio, dim => head_dim, rope, plain, row_words, index_words };
+            let (dim, index_dim) = (head_dim, index_head_dim);
+            let context = || context! { states, ratio, dim, row_words, rope, plain, index_dim, index_words };
             of_layer.main.is_some().then(|| ("pool", context()))
         };
         let attend = ("attend", context! { states, head_dim, rope, plain, heads, row_words, together });
@@ -132,6 +134,13 @@ pub(crate) fn heads_lay_out(config: &Config) -> bool {
     config.head_dim.is_multiple_of(16)
 }
 
+/// Whether the end of a hyper-connection lays a row of `d` values out for lanes: it must fit workgroup memory beside what else is there.
+pub(crate) fn finish_lays_out(d: usize, streams: usize) -> bool {
+    let outputs = 2 * streams + streams * streams;
+    let others = 9 * (outputs + 1) + streams + 2 * streams * streams + 256 + 16;
+    4 * (d + others) + 64 <= WORKGROUP_BYTES as usize
+}
+
 /// Which kernel multiplies few rows.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Matvec {
@@ -156,6 +165,12 @@ impl Matvec {
     }
 }
 
+/// Whether products of few rows take inputs that were laid out for lanes before, where integers are multiplied if `digits`: of one row
+/// that no kernel laid out, each workgroup may as well do it for itself.
+pub(crate) fn is_made(digits: bool, formats: &[Format], rows: usize, laid_out: bool) -> bool {
+    digits && has_integers(formats) && (laid_out || rows > 1)
+}
+
 /// Whether products with matrices of these formats multiply integers.
 pub(crate) fn has_integers(formats: &[Format]) -> bool {
     formats.iter().any(|format| format.has_integers())
@@ -168,25 +183,23 @@ pub(crate) fn digits_context(norm: bool) -> Value {
 
 /// Kernels of a token's products, of so many rows together.
 fn products<'w>(
-    config: &Config,
     (layers, head): (&'w [LayerWeights], &'w HeadWeights),
     rows: usize,
     digits: bool,
 ) -> impl Iterator<Item = (&'static str, Value)> + 'w {
-    let of_heads = heads_lay_out(config);
-    let of_layer = move |layer: &'w LayerWeights| {
+    let of_layer = |layer: &'w LayerWeights| {
         let LayerWeights { project, queries, output_a, output_b, route, .. } = layer;
         [
             (project, false, true),
             (queries, true, false),
-            (output_a, false, of_heads),
+            (output_a, false, true),
             (output_b, false, false),
             (route, false, true),
         ]
     };
     layers.iter().flat_map(of_layer).chain([(&head.output, false, true)]).map(move |(jobs, norm, laid_out)| {
         let formats = jobs.formats();
-        let made = digits && has_integers(&formats) && (laid_out || rows > 1);
+        let made = is_made(digits, &formats, rows, laid_out);
         let matvec = Matvec { formats, rows, outputs: jobs.matvec().0, norm, digits, made };
         ("matvec", matvec.context())
     })
@@ -233,9 +246,10 @@ impl Kit {
         let many = IndexScoreMany::of(config, layout).map(|many| IndexScoreMany { coop: cooperative.scores, ..many });
         let score_many = many.map(|many| get("index_score_many", many.context())).transpose()?;
         // What the first token would wait for.
-        let products = products(config, (layers, head), 1, digits);
+        let products = products((layers, head), 1, digits);
         let of_layers = layers.iter().zip(experts).flat_map(of_layer);
         kernels.make_all(&products.chain(of_layers).collect::<Vec<_>>())?;
+        let lays_out = digits && finish_lays_out(d, streams);
         let of_sessions = <[OnceLock<_>; _]>::default();
         let of_one = SessionKit::new(kernels, config, layout, 1, digits)?;
         of_sessions[0].get_or_init(|| of_one);
@@ -255,8 +269,11 @@ impl Kit {
                 get("hc_mix", context! { streams, outputs => streams, post => false })?,
                 get("hc_mix", context! { streams, outputs => streams, post => true })?,
             ],
-            finish: get("hc_finish", context! { streams, d, outputs, head => false, digits })?,
-            finish_head: get("hc_finish", context! { streams, d, outputs => streams, head => true, digits })?,
+            finish: get("hc_finish", context! { streams, d, outputs, head => false, digits => lays_out })?,
+            finish_head: get(
+                "hc_finish",
+                context! { streams, d, outputs => streams, head => true, digits => lays_out },
+            )?,
             layers: layers.iter().zip(experts).map(layer).collect::<Result<_, GpuError>>()?,
             of_sessions,
             attend_many,
@@ -279,7 +296,7 @@ impl Kit {
         weights: (&[LayerWeights], &HeadWeights),
     ) -> Result<(), GpuError> {
         let counts = || (1..=MOST_TOGETHER.ilog2()).map(|n| 1 << n).filter(move |&n| n < 2 * sessions);
-        let of_products = counts().flat_map(|rows| products(config, weights, rows, self.digits.is_some()));
+        let of_products = counts().flat_map(|rows| products(weights, rows, self.digits.is_some()));
         self.kernels.make_all(&of_products.collect::<Vec<_>>())?;
         counts().filter(|&runs| runs <= together).try_for_each(|runs| self.prepare(runs, config, layout))
     }

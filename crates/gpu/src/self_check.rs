@@ -16,8 +16,9 @@ use crate::attend_many::{AttendMany, AttendManyParams, IndexScoreMany, IndexScor
 use crate::format::{Format, code_book};
 use crate::jobs::{Job, Jobs, Matrix};
 use crate::kernel::{Buffer, Commands, Kernels};
-use crate::kit::Matvec;
+use crate::kit::{Matvec, digits_context};
 use crate::matmul::{Experts, Groups, Halves, Many};
+use crate::pass::digits_bytes;
 
 /// Which families of kernels use cooperative matrices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -143,8 +144,8 @@ const DIGITS_DISTANCE: f64 = 1e-4;
 const TRIED_OUTPUTS: usize = 2;
 
 /// The kernel that is tried.
-fn tried(digits: bool) -> Matvec {
-    Matvec { formats: vec![Format::Q8_0], rows: 1, outputs: TRIED_OUTPUTS, norm: false, digits, made: false }
+fn tried(digits: bool, made: bool) -> Matvec {
+    Matvec { formats: vec![Format::Q8_0], rows: 1, outputs: TRIED_OUTPUTS, norm: false, digits, made }
 }
 
 /// Whether few rows can be multiplied as packed integers on this adapter, and a line for the user if its driver computes them
@@ -156,10 +157,14 @@ pub(crate) fn integers(kernels: &Arc<Kernels>, precision: Precision) -> Result<(
     if precision != Precision::Fast {
         return Ok((false, None));
     }
-    let context = |digits: bool| ("matvec", tried(digits).context());
-    kernels.make_all(&[context(true), context(false)])?;
-    let twin = |digits: bool| Trial::new(kernels, false).matvec(digits);
-    let fault = fault(&twin(true)?, &twin(false)?, DIGITS_DISTANCE);
+    let forms = [[true, false], [true, true]];
+    let wanted = [[false, false], forms[0], forms[1]].map(|[digits, made]| ("matvec", tried(digits, made).context()));
+    kernels.make_all(&wanted)?;
+    let matvec = |[digits, made]: [bool; 2]| Trial::new(kernels, false).matvec(digits, made);
+    let plain = matvec([false, false])?;
+    let faults = forms.map(|form| Ok::<_, GpuError>(fault(&matvec(form)?, &plain, DIGITS_DISTANCE)));
+    let [staged, laid_out] = faults;
+    let fault = staged?.or(laid_out?);
     kernels.forget_bindings();
     let note = fault.as_ref().map(|fault| {
         let name = &kernels.device().report().name;
@@ -323,8 +328,9 @@ impl Trial {
         self.read(&y, rows * OUTPUTS)
     }
 
-    /// One row by a matrix with more outputs than a workgroup has, as integers or as floats.
-    fn matvec(&mut self, digits: bool) -> Result<Vec<f32>, GpuError> {
+    /// One row by a matrix with more outputs than a workgroup has, as integers, of inputs that were laid out before or not, or as
+    /// floats.
+    fn matvec(&mut self, digits: bool, made: bool) -> Result<Vec<f32>, GpuError> {
         const WIDTH: usize = 2080;
         const OUTPUTS: usize = 41;
         let mut slab = Vec::new();
@@ -333,10 +339,20 @@ impl Trial {
         slab.extend_from_slice(bytemuck::cast_slice(&Jobs::group_words(&jobs)));
         let (outputs, groups) = Jobs { jobs, table: 0, group_table }.matvec();
         assert_eq!(outputs, TRIED_OUTPUTS, "the kernel that was made for this");
-        let kernel = self.kernels.get("matvec", tried(digits).context())?;
+        let kernel = self.kernels.get("matvec", tried(digits, made).context())?;
         let (slab, x, y) = (self.buffer(&slab)?, self.random(WIDTH)?, self.results(OUTPUTS)?);
         let params = [group_table, 1, WIDTH as u32 / 4, OUTPUTS as u32, 0, 0, WIDTH as u32 / 16];
-        self.commands.run(&kernel, &[slab.all(), x.all(), y.all()], &params, [groups, 1, 1]);
+        if made {
+            let (digits, transposed) = (self.results(digits_bytes(WIDTH) as usize / 4)?, self.results(WIDTH)?);
+            let lay_out = self.kernels.get("digits", digits_context(false))?;
+            let halves = WIDTH as u32 / 16;
+            let buffers = [x.all(), digits.all(), transposed.all()];
+            self.commands.run(&lay_out, &buffers, &[WIDTH as u32 / 4, halves, 0, 0], [halves.div_ceil(256), 1, 1]);
+            let buffers = [slab.all(), transposed.all(), y.all(), digits.all()];
+            self.commands.run(&kernel, &buffers, &params, [groups, 1, 1]);
+        } else {
+            self.commands.run(&kernel, &[slab.all(), x.all(), y.all()], &params, [groups, 1, 1]);
+        }
         self.read(&y, OUTPUTS)
     }
 

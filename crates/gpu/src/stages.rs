@@ -8,7 +8,7 @@ use crate::experts::{GpuLeases, Selection};
 use crate::format::Format;
 use crate::jobs::{Jobs, Matrix};
 use crate::kernel::{Buffer, Commands, Span};
-use crate::kit::{LANE_OUTPUTS, Matvec, has_integers, heads_lay_out};
+use crate::kit::{LANE_OUTPUTS, Matvec, finish_lays_out, has_integers, heads_lay_out, is_made};
 use crate::matmul::{Experts, Groups, Halves};
 use crate::pass::{Activations, FEW_ROWS, GpuPass, ManyActivations, Pending, Shapes, windows};
 use crate::state::{GpuState, SMALL_PASS};
@@ -90,25 +90,48 @@ impl GpuBackend {
         u32::from(self.has_digits() && rows <= FEW_ROWS)
     }
 
-    /// Whether attention of few rows lays them out.
+    /// Whether a hyper-connection and attention lay out what they make, where they are asked to.
+    fn finish_lays_out(&self) -> bool {
+        self.has_digits() && finish_lays_out(self.config.d_model, self.config.streams)
+    }
+
     fn heads_lay_out(&self) -> bool {
         self.has_digits() && heads_lay_out(&self.config)
     }
 
-    /// Lays the first `width` values of each row out for lanes, weighed by a norm of the slab if one is given.
+    /// Lays rows of `width` values out for lanes in a dispatch of its own, if they are to be: where whoever made them does not.
+    pub(crate) fn lay_out_apart(
+        &self,
+        commands: &mut Commands,
+        on: &Activations,
+        x: &Buffer,
+        width: usize,
+        rows: usize,
+    ) {
+        if self.lay_out(rows) != 0 {
+            self.digits(commands, on, ((x, width), width, rows), None);
+        }
+    }
+
+    /// Lays the first `width` values of each row out for lanes, weighed by a norm of a slab if one is given.
     fn digits(
         &self,
         commands: &mut Commands,
         on: &Activations,
-        slab: &Buffer,
         (x, width, rows): ((&Buffer, usize), usize, usize),
-        norm: Option<At>,
+        norm: Option<(&Buffer, At)>,
     ) {
         let Some([plain, weighed]) = &self.kit.digits else { return };
-        let params = params![x.1 / 4, width / 16, norm.unwrap_or(0), self.config.rms_eps];
-        let buffers = [x.0.all(), on.digits.all(), on.transposed.all(), slab.all()];
-        let (kernel, buffers) = if norm.is_some() { (weighed, &buffers[..]) } else { (plain, &buffers[..3]) };
-        commands.run(kernel, buffers, &params, [(width / 16).div_ceil(256) as u32, rows as u32, 1]);
+        let params = params![x.1 / 4, width / 16, norm.map_or(0, |(_, at)| at), self.config.rms_eps];
+        let buffers = [x.0.all(), on.digits.all(), on.transposed.all()];
+        let groups = [(width / 16).div_ceil(256) as u32, rows as u32, 1];
+        match norm {
+            None => commands.run(plain, &buffers, &params, groups),
+            Some((slab, _)) => {
+                let [x, digits, transposed] = buffers;
+                commands.run(weighed, &[x, digits, transposed, slab.all()], &params, groups);
+            }
+        }
     }
 
     /// `jobs` on every row; the inputs are divided by their RMS and weighed first where there is a norm. Of few rows they may
@@ -140,12 +163,10 @@ impl GpuBackend {
         let (outputs, groups) = jobs.matvec();
         let formats = jobs.formats();
         let (digits, has_book) = (self.has_digits(), formats.contains(&Format::Iq2Xxs));
-        let laid_out = laid_out && self.lay_out(rows) != 0;
-        // Of one row each workgroup may as well do it for itself.
-        let made = digits && has_integers(&formats) && (laid_out || rows > 1);
+        let made = is_made(digits, &formats, rows, laid_out);
         let width = if norm.is_some() { self.config.q_rank } else { x.1 };
         if made && !laid_out {
-            self.digits(commands, on, slab, (x, width, rows), norm);
+            self.digits(commands, on, (x, width, rows), norm.map(|at| (slab, at)));
         }
         let mut buffers = vec![slab.all(), if made { on.transposed.all() } else { x.0.all() }, y.0.all()];
         if has_book {
@@ -203,12 +224,15 @@ impl GpuBackend {
         let groups = [2, pass.rows() as u32, 1];
         let params = self.finish_params(at, 0, 0, self.lay_out(pass.rows()));
         commands.run(&self.kit.finish, &self.finish_buffers(&weights.slab, on, &on.input), &params, groups);
+        if !self.finish_lays_out() {
+            self.lay_out_apart(&mut commands, on, &on.input, self.config.d_model, pass.rows());
+        }
         Ok(())
     }
 
     fn finish_buffers<'b>(&self, slab: &'b Buffer, on: &'b Activations, result: &'b Buffer) -> Vec<Span<'b>> {
         let all = [slab, &on.streams, &on.sums, result, &on.hyper, &on.digits, &on.transposed].map(Buffer::all);
-        all[..if self.has_digits() { 7 } else { 5 }].to_vec()
+        all[..if self.finish_lays_out() { 7 } else { 5 }].to_vec()
     }
 
     fn finish_params(&self, at: &HyperAt, row0: usize, out0: usize, lay_out: u32) -> [u32; 10] {
@@ -487,6 +511,9 @@ impl GpuBackend {
                 commands.run(&kit.combine, of_combine, &params, [c.heads as u32, rows, 1]);
             }
         }
+        if !self.heads_lay_out() {
+            self.lay_out_apart(&mut commands, on, &on.heads, c.heads * c.head_dim, pass.rows());
+        }
     }
 
     pub(crate) fn stage_attention_out(&self, layer: usize, pass: &mut GpuPass) -> Result<(), Error> {
@@ -497,7 +524,7 @@ impl GpuBackend {
         commands.stage("output a");
         let low = c.o_groups * c.o_rank;
         let x = (&on.heads, c.heads * c.head_dim);
-        let operands = Operands { x, y: (&on.low, low), rows, laid_out: self.heads_lay_out() };
+        let operands = Operands { x, y: (&on.low, low), rows, laid_out: true };
         self.products(&mut commands, on, &weights.slab, &weights.output_a, operands, None)?;
         commands.stage("output b");
         let operands = Operands { x: (&on.low, low), y: (&on.output, c.d_model), rows, laid_out: false };
@@ -703,6 +730,9 @@ impl GpuBackend {
             let buffers = self.finish_buffers(&self.head.slab, on, &on.hidden);
             commands.run(&self.kit.finish_head, &buffers, &params, [1, rows.len() as u32, 1]);
             out0 += rows.len();
+        }
+        if !self.finish_lays_out() {
+            self.lay_out_apart(&mut commands, on, &on.hidden, c.d_model, wanted.len());
         }
         commands.stage("head");
         let logits = Buffer::new(&self.device, "logits", 4 * (wanted.len() * c.vocab_size) as u64)?.of_one_pass();

@@ -57,7 +57,7 @@ fn variants() -> Vec<(&'static str, Value)> {
                     }
                     if ratio > 0 {
                         let index_words = [0, if plain { 128 } else { 17 }][usize::from(ratio == 4)];
-                        variants.push(("pool", context! { dim => head_dim, index_words, ..context }));
+                        variants.push(("pool", context! { dim => head_dim, index_dim => 128, index_words, ..context }));
                     }
                 }
                 for (heads, subgroups) in [(16, 2), (32, 4), (32, 8), (64, 8)] {
@@ -99,6 +99,10 @@ fn variants() -> Vec<(&'static str, Value)> {
     for streams in [1, 2, 8] {
         let outputs = 2 * streams + streams * streams;
         variants.push(("hc_mix", context! { streams, outputs, post => true }));
+        for d in [7168, 16384] {
+            let digits = crate::kit::finish_lays_out(d, streams);
+            variants.push(("hc_finish", context! { streams, d, outputs, head => false, digits }));
+        }
         variants.push(("hc_finish", context! { streams, d => 192, outputs, head => false, digits => true }));
     }
     for ty in all {
@@ -106,6 +110,14 @@ fn variants() -> Vec<(&'static str, Value)> {
             for makes in [false, digits] {
                 let context = context! { gate => ty, up => ty, used => 6, digits, makes, outputs => 2 };
                 variants.push(("experts_up", context));
+            }
+            for (gate, up) in [(ty, "f16"), ("q8_0", ty)] {
+                let context = context! { gate, up, used => 6, digits, makes => false, outputs => 2 };
+                variants.push(("experts_up", context));
+            }
+            let context = context! { down => ty, used => 6, digits, made => false, outputs => 4 };
+            for (shared_down, shared_made) in [("f16", false), ("q8_0", digits)] {
+                variants.push(("experts_down", context! { shared_down, shared_made, ..context.clone() }));
             }
             let made = digits && !["f32", "f16", "bf16"].contains(&ty);
             variants.push((
@@ -228,6 +240,22 @@ fn hlsl(module: &naga::Module, info: &naga::valid::ModuleInfo) -> String {
     let made = made.unwrap_or_else(|error| panic!("{error}"));
     made.entry_point_names.into_iter().for_each(|name| drop(name.unwrap_or_else(|error| panic!("{error}"))));
     text
+}
+
+/// HLSL begins each member of an array at 16 bytes, and naga does not make up for that in parameters.
+#[test]
+fn parameters_are_numbers_one_after_the_other() {
+    for (name, context) in &variants() {
+        let (module, _) = validated(name, context);
+        let immediates = module.global_variables.iter().filter(|(_, v)| v.space == naga::AddressSpace::Immediate);
+        for (_, variable) in immediates {
+            let naga::TypeInner::Struct { members, .. } = &module.types[variable.ty].inner else {
+                panic!("{name}: parameters are a struct")
+            };
+            let is_number = |ty| matches!(module.types[ty].inner, naga::TypeInner::Scalar(scalar) if scalar.width == 4);
+            assert!(members.iter().all(|member| is_number(member.ty)), "{name} {context}");
+        }
+    }
 }
 
 #[test]

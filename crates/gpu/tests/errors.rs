@@ -26,18 +26,16 @@ fn no_adapter_of_that_number() {
 #[test]
 fn choices_of_what_is_no_number_are_experts() {
     let backend = on_gpu("tiny-iq2", Options::default());
-    let (experts, used, layers) = (backend.config().experts, backend.config().experts_used, backend.config().layers);
+    let (used, layers) = (backend.config().experts_used, backend.config().layers);
     let state = backend.new_state().unwrap();
     let row = Row { session: 0, position: 0, token: 1, logits: true };
     let batch = Batch::new(vec![row], &[0], backend.config()).unwrap();
     let mut pass = backend.begin(batch, &[&state]).unwrap();
     backend.write(&mut pass, Activation::Input, &vec![f32::NAN; backend.config().d_model]);
     backend.route(layers - 1, &mut pass).unwrap();
-    let mut chosen = backend.read(&pass, Activation::Experts);
-    chosen.sort_by(f32::total_cmp);
-    chosen.dedup();
-    assert_eq!(chosen.len(), used, "{chosen:?}");
-    assert!(chosen.iter().all(|&expert| expert < experts as f32), "{chosen:?}");
+    // The first ones, as none is better than another: so it was not the biases that chose.
+    let chosen = backend.read(&pass, Activation::Experts);
+    assert_eq!(chosen, (0..used).map(|expert| expert as f32).collect::<Vec<_>>());
 }
 
 /// As many slots as fill many times the addresses that the process may have.

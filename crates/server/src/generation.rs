@@ -1,7 +1,7 @@
 //! A request at work: the engine's events to what a client is told, a second try after a malformed call, and the end of it all.
 //!
 //! ```text
-//! engine's thread --EngineEvent--> channel --Generation::next--> Happening --> Reply
+//! engine --EngineEvent--> channel --Generation::next--> Happening --> Reply
 //! ```
 //! The channel never blocks the engine. What a client does not take piles up in it, and beyond a limit the request is cancelled.
 //! A generation that is dropped is cancelled, too: its client is gone.

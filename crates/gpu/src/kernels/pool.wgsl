@@ -1,23 +1,20 @@
 {# Compressed rows of windows that end in a pass (§2.5): Σ u · softmax(z) over a window (and where windows overlap the one
    before), one softmax a channel; normalised, rotated, rounded and stored.
 
-   ratio, dim (of a row), row_words, rope, plain; index_words: of the indexer's rows, which are made beside, or 0. Workgroups: rows, of
-   which those that end no window return; kinds of rows. -#}
+   ratio, dim (of a row), row_words, rope, plain; index_dim (128), index_words: of the indexer's rows, which are made beside, or 0
+   words. Workgroups: rows, of which those that end no window return; kinds of rows. -#}
 {% import "functions.wgsl" as functions %}
 {% import "rows.wgsl" as rows %}
 {% import "runs.wgsl" as runs %}
 {% set overlaps = ratio == 4 %}
-{% set index_dim = 128 %}
 {# Slots of a window, and those that are read at a time, so that they come together. #}
 {% set slots = 8 if overlaps else ratio %}
 {% set block = 8 if slots % 8 == 0 else 1 %}
 // Where a kind of rows has what it is made of.
 struct Kind {
-    // In a row of projections; weights of positions, and of the norm.
     u: u32,
     ape: u32,
     norm: u32,
-    // The ring of inputs: words from the session's ring on, and rows.
     inputs: u32,
     inputs_rows: u32,
 }
@@ -30,7 +27,15 @@ struct Params {
     first: u32,
     // Where rows begin in the session; for the indexer's the run says it.
     to: u32,
-    kinds: array<Kind, 2>,
+{% for kind in ["main", "index"] %}
+    // In a row of projections; weights of positions, and of the norm.
+    {{ kind }}_u: u32,
+    {{ kind }}_ape: u32,
+    {{ kind }}_norm: u32,
+    // The ring of inputs: words from the session's ring on, and rows.
+    {{ kind }}_inputs: u32,
+    {{ kind }}_inputs_rows: u32,
+{% endfor %}
 }
 
 @group(0) @binding(0) var<storage, read> w: array<vec4<u32>>;
@@ -155,12 +160,12 @@ fn {{ name }}(run: Run, kind: Kind, window: u32, i: u32) -> f32 {
 {% endif %}
 
 {# The row of `window` of a kind, rotated, in `row`. -#}
-{% macro make(kind, channel, dim) %}
-    let kind = p.kinds[{{ kind }}];
+{% macro make(name, dim) %}
+    let kind = Kind(p.{{ name }}_u, p.{{ name }}_ape, p.{{ name }}_norm, p.{{ name }}_inputs, p.{{ name }}_inputs_rows);
     var square = 0.0;
     var i = thread;
     while i < {{ dim }}u {
-        let value = {{ channel }}(run, kind, window, i);
+        let value = {{ name }}_channel(run, kind, window, i);
         row[i] = value;
         square = fma(value, value, square);
         i += 128u;
@@ -202,7 +207,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let window = end / {{ ratio }}u - 1u;
 {% if index_words > 0 %}
     if group.y == 1u {
-{{ make(1, "index_channel", index_dim) }}
+{{ make("index", index_dim) }}
     let to = run.index + window * {{ index_words }}u;
 {% if plain %}
 {{ store_plain(index_dim) }}
@@ -245,7 +250,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         return;
     }
 {% endif %}
-{{ make(0, "main_channel", dim) }}
+{{ make("main", dim) }}
     let to = p.to + window * {{ row_words }}u;
 {% if plain %}
 {{ store_plain(dim) }}

@@ -79,12 +79,12 @@ impl<'b, B: Backend> Active<'b, B> {
     pub fn begin_turn(&mut self, logits: &[f32]) -> Result<ControlFlow<StopReason>, Error> {
         self.usage.prefill = self.since.elapsed();
         (self.since, self.is_decoding) = (Instant::now(), true);
-        self.choice().next(logits)
+        self.chooser().next(logits)
     }
 
     /// The turn without its session, to choose its next token on any thread.
-    pub fn choice(&mut self) -> Choice<'_> {
-        Choice {
+    pub fn chooser(&mut self) -> Chooser<'_> {
+        Chooser {
             turn: &mut self.turn,
             begun_tokens: &mut self.begun_tokens,
             room_tokens: self.live.session.room_tokens(),
@@ -114,14 +114,14 @@ impl<'b, B: Backend> Active<'b, B> {
 }
 
 /// A turn whose next token is chosen.
-pub struct Choice<'a> {
+pub struct Chooser<'a> {
     turn: &'a mut PreparedTurn,
     begun_tokens: &'a mut usize,
     room_tokens: usize,
     receive: &'a mut (dyn FnMut(EngineEvent) + Send),
 }
 
-impl Choice<'_> {
+impl Chooser<'_> {
     /// Takes the logits after up to [`MOST_ROWS`] of the turn's unread tokens; whether the turn goes on, or why it ends.
     pub fn was_read(mut self, logits: &[f32]) -> Result<ControlFlow<StopReason>, Error> {
         let unread = self.turn.unread().len();

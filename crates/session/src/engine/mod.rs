@@ -1,11 +1,11 @@
-//! Many requests, one backend: a queue, live sessions that are reused, and one thread that computes.
+//! Many requests, one backend: a queue, live sessions that are reused, and one thread that computes passes.
 //!
 //! ```text
 //! Engine (any thread) --submit--> queue --admit--> reading the prompt --> decoding --> Ended
 //! ```
 //! An [`Engine`] is a handle; [`Runner::run`] is the loop, which owns the calling thread. A step of the loop is one layer of a pass
 //! that reads a prompt, or one pass with the next token of every turn that decodes: a prompt is read in the same passes whatever
-//! else runs, and what several turns choose is leased once. No lock is held while anything is computed.
+//! else runs, and what experts several turns choose is leased once. Their next tokens are chosen at the same time, on threads of a pool. No lock is held while anything is computed.
 
 mod active;
 mod archive;
@@ -51,7 +51,8 @@ pub struct Request {
     pub turn: PreparedTurn,
     /// Asks the engine to stop; what has been computed is kept for a next request.
     pub cancel: Arc<Cancel>,
-    /// Is told what happens, on the engine's thread: it must not wait for anything.
+    /// Is told what happens, by one thread at a time: the engine's, or one that chooses a token of this turn while others choose those
+    /// of others. It must not wait for anything.
     pub receive: Box<dyn FnMut(EngineEvent) + Send>,
 }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use model::{Backend, Cancel};
 use rayon::prelude::*;
 
-use super::active::{Active, Choice};
+use super::active::{Active, Chooser};
 use super::archive::{self, Archive, Loading};
 use super::shelf::{self, Kind, Live, Saved, Shelf};
 use super::{EngineEvent, Inbox, Request, Shared, Waiting};
@@ -305,7 +305,7 @@ where
         let shared = Cancel::default();
         let cancel = if let [cancel] = &cancels[..] { cancel } else { &shared };
         let all;
-        let results: Vec<Read<'_>> = match read_together(self.backend, &mut parts, cancel) {
+        let results: Vec<AfterPass<'_>> = match read_together(self.backend, &mut parts, cancel) {
             Ok(logits) => {
                 all = logits;
                 all.chunks_exact(self.backend.config().vocab_size).map(|logits| Ok(logits.into())).collect()
@@ -314,9 +314,9 @@ where
             Err(_) => parts.iter_mut().map(|part| alone(self.backend, part, &shared).map(Cow::Owned)).collect(),
         };
         let decoding = self.active.iter_mut().filter(|active| active.is_decoding());
-        let went = choose(decoding.map(Active::choice).zip(results).collect());
-        for (id, went) in ids.iter().zip(went) {
-            self.went(*id, went);
+        let outcomes = choose(decoding.map(Active::chooser).zip(results).collect());
+        for (id, outcome) in ids.iter().zip(outcomes) {
+            self.go_on(*id, outcome);
             self.save_grown(*id);
         }
         self.reading_credit = begun.elapsed();
@@ -367,8 +367,8 @@ where
         let id = self.active[at].id;
         self.save_grown(id);
         if !logits.is_empty() {
-            let went = self.of(id).begin_turn(&logits);
-            self.went(id, went);
+            let outcome = self.of(id).begin_turn(&logits);
+            self.go_on(id, outcome);
         }
         Ok(())
     }
@@ -401,8 +401,8 @@ where
     }
 
     /// Ends a turn that does not go on.
-    fn went(&mut self, id: u64, went: Result<ControlFlow<StopReason>, Error>) {
-        match went {
+    fn go_on(&mut self, id: u64, outcome: Result<ControlFlow<StopReason>, Error>) {
+        match outcome {
             Ok(ControlFlow::Continue(())) => (),
             Ok(ControlFlow::Break(reason)) => self.end(id, reason),
             Err(error) => self.failed(id, error),
@@ -497,12 +497,12 @@ where
 }
 
 /// What came of reading a turn's tokens: the logits after them.
-type Read<'a> = Result<Cow<'a, [f32]>, Error>;
+type AfterPass<'a> = Result<Cow<'a, [f32]>, Error>;
 
-/// Chooses the next token of every turn; of several each on a thread of its own, because among so many tokens it takes as long as
-/// layers do.
-fn choose(turns: Vec<(Choice<'_>, Read<'_>)>) -> Vec<Result<ControlFlow<StopReason>, Error>> {
-    let next = |(choice, read): (Choice<'_>, Read<'_>)| choice.was_read(&read?);
+/// Chooses the next token of every turn; of several at the same time on threads of a pool, because among so many tokens it takes as long
+/// as layers of a GPU do.
+fn choose(turns: Vec<(Chooser<'_>, AfterPass<'_>)>) -> Vec<Result<ControlFlow<StopReason>, Error>> {
+    let next = |(chooser, logits): (Chooser<'_>, AfterPass<'_>)| chooser.was_read(&logits?);
     match turns.len() {
         1 => turns.into_iter().map(next).collect(),
         _ => turns.into_par_iter().map(next).collect(),
