@@ -1,6 +1,6 @@
 //! What decoding several sessions in one pass gains: tokens a second of all together, and what is read for them.
 //!
-//! `cargo run --release -p infall-bench --bin streams -- FILE [--streams 1,2,4,8] [--tokens 24] [--routes ROUTES] [--memory 6GiB …]`
+//! `cargo run --release -p infall-bench --bin streams -- FILE [--streams 1,2,4,8] [--tokens 24] [--apart] [--routes ROUTES] [--memory 6GiB …]`
 //!
 //! Each session has read a prompt of its own and goes on with its likeliest tokens. The experts that one pass's rows chose are leased
 //! once for all of them: the table shows how many that were (0 where everything is resident), and how many had to be read.
@@ -41,6 +41,9 @@ struct Arguments {
     /// Let learned routers choose what stands in these routes, position by position
     #[arg(long)]
     routes: Option<PathBuf>,
+    /// Read each session's token in a pass of its own, in turn: to see what reading them together saves
+    #[arg(long)]
+    apart: bool,
     #[command(flatten)]
     machine: Machine,
 }
@@ -113,7 +116,11 @@ fn measure<D: Device>(backend: &D, streams: usize, arguments: &Arguments, contex
     // The first passes fill the slots.
     let mut pass = |sessions: &mut [Session<D>]| -> Result<()> {
         let mut parts: Vec<_> = sessions.iter_mut().zip(&next).map(|(session, next)| (session, &next[..])).collect();
-        let logits = read_together(backend, &mut parts, &Cancel::default())?;
+        let read = |parts: &mut [_]| read_together(backend, parts, &Cancel::default());
+        let logits = match arguments.apart {
+            false => read(&mut parts)?,
+            true => parts.chunks_mut(1).map(read).collect::<Result<Vec<_>, _>>()?.concat(),
+        };
         // As the engine does it: a turn alone chooses where it is.
         next = match streams {
             1 => vec![[likeliest(&logits)]],
