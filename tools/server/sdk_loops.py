@@ -3,12 +3,13 @@
 A conversation asks for a call, gives its result, and asks for another call. In the second and the third turn the server may read
 only what is new: `cached_tokens` must be at least the tokens of the turn before, prompt and completion, less the last one, which no
 pass has read yet. That must hold however the client sends its history back (with or without the reasoning, with the arguments' keys
-in another order), whether it streams, and after the server was restarted between two turns, asked to end or killed.
+in another order), whether it streams, whether its calls were sampled or greedy, and after the server was restarted before each of the two
+turns, asked to end or killed.
 
 One answer is read again: one without calls whose reasoning the client leaves out. Nothing in such a history says whose it is, and nobody is
 given another's reasoning; then all that came before the answer must be known.
 
-Raw completions have no tools: there the text is continued twice.
+Raw completions have no tools: there the text is continued, once with more of the user's own and once as it stands.
 """
 import itertools, json, signal, time
 
@@ -23,8 +24,8 @@ SCHEMA = {"type": "object", "properties": {"sender": {"type": "string", "descrip
 # Each loop has a sender of its own, so that none finds what another left.
 ASK = "Use rename_alarm with sender {}@example.com and label timer exactly once, then report the result and stop."
 ASK_AGAIN = "Now use rename_alarm with sender {}@example.org and label clock once, then stop."
-RESULT = '["EDNES.js","mp5.csv","package"]'
-# Long enough to be worth saving.
+# A server that ends saves a session of which 64 tokens are not on the disk; a turn has to bring as many to be known after a restart.
+RESULT = '["EDNES.js","mp5.csv","package","garden.txt","winter.csv","TRK7.py","letters","bridge.json","stone.md","ARB2.log","valve.cfg","river"]'
 STORY = "{}. " + 4 * "Every candle watched the cold winter at the market, and a bird lost the wheel. " + "Once there was a small star. It burned"
 MODEL = "deepseek-v4-flash"
 MAX_TOKENS = 200
@@ -42,14 +43,15 @@ class Said:
 class Form:
     """How the client goes about it."""
 
-    def __init__(self, stream=False, thinking=False, send_reasoning=True, reorder=False, by_id=False):
+    def __init__(self, stream=False, thinking=False, send_reasoning=True, reorder=False, by_id=False, temperature=0):
         self.stream, self.thinking, self.send_reasoning = stream, thinking, send_reasoning
-        self.reorder, self.by_id = reorder, by_id
+        self.reorder, self.by_id, self.temperature = reorder, by_id, temperature
 
     def __str__(self):
         reasoning = ("sent back" if self.send_reasoning else "left out") if self.thinking else "off"
         words = ["stream" if self.stream else "plain", f"reasoning {reasoning}"]
-        return ", ".join(words + ["keys reordered"] * self.reorder + ["previous_response_id"] * self.by_id)
+        words += ["keys reordered"] * self.reorder + ["previous_response_id"] * self.by_id
+        return ", ".join(words + ["temperature 1"] * bool(self.temperature))
 
     def arguments(self, text):
         """Arguments as the client writes them again."""
@@ -76,8 +78,8 @@ class Chat:
 
     def turn(self):
         thinking = {"thinking": {"type": "enabled" if self.form.thinking else "disabled"}}
-        options = dict(model=MODEL, messages=self.messages, tools=self.tools, max_completion_tokens=MAX_TOKENS, temperature=0, seed=1,
-                       extra_body=thinking)
+        options = dict(model=MODEL, messages=self.messages, tools=self.tools, max_completion_tokens=MAX_TOKENS,
+                       temperature=self.form.temperature, seed=1, extra_body=thinking)
         if self.form.stream:
             with self.client.chat.completions.stream(**options, stream_options={"include_usage": True}) as stream:
                 completion = stream.get_final_completion()
@@ -112,8 +114,8 @@ class Responses:
 
     def turn(self):
         effort = {"effort": "high", "summary": "auto"} if self.form.thinking else {"effort": "none"}
-        options = dict(model=MODEL, input=self.items, instructions=SYSTEM, tools=self.tools, max_output_tokens=MAX_TOKENS, temperature=0,
-                       reasoning=effort, store=self.form.by_id, extra_body={"seed": 1})
+        options = dict(model=MODEL, input=self.items, instructions=SYSTEM, tools=self.tools, max_output_tokens=MAX_TOKENS,
+                       temperature=self.form.temperature, reasoning=effort, store=self.form.by_id, extra_body={"seed": 1})
         if self.previous:
             options["previous_response_id"] = self.previous
         if self.form.stream:
@@ -159,7 +161,7 @@ class Messages:
         thinking = {"type": "enabled", "budget_tokens": 1024} if self.form.thinking else {"type": "disabled"}
         # The seed is this server's; temperature has to be left to the default where the model thinks.
         options = dict(model=MODEL, system=SYSTEM, messages=self.messages, tools=self.tools, max_tokens=MAX_TOKENS, thinking=thinking,
-                       extra_body={"seed": 1} | ({} if self.form.thinking else {"temperature": 0}))
+                       extra_body={"seed": 1} | ({} if self.form.thinking else {"temperature": self.form.temperature}))
         if self.form.stream:
             with self.client.messages.stream(**options) as stream:
                 message = stream.get_final_message()
@@ -194,7 +196,8 @@ class Completions:
         self.text += text
 
     def turn(self):
-        options = dict(model=MODEL, prompt=self.text, max_tokens=16, temperature=0, seed=1, extra_body={"raw": True})
+        options = dict(model=MODEL, prompt=self.text, max_tokens=16, temperature=self.form.temperature, seed=1,
+                       extra_body={"raw": True})
         if self.form.stream:
             chunks = list(self.client.completions.create(**options, stream=True, stream_options={"include_usage": True}))
             said, usage = "".join(choice.text for chunk in chunks for choice in chunk.choices), chunks[-1].usage
@@ -215,7 +218,9 @@ def loop(api, url, form, between=lambda turn: url):
             dialog = rebased(dialog, moved)
         if turn != 1:
             dialog.ask((first if turn == 0 else then).format(name))
-        elif api is not Completions:
+        elif api is Completions:
+            dialog.ask("\n" + STORY.format(name))
+        else:
             assert said[0].calls, f"no call was made; the answer was {said[0].text!r}"
             for call_id, _, _ in said[0].calls:
                 dialog.answer(call_id, RESULT)
@@ -264,20 +269,34 @@ def forms(api):
 APIS = [Chat, Responses, Messages, Completions]
 
 
+def restart_forms(api, smoke):
+    """Sampled calls come first: only what was kept of their ids says how they were written."""
+    if api is Completions:
+        some = [Form(stream=True, temperature=1), Form()]
+    else:
+        some = [Form(stream=True, reorder=True, temperature=1), Form(), Form(thinking=True)]
+    return some[:1] if smoke else some
+
+
 def restarts(report, binary, smoke):
-    """The same loops with a restart between two turns."""
+    """The same loops with restarts: before the second and the third turn, and before the third alone."""
     kinds = {"asked to end": signal.SIGTERM, "killed": signal.SIGKILL}
     for name, number in kinds.items():
         for api in APIS:
-            for thinking in (False,) if smoke or api is Completions else (False, True):
-                with Server(binary, "--snapshot-dir", "snapshots") as server:
-                    def between(turn):
-                        if turn == 2:
-                            if number == signal.SIGKILL:
-                                wait_saved(server)
-                            server.restart(number)
-                        return server.url
-                    run_loop(report, f"restart, {name}", api, server.url, Form(thinking=thinking), between)
+            for form in restart_forms(api, smoke):
+                for turns in ((1, 2),) if smoke else ((1, 2), (2,)):
+                    run_restarts(report, f"{name} before {' and '.join(str(turn + 1) for turn in turns)}", binary, api, form, number, turns)
+
+
+def run_restarts(report, name, binary, api, form, number, turns):
+    with Server(binary, "--snapshot-dir", "snapshots") as server:
+        def between(turn):
+            if turn in turns:
+                if number == signal.SIGKILL:
+                    wait_saved(server)
+                server.restart(number)
+            return server.url
+        run_loop(report, name, api, server.url, form, between)
 
 
 def small_endpoints(report, server):
