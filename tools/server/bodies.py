@@ -107,12 +107,34 @@ def read(request, body):
     """What an answer says: reasoning, text, calls, how it ended, prompt tokens, completion tokens. The same for a stream as for a whole.
 
     Raises WrongBody if the answer is not complete and in order."""
+    answer = read_any(request.api, request.stream, body)
+    if answer["prompt"] is None:
+        raise WrongBody(f"no usage: {body[:300]!r}")
+    return answer
+
+
+def read_any(api, is_stream, body):
+    """The same for a request that may have asked for no usage."""
     try:
-        events = list(frames(body)) if request.stream else None
-        whole = None if request.stream else json.loads(body)
-        return READERS[request.api](whole, events)
+        events = list(frames(body)) if is_stream else None
+        whole = None if is_stream else json.loads(body)
+        return READERS[api](whole, events)
     except (KeyError, IndexError, TypeError, ValueError, AssertionError) as error:
         raise WrongBody(f"{type(error).__name__} {error}: {body[:300]!r}") from error
+
+
+def has_content(api, body):
+    """Whether the beginning of a stream holds something that the model said: reasoning, text, or a part of a call."""
+    ended = body[:body.rfind(b"\n\n") + 2]
+    return any(data and IS_CONTENT[api](data) for _, data in frames(ended))
+
+
+IS_CONTENT = {
+    "chat": lambda data: any(choice["delta"].keys() & {"content", "reasoning_content", "tool_calls"} for choice in data["choices"]),
+    "completions": lambda data: any(choice["text"] for choice in data["choices"]),
+    "responses": lambda data: data["type"].endswith(".delta"),
+    "messages": lambda data: data["type"] == "content_block_delta",
+}
 
 
 def read_chat(whole, events):
@@ -142,7 +164,7 @@ def read_completions(whole, events):
         return said("", choice["text"], [], choice["finish_reason"], usage)
     assert events[-1] == (None, None), "no [DONE]"
     choices = [choice for _, chunk in events[:-1] for choice in chunk["choices"]]
-    usage = [chunk["usage"] for _, chunk in events[:-1] if chunk.get("usage")][-1]
+    usage = next((chunk["usage"] for _, chunk in events[:-1] if chunk.get("usage")), None)
     return said("", "".join(choice["text"] for choice in choices), [], choices[-1]["finish_reason"], usage)
 
 
@@ -203,4 +225,4 @@ READERS = {"chat": read_chat, "completions": read_completions, "responses": read
 def said(reasoning, text, calls, finish, usage):
     assert finish is not None, "no reason to have ended"
     return {"reasoning": reasoning or "", "text": text or "", "calls": [list(call) for call in calls], "finish": finish,
-            "prompt": usage["prompt_tokens"], "completion": usage["completion_tokens"]}
+            "prompt": usage and usage["prompt_tokens"], "completion": usage and usage["completion_tokens"]}
