@@ -18,7 +18,7 @@ class Tally:
 
     def __init__(self):
         self.answered, self.dropped, self.refused, self.wrong = 0, 0, 0, []
-        self.first_s, self.first_text_s, self.whole_s = [], [], []
+        self.first_s, self.stream_s, self.content_s = [], [], []
         self.completion_tokens, self.prompt_tokens = 0, 0
 
 
@@ -35,25 +35,28 @@ async def expected_answers(server, requests):
 
 
 async def exchange(http, request, tally):
-    """Sends a request until it is taken; its body. Times are from the last try on."""
+    """Sends a request until it is taken; its body. Times are from the first try on: a client that was refused has waited, too."""
+    began, chunks, first, content = time.monotonic(), [], None, None
     while True:
-        began = time.monotonic()
         async with http.post(request.path, data=request.bytes, headers={"content-type": "application/json"}) as answer:
             if answer.status == 429:
                 tally.refused += 1
                 await answer.read()
                 await asyncio.sleep(float(answer.headers["retry-after"]))
                 continue
-            chunks = []
             async for chunk in answer.content.iter_any():
-                if not chunks:
-                    first = time.monotonic() - began
+                first = first or time.monotonic() - began
                 chunks.append(chunk)
+                if request.stream and content is None and bodies.has_content(request.api, b"".join(chunks)):
+                    content = time.monotonic() - began
             body = b"".join(chunks)
             if answer.status != 200:
                 raise bodies.WrongBody(f"status {answer.status}: {body[:300]!r}")
-            (tally.first_text_s if request.stream else tally.whole_s).append(first)
             tally.first_s.append(first)
+            if request.stream:
+                tally.stream_s.append(first)
+            if content is not None:  # an answer may be empty, or all of it reasoning that is not shown
+                tally.content_s.append(content)
             return body
 
 
@@ -62,9 +65,11 @@ async def client(server, work, draw, tally):
     async with aiohttp.ClientSession(server.url, connector=aiohttp.TCPConnector(limit=1)) as http:
         for request, expected in work:
             if draw.random() < DROPPED:
+                ignored = Tally()
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(exchange(http, request, Tally()), draw.uniform(0, 2) ** 2)
+                    await asyncio.wait_for(exchange(http, request, ignored), draw.uniform(0, 2) ** 2)
                 tally.dropped += 1
+                tally.refused += ignored.refused
                 continue
             try:
                 found = bodies.read(request, await exchange(http, request, tally))
@@ -94,8 +99,8 @@ def main():
     each, rounds = options.each or (2 if options.smoke else 20), options.rounds or (2 if options.smoke else 4)
     requests = bodies.mixed(24 if options.smoke else 96, options.seed)
 
-    report = Report("Load", "round", "answered", "dropped", "refused (429)", "wrong", "first byte p50, p99 ms", "of streams", "generated t/s",
-                    "read t/s", "memory MiB", "files", "threads")
+    report = Report("Load", "round", "answered", "dropped", "refused (429)", "wrong", "first byte p50, p99 ms", "of streams", "first content of streams",
+                    "generated t/s", "read t/s", "memory MiB", "files", "threads")
     with Server(options.binary) as alone:
         pool = list(zip(requests, asyncio.run(expected_answers(alone, requests))))
     with Server(options.binary) as server:
@@ -107,7 +112,8 @@ def main():
             server.wait_idle()
             settle(server)
             sizes.append((server.rss_bytes() / 2**20, server.open_files()))
-            times = [f"{percentile(list_s, 0.5) * 1e3:.0f}, {percentile(list_s, 0.99) * 1e3:.0f}" for list_s in (tally.first_s, tally.first_text_s)]
+            lists = (tally.first_s, tally.stream_s, tally.content_s)
+            times = [f"{percentile(list_s, 0.5) * 1e3:.0f}, {percentile(list_s, 0.99) * 1e3:.0f}" for list_s in lists]
             report.row(not tally.wrong, number, tally.answered, tally.dropped, tally.refused, len(tally.wrong), *times,
                        f"{tally.completion_tokens / took:.0f}", f"{tally.prompt_tokens / took:.0f}", f"{sizes[-1][0]:.0f}", sizes[-1][1],
                        server.threads())
