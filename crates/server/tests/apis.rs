@@ -245,6 +245,33 @@ fn responses_go_on_from_stored_ones() {
     assert_eq!(counted["input_tokens"], unstored["usage"]["input_tokens"]);
 }
 
+/// What a response repeats of its request has the form of responses, however the client wrote it.
+#[test]
+fn responses_repeat_limits_and_tools_in_their_own_form() {
+    let running = running();
+    let body = |more: Value| {
+        let mut body = json!({"input": "hello", "store": false});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        running.post(RESPONSES, &body)
+    };
+    assert_eq!(body(json!({"max_output_tokens": 1e308})).json()["max_output_tokens"], json!(2_147_483_647));
+    let function = json!({"name": "weather", "parameters": weather()});
+    let whole = json!({"name": "weather", "parameters": weather(), "type": "function"});
+    for tool in [
+        function.clone(),
+        json!({"function": function}),
+        json!({"type": "function", "function": function}),
+        whole.clone(),
+    ] {
+        assert_eq!(body(json!({"tools": [tool]})).json()["tools"], json!([whole]), "{tool}");
+    }
+    let described = |description: Value| json!({"tools": [{"name": "weather", "description": description}]});
+    for wrong in [json!(1), json!({"a": 1})] {
+        let refused = body(described(wrong));
+        assert_eq!((refused.status, &refused.json()["error"]["param"]), (400, &json!("tools[0].description")));
+    }
+}
+
 #[test]
 fn completions_answer_and_continue() {
     let running = running();

@@ -68,7 +68,7 @@ pub struct ResponsesExtra {
 
 /// Reads a request.
 pub fn read(mut fields: Fields, defaults: &Defaults, earlier: Earlier<'_>) -> Result<Conversation, ApiError> {
-    let echo = echo(&mut fields);
+    let mut echo = echo(&mut fields);
     let model = fields.text("model")?;
     let items = items(&mut fields)?;
     let previous = fields.text("previous_response_id")?;
@@ -111,6 +111,8 @@ pub fn read(mut fields: Fields, defaults: &Defaults, earlier: Earlier<'_>) -> Re
     conversation.model = model;
     let limits = (fields.count("max_output_tokens")?, fields.count("max_tokens")?);
     conversation.max_tokens = limits.0.or(limits.1).unwrap_or(defaults.max_tokens);
+    // As it was read: a client may write a whole number in any way.
+    limits.0.into_iter().for_each(|limit| drop(echo.insert("max_output_tokens".into(), limit.into())));
     conversation.sampling = settings::take_sampling(&mut fields, conversation.mode, defaults)?;
     conversation.seed = fields.seed("seed")?;
     conversation.stream = fields.flag("stream")?.unwrap_or(false);
@@ -151,7 +153,23 @@ fn take_metadata(fields: &mut Fields) -> Result<(), ApiError> {
 
 /// What the response will repeat.
 fn echo(fields: &mut Fields) -> Map<String, Value> {
-    ECHOED.iter().filter_map(|name| Some(((*name).to_owned(), fields.peek(name)?.clone()))).collect()
+    let mut echo: Map<String, Value> =
+        ECHOED.iter().filter_map(|name| Some(((*name).to_owned(), fields.peek(name)?.clone()))).collect();
+    if let Some(Value::Array(tools)) = echo.get_mut("tools") {
+        tools.iter_mut().filter_map(Value::as_object_mut).for_each(say_all_of_function);
+    }
+    echo
+}
+
+/// Gives a function the form that responses have: its fields at the top, and its type.
+fn say_all_of_function(tool: &mut Map<String, Value>) {
+    if tool.get("type").is_none_or(|kind| kind.is_null() || kind == "function") {
+        let function = tool.shift_remove("function");
+        tool.insert("type".into(), "function".into());
+        if let Some(Value::Object(function)) = function {
+            tool.extend(function);
+        }
+    }
 }
 
 /// The input items; a text is a user's message.

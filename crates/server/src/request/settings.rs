@@ -153,6 +153,9 @@ pub fn schema(format: &mut Fields, name: &str) -> Result<Value, ApiError> {
 
 /// A tool as the model sees it.
 pub fn tool(path: &str, value: Value) -> Result<Tool, ApiError> {
+    if let Some(description) = value.get("description").filter(|value| !value.is_string() && !value.is_null()) {
+        return Err(wrong(&format!("{path}.description"), description, "a string"));
+    }
     let tool = Tool::from_value(value).map_err(|error| ApiError::field(path, error.to_string()))?;
     let name = tool.name();
     let is_good = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.:/".contains(&byte);
