@@ -299,6 +299,28 @@ fn json_answers_and_logprobs() {
     assert!(tokens.iter().all(|token| token["top_logprobs"].as_array().unwrap().len() == 2));
 }
 
+/// What nobody knows is refused by its name, whatever the API.
+#[test]
+fn unknown_fields_are_named_by_every_api() {
+    let running = running();
+    let messages = json!([{"role": "user", "content": "hello"}]);
+    for (path, mut body) in [
+        (CHAT, json!({"messages": messages})),
+        ("/v1/completions", json!({"prompt": "hello"})),
+        (RESPONSES, json!({"input": "hello"})),
+        ("/v1/responses/input_tokens", json!({"input": "hello"})),
+        (MESSAGES, json!({"messages": messages, "max_tokens": 9})),
+        ("/v1/messages/count_tokens", json!({"messages": messages})),
+    ] {
+        assert_eq!(running.post(path, &body).status, 200, "{path}");
+        body["frobnicate"] = json!(1);
+        let refused = running.post(path, &body);
+        assert_eq!(refused.status, 400, "{path}");
+        let message = refused.json()["error"]["message"].as_str().unwrap().to_owned();
+        assert!(message.contains("frobnicate"), "{path}: {message}");
+    }
+}
+
 #[test]
 fn what_is_not_supported_is_named() {
     let running = running();
