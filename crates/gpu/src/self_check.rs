@@ -157,14 +157,12 @@ pub(crate) fn integers(kernels: &Arc<Kernels>, precision: Precision) -> Result<(
     if precision != Precision::Fast {
         return Ok((false, None));
     }
-    let forms = [[true, false], [true, true]];
-    let wanted = [[false, false], forms[0], forms[1]].map(|[digits, made]| ("matvec", tried(digits, made).context()));
-    kernels.make_all(&wanted)?;
-    let matvec = |[digits, made]: [bool; 2]| Trial::new(kernels, false).matvec(digits, made);
-    let plain = matvec([false, false])?;
-    let faults = forms.map(|form| Ok::<_, GpuError>(fault(&matvec(form)?, &plain, DIGITS_DISTANCE)));
-    let [staged, laid_out] = faults;
-    let fault = staged?.or(laid_out?);
+    let forms = [(false, false), (true, false), (true, true)];
+    kernels.make_all(&forms.map(|(digits, made)| ("matvec", tried(digits, made).context())))?;
+    let [plain, staged, laid_out] = forms.map(|(digits, made)| Trial::new(kernels, false).matvec(digits, made));
+    let plain = plain?;
+    let fault = |tried: &[f32]| fault(tried, &plain, DIGITS_DISTANCE);
+    let fault = fault(&staged?).or(fault(&laid_out?));
     kernels.forget_bindings();
     let note = fault.as_ref().map(|fault| {
         let name = &kernels.device().report().name;

@@ -5,7 +5,8 @@
 //! ```
 //! An [`Engine`] is a handle; [`Runner::run`] is the loop, which owns the calling thread. A step of the loop is one layer of a pass
 //! that reads a prompt, or one pass with the next token of every turn that decodes: a prompt is read in the same passes whatever
-//! else runs, and what experts several turns choose is leased once. Their next tokens are chosen at the same time, on threads of a pool. No lock is held while anything is computed.
+//! else runs, and what experts several turns choose is leased once. Their next tokens are chosen at the same time, on threads of a
+//! pool. No lock is held while anything is computed.
 
 mod active;
 mod archive;

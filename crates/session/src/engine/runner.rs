@@ -400,7 +400,7 @@ where
         }
     }
 
-    /// Ends a turn that does not go on.
+    /// Leaves a turn that goes on at work, and ends one that does not.
     fn go_on(&mut self, id: u64, outcome: Result<ControlFlow<StopReason>, Error>) {
         match outcome {
             Ok(ControlFlow::Continue(())) => (),
