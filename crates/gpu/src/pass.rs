@@ -16,6 +16,15 @@ use crate::weights::LayerWeights;
 /// Most rows that share a product's weights without tiles: passes of more compute by tiles in `Fast`.
 pub(crate) const FEW_ROWS: usize = 8;
 
+/// Choices for each expert up to which experts are computed choice by choice: a tile of rows that chose the same one is worth it from
+/// more on (docs/performance.md, "Experts of few rows").
+const CHOICES_OF_EXPERT: usize = 4;
+
+/// Most rows whose routed experts are computed choice by choice.
+pub(crate) fn choice_rows(c: &Config) -> usize {
+    CHOICES_OF_EXPERT * c.experts / c.experts_used
+}
+
 /// Keys in a piece of attention: each is summed by itself.
 pub(crate) const PIECE_KEYS: usize = 32;
 
@@ -185,6 +194,11 @@ impl<B> Activations<B> {
         let floats = |what: &str, count: usize| make(what, 4 * count as u64);
         let pieces = shapes.pieces(end);
         let keys = end / 4;
+        // Every input of a few rows, or those of experts.
+        let of_experts = rows.min(choice_rows(c));
+        let laid_out = [(FEW_ROWS, shapes.widest()), (of_experts, c.d_model)];
+        let digits = laid_out.map(|(rows, width)| rows as u64 * digits_bytes(width));
+        let transposed = laid_out.map(|(rows, width)| rows * width);
         Ok(Activations {
             rows,
             end,
@@ -210,8 +224,8 @@ impl<B> Activations<B> {
             flags: floats("flags", rows + 1)?,
             // Two rotations of every row, one of a window of each kind that may end at it, a token; and its runs.
             tables: floats("tables", rows * (4 * c.rope_dim + 1) + together::table_words(rows, c.layers))?,
-            digits: make("digits of inputs", FEW_ROWS as u64 * digits_bytes(shapes.widest()))?,
-            transposed: floats("transposed inputs", FEW_ROWS * shapes.widest())?,
+            digits: make("digits of inputs", digits[0].max(digits[1]))?,
+            transposed: floats("transposed inputs", transposed[0].max(transposed[1]))?,
             fresh: floats("new rows", rows * shapes.row_words)?,
             many: (shapes.has_tiles && rows > FEW_ROWS)
                 .then(|| ManyActivations::new(make, shapes, rows))

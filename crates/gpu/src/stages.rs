@@ -10,7 +10,7 @@ use crate::jobs::{Jobs, Matrix};
 use crate::kernel::{Buffer, Commands, Span};
 use crate::kit::{LANE_OUTPUTS, Matvec, finish_lays_out, has_integers, heads_lay_out, is_made};
 use crate::matmul::{Experts, Groups, Halves};
-use crate::pass::{Activations, FEW_ROWS, GpuPass, ManyActivations, Pending, Shapes, windows};
+use crate::pass::{Activations, FEW_ROWS, GpuPass, ManyActivations, Pending, Shapes, choice_rows, windows};
 use crate::state::{GpuState, SMALL_PASS};
 use crate::together::Together;
 use crate::weights::{At, HyperAt};
@@ -584,8 +584,16 @@ impl GpuBackend {
         let mut commands = lock(&pass.commands);
         let commands = &mut *commands;
         let choices = rows * c.experts_used;
-        if let Some(many) = self.tiled(on, rows) {
+        let tiled = self.tiled(on, rows);
+        if tiled.is_some() {
+            self.shared_expert_of_many(layer, rows, on, commands)?;
+        }
+        if let Some(many) = tiled.filter(|_| rows > choice_rows(c)) {
             return self.experts_of_many(layer, leases, cancel, rows, on, many, commands);
+        }
+        if tiled.is_some() {
+            commands.stage("experts' inputs");
+            self.digits(commands, on, ((&on.input, c.d_model), c.d_model, rows), None);
         }
         let down = weights.shared_down.jobs[0].matrix;
         let made = self.has_digits() && has_integers(&layout.formats[..2]);
@@ -644,14 +652,30 @@ impl GpuBackend {
             if has_book(&[layout.formats[2], down.format]) {
                 buffers.push(self.code_book.all());
             }
-            let shared = if is_first { rows } else { 0 };
+            let shared = if is_first && tiled.is_none() { rows } else { 0 };
             let groups = [c.d_model.div_ceil(EXPERT_OUTPUTS[1]) as u32, (choices + shared) as u32, 1];
             commands.run(&self.kit.layers[layer].down, &buffers, &params, groups);
             Ok(())
         })
     }
 
-    /// The same by tiles of rows that chose the same expert.
+    /// The shared expert by tiles.
+    fn shared_expert_of_many(
+        &self,
+        layer: usize,
+        rows: usize,
+        on: &Activations,
+        commands: &mut Commands,
+    ) -> Result<(), Error> {
+        let (c, weights) = (&self.config, &self.layers[layer]);
+        commands.stage("shared expert");
+        let outputs = (1 + c.experts_used) * c.d_model;
+        let operands =
+            Operands { x: (&on.shared_mid, c.shared_width), y: (&on.output, outputs), rows, laid_out: false };
+        self.products(commands, on, &weights.slab, &weights.shared_down, operands, None)
+    }
+
+    /// Routed experts by tiles of rows that chose the same.
     #[allow(clippy::too_many_arguments)]
     fn experts_of_many(
         &self,
@@ -663,12 +687,7 @@ impl GpuBackend {
         many: &ManyActivations,
         commands: &mut Commands,
     ) -> Result<(), Error> {
-        let (c, weights) = (&self.config, &self.layers[layer]);
-        commands.stage("shared expert");
-        let outputs = (1 + c.experts_used) * c.d_model;
-        let operands =
-            Operands { x: (&on.shared_mid, c.shared_width), y: (&on.output, outputs), rows, laid_out: false };
-        self.products(commands, on, &weights.slab, &weights.shared_down, operands, None)?;
+        let c = &self.config;
         commands.stage("group");
         let choices = rows * c.experts_used;
         let groups = Groups { order: many.order.all(), tiles: many.tiles.all(), choices };

@@ -8,8 +8,8 @@ use gpu::{Checks, GpuBackend, GpuPass, Options, Placement, Slabs};
 use model::{Backend, Cancel, Error, Model, Observer, Precision, Stage, forward};
 use store::{ExpertExtents, Residency};
 
-/// Rows of each pass: more than a ring has room for, a few, and single tokens.
-const LARGE: [usize; 4] = [66, 5, 1, 1];
+/// Rows of each pass: more than a ring has room for, as many as compute by tiles all but routed experts, a few, and a single token.
+const LARGE: [usize; 4] = [66, 10, 5, 1];
 
 /// The same, but in Exact, whose every row takes a processor long, only a few more than share weights in place of the first.
 fn passes(precision: Precision) -> [usize; 4] {
@@ -58,7 +58,12 @@ fn read(backend: &GpuBackend, precision: Precision, passes: [usize; 4], groups: 
         logits.extend(forward(backend, batch, &mut [&mut state], &Cancel::default(), &mut stages).unwrap());
         let layers = backend.config().layers;
         let by_tiles = if precision == Precision::Fast && count > 8 { layers } else { 0 };
-        assert_eq!(stages.count("group"), by_tiles, "{precision:?}, {count} rows: layers computed by tiles");
+        assert_eq!(stages.count("shared expert"), by_tiles, "{precision:?}, {count} rows: layers computed by tiles");
+        let config = backend.config();
+        let is_by_choice = count * config.experts_used <= 4 * config.experts;
+        let grouped = if is_by_choice { 0 } else { by_tiles };
+        assert_eq!(stages.count("group"), grouped, "{precision:?}, {count} rows: layers with experts by tiles");
+        assert_eq!(stages.count("experts' inputs"), by_tiles - grouped, "{precision:?}, {count} rows: by choice");
         let ran = stages.count("experts up");
         let as_expected = match groups {
             Groups::One => ran == layers,

@@ -163,6 +163,16 @@ fn every_stage_of_fast_with_few_rows_is_near_the_cpu() {
     }
 }
 
+/// Of a few rows more everything but routed experts is computed by tiles (promise.rs asserts which).
+#[test]
+fn every_stage_of_fast_with_experts_choice_by_choice_is_near_the_cpu() {
+    for name in ["tiny-iq2", "mixed3-mixed"] {
+        let (cpu, gpu) = (on_cpu(name, Arithmetic::Plain), on_gpu(name, in_plain(Precision::Fast)));
+        let given = &[Activation::Streams, Activation::Input, Activation::Output];
+        compare(&cpu, &gpu, &tokens(name, 10), 0, given).hold(|_| 0.0..=FAST_BOUND);
+    }
+}
+
 #[test]
 fn every_stage_of_tiny_iq2_meets_the_cpu() {
     // A decoded token, a few rows, and more than a ring has room for.
