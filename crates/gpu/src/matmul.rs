@@ -36,6 +36,8 @@ pub(crate) struct Tile {
 impl Tile {
     /// The tile of [`Many::matmul`].
     const PRODUCTS: Tile = Tile { rows: 128, outputs: 128, depth: 32, buffers: 1, warp_rows: 64, warp_outputs: 32 };
+    /// The same for few rows, so that there are as many tiles as a large device has processors.
+    const FEW_PRODUCTS: Tile = Tile { rows: 64, outputs: 64, depth: 64, buffers: 1, warp_rows: 32, warp_outputs: 32 };
     /// The same for many rows and weights of Q8_0 alone: of other types a thread holds too much of such a tile.
     const WIDE_PRODUCTS: Tile = Tile { outputs: 256, ..Tile::PRODUCTS };
     /// The tile of experts, which have fewer rows each.
@@ -45,14 +47,22 @@ impl Tile {
 
     /// Bytes of workgroup memory, but for the code book's.
     fn bytes(self, coop: bool) -> u32 {
-        let threads = 32 * (self.rows / self.warp_rows) * (self.outputs / self.warp_outputs);
         let factors = self.buffers * (self.rows + self.outputs) * (self.depth + 8) * 2;
-        factors + if coop { threads * 32 } else { 0 }
+        factors + if coop { self.threads() * 32 } else { 0 }
+    }
+
+    /// Threads of a workgroup.
+    fn threads(self) -> u32 {
+        32 * (self.rows / self.warp_rows) * (self.outputs / self.warp_outputs)
     }
 
     /// Values of a kernel made of such tiles that reads `formats`.
     fn context(self, coop: bool, formats: &[Format]) -> Value {
         let Tile { rows, outputs, depth, buffers, warp_rows, warp_outputs } = self;
+        assert!(
+            (outputs * depth).is_multiple_of(16 * self.threads()),
+            "each thread brings as many pieces of 16 weights"
+        );
         let types: Vec<&str> = formats.iter().map(|format| format.name()).collect();
         let type_ids: BTreeMap<&str, u32> = Format::ALL.iter().map(|&format| (format.name(), format as u32)).collect();
         context! { rows, outputs, depth, buffers, warp_rows, warp_outputs, coop, types, type_ids }
@@ -128,6 +138,7 @@ pub(crate) struct Many {
 /// result on which.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Tiles {
+    few_products: Tile,
     products: Tile,
     wide_products: Tile,
     experts: Tile,
@@ -135,6 +146,8 @@ struct Tiles {
 }
 
 impl Tiles {
+    /// Rows up to which tiles of [`Tile::FEW_PRODUCTS`] are faster (docs/performance.md, "Prompts of few tokens").
+    const FEW_ROWS: usize = 128;
     /// Rows from which there are enough tiles of [`Tile::WIDE_PRODUCTS`] for a large device.
     const WIDE_ROWS: usize = 1024;
 
@@ -143,6 +156,7 @@ impl Tiles {
         let fits = |is_cooperative, tile: Tile| is_cooperative && tile.bytes(true) + CODE_BOOK_BYTES <= workgroup_bytes;
         let or = |is_cooperative, large, small| if fits(is_cooperative, large) { large } else { small };
         Tiles {
+            few_products: Tile::FEW_PRODUCTS,
             products: Tile::PRODUCTS,
             wide_products: or(cooperative.products, Tile::WIDE_PRODUCTS, Tile::PRODUCTS),
             experts: Tile::EXPERTS,
@@ -151,7 +165,11 @@ impl Tiles {
     }
 
     fn products(&self, formats: &[Format], rows: usize) -> Tile {
-        if formats == [Format::Q8_0] && rows >= Tiles::WIDE_ROWS { self.wide_products } else { self.products }
+        match rows {
+            ..=Tiles::FEW_ROWS => self.few_products,
+            Tiles::WIDE_ROWS.. if formats == [Format::Q8_0] => self.wide_products,
+            _ => self.products,
+        }
     }
 
     fn experts(&self, choices: usize, experts: usize) -> Tile {
@@ -184,7 +202,10 @@ impl Many {
         let layers: BTreeSet<[Format; 3]> = layers.into_iter().collect();
         let mut wanted = vec![("halves", context! {})];
         for formats in &products {
-            wanted.extend([0, usize::MAX].map(|rows| self.matmul_kernel(formats, tiles.products(formats, rows))));
+            wanted.extend(
+                [1, Tiles::FEW_ROWS + 1, usize::MAX]
+                    .map(|rows| self.matmul_kernel(formats, tiles.products(formats, rows))),
+            );
         }
         for tile in [tiles.experts, tiles.crowded_experts] {
             wanted.push(self.group_kernel(experts, tile));

@@ -477,6 +477,7 @@ fn cooperative_kernels_equal_their_plain_twins() {
         for (n, (products, experts)) in tiles().into_iter().enumerate() {
             let (formats, layers) = match (n, checks) {
                 (0 | 1, _) => (&every_format[..], &layers[..]),
+                (2, _) => (&every_format[..], &layers[..0]),
                 (_, Checks::Off) => (&every_format[3..4], &layers[..1]),
                 (_, Checks::On) => break,
             };
@@ -529,7 +530,7 @@ fn twins(
 impl Tiles {
     /// The same for any number of rows.
     fn always(products: Tile, experts: Tile) -> Tiles {
-        Tiles { products, wide_products: products, experts, crowded_experts: experts }
+        Tiles { few_products: products, products, wide_products: products, experts, crowded_experts: experts }
     }
 }
 
@@ -555,7 +556,11 @@ fn tiles() -> Vec<(Tile, Tile)> {
         ([128, 128, 64, 1, 64, 32], [64, 128, 64, 1, 32, 32]),
     ];
     let pairs = pairs.into_iter().map(|(products, experts)| (tile(products), tile(experts)));
-    let used = [(Tile::PRODUCTS, Tile::EXPERTS), (Tile::WIDE_PRODUCTS, Tile::CROWDED_EXPERTS)];
+    let used = [
+        (Tile::PRODUCTS, Tile::EXPERTS),
+        (Tile::WIDE_PRODUCTS, Tile::CROWDED_EXPERTS),
+        (Tile::FEW_PRODUCTS, Tile::EXPERTS),
+    ];
     used.into_iter().chain(pairs).collect()
 }
 

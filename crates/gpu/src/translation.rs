@@ -126,7 +126,8 @@ fn variants() -> Vec<(&'static str, Value)> {
             ));
         }
     }
-    let tiles = [(128, 128, 32, 1, 64, 32), (64, 128, 32, 1, 32, 32), (64, 128, 64, 2, 64, 32)];
+    let tiles =
+        [(128, 128, 32, 1, 64, 32), (64, 128, 32, 1, 32, 32), (64, 128, 64, 2, 64, 32), (64, 64, 64, 1, 32, 32)];
     for coop in [false, true] {
         for (rows, outputs, depth, buffers, warp_rows, warp_outputs) in tiles {
             let tile = context! { rows, outputs, depth, buffers, warp_rows, warp_outputs, coop };
