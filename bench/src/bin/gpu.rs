@@ -152,6 +152,9 @@ fn main() -> Result<()> {
         println!("note: {note}");
     }
     println!("loaded {:.2} GB in {took:.1} s, {:.2} GB/s", bytes as f64 / 1e9, bytes as f64 / took / 1e9);
+    let times: Vec<String> =
+        backend.load_times().iter().map(|(what, us)| format!("{what} {:.0} ms", us / 1e3)).collect();
+    println!("  {}", times.join(", "));
 
     let mut states = (0..what.sessions).map(|_| backend.new_state()).collect::<Result<Vec<_>, _>>()?;
     let vocab = config.vocab_size;

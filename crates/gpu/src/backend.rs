@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::sync::Arc;
+use std::time::Instant;
 
 use model::rope::Rope;
 use model::{Activation, Arithmetic, Backend, Batch, Config, Error, KvLayout, Model, Precision, State, SubLayer};
@@ -73,8 +74,26 @@ impl Default for Options {
     }
 }
 
-/// Stages in the order in which they ran, with their microseconds.
+/// Stages, or parts of loading, in the order in which they ran, with their microseconds.
 pub type StageTimes = Vec<(&'static str, f64)>;
+
+/// Takes the time of what comes one after the other.
+struct Stopwatch {
+    since: Instant,
+    times: StageTimes,
+}
+
+impl Stopwatch {
+    fn new() -> Stopwatch {
+        Stopwatch { since: Instant::now(), times: Vec::new() }
+    }
+
+    /// What was done since the last time.
+    fn done(&mut self, what: &'static str) {
+        self.times.push((what, self.since.elapsed().as_secs_f64() * 1e6));
+        self.since = Instant::now();
+    }
+}
 
 /// Rows of the token embedding, read from the file as tokens come.
 pub(crate) struct Embedding {
@@ -128,6 +147,7 @@ pub struct GpuBackend {
     adapter_note: Option<String>,
     reader: &'static str,
     checks: bool,
+    load_times: StageTimes,
 }
 
 impl GpuBackend {
@@ -144,7 +164,9 @@ impl GpuBackend {
         loaded: &mut dyn FnMut(u64),
     ) -> Result<GpuBackend, Error> {
         check_sizes(&model.config)?;
+        let mut watch = Stopwatch::new();
         let device = Device::open(choice, checks)?;
+        watch.done("open the adapter");
         let kernels = Arc::new(Kernels::new(device.clone()));
         let uploader = Uploader::new(device.clone());
         let layout = Arc::new(KvLayout::new(&model.config, source.identity()?, options.arithmetic, options.precision));
@@ -154,6 +176,7 @@ impl GpuBackend {
             layers.push(load_layer(&device, &uploader, source, model, layer, loaded)?);
         }
         let head = load_head(&device, &uploader, source, model, loaded)?;
+        watch.done("layers and head");
         let book = format::code_book();
         let code_book = Buffer::new(&device, "the code book", book.len() as u64)?;
         uploader.bytes((&code_book, 0), &book)?;
@@ -181,8 +204,10 @@ impl GpuBackend {
         let spares = (0..together / 2).map(spare).collect::<Result<_, _>>()?;
         device.wait()?;
         source.check_unchanged()?;
+        watch.done("experts");
         let (cooperative, of_matrices) = crate::self_check::cooperative(&kernels, &model.config, &layout)?;
         let (integers, of_integers) = crate::self_check::integers(&kernels, options.precision)?;
+        watch.done("check the kernels");
         let adapter_notes = of_matrices.into_iter().chain(of_integers).collect::<Vec<_>>();
         let many = Many::new(kernels.clone(), cooperative);
         let shapes = Shapes::new(&model.config, &layout, &layers, Many::most_tiles_bytes);
@@ -198,6 +223,7 @@ impl GpuBackend {
         let sessions = options.sessions_prepared;
         options.cancel.check()?;
         kit.prepare_all((sessions, together), &model.config, &layout, (&layers, &head))?;
+        watch.done("make the kernels");
         Ok(GpuBackend {
             config: model.config.clone(),
             ropes: [Rope::plain(&model.config), Rope::yarn(&model.config)],
@@ -226,7 +252,13 @@ impl GpuBackend {
             adapter_note: (!adapter_notes.is_empty()).then(|| adapter_notes.join("; ")),
             reader: reader_name,
             checks: is_checked,
+            load_times: watch.times,
         })
+    }
+
+    /// What loading did, one after the other, with its microseconds.
+    pub fn load_times(&self) -> &StageTimes {
+        &self.load_times
     }
 
     /// What it computes on.
