@@ -2,8 +2,6 @@
 
 use std::io::{Read, Write};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 
 use model::rope::Rope;
 use model::{Activation, Arithmetic, Backend, Batch, Config, Error, KvLayout, Model, Precision, State, SubLayer};
@@ -20,8 +18,9 @@ use crate::matmul::Many;
 use crate::pass::{GpuPass, Pending, Pool, Shapes, runs_together};
 use crate::stages::lock;
 use crate::state::GpuState;
+use crate::timer::Stopwatch;
 use crate::together::{MOST_TOGETHER, most_together};
-use crate::upload::{Portions, Uploader};
+use crate::upload::{Check, Portions, Uploader, while_uploading};
 use crate::weights::{HeadWeights, LayerWeights, load_head, load_layer};
 
 /// Where routed experts live.
@@ -80,24 +79,6 @@ impl Default for Options {
 
 /// Stages, or parts of loading, in the order in which they ran, with their microseconds.
 pub type StageTimes = Vec<(&'static str, f64)>;
-
-/// Takes the time of what comes one after the other.
-struct Stopwatch {
-    since: Instant,
-    times: StageTimes,
-}
-
-impl Stopwatch {
-    fn new() -> Stopwatch {
-        Stopwatch { since: Instant::now(), times: Vec::new() }
-    }
-
-    /// What was done since the last time.
-    fn done(&mut self, what: &'static str) {
-        self.times.push((what, self.since.elapsed().as_secs_f64() * 1e6));
-        self.since = Instant::now();
-    }
-}
 
 /// Rows of the token embedding, read from the file as tokens come.
 pub(crate) struct Embedding {
@@ -215,13 +196,13 @@ impl GpuBackend {
         let transfers =
             matrices.flat_map(|(unread, slab)| unread.transfers(source, slab)).chain(experts.transfers(source, model));
         let make = || make_kernels(&kernels, model, &layout, (&layers, &head), &experts.layouts, together, &options);
-        let upload = |check: &(dyn Fn() -> Result<(), Error> + Sync)| {
+        let upload = |check: &Check<'_>| {
             uploader.load(transfers, check, loaded)?;
             device.wait()?;
             watch.done("read the weights");
             Ok(())
         };
-        let made = at_once(make, upload, &options.cancel)?;
+        let made = while_uploading(make, upload, &options.cancel)?;
         watch.done("wait for the kernels");
         source.check_unchanged()?;
         let Made { kit, many, notes: adapter_notes, times } = made;
@@ -399,32 +380,6 @@ fn make_kernels(
     kit.prepare_all((options.sessions_prepared, together), config, layout, weights)?;
     watch.done("make the kernels");
     Ok(Made { kit, many, notes: of_matrices.into_iter().chain(of_integers).collect(), times: watch.times })
-}
-
-/// Makes something on a thread of its own while the caller's uploads, which is told to stop when the other failed.
-///
-/// # Errors
-/// Those of `make`, or else those of `upload`.
-fn at_once<T: Send>(
-    make: impl FnOnce() -> Result<T, Error> + Send,
-    upload: impl FnOnce(&(dyn Fn() -> Result<(), Error> + Sync)) -> Result<(), Error>,
-    cancel: &Cancel,
-) -> Result<T, Error> {
-    let failed = AtomicBool::new(false);
-    let check = || match failed.load(Ordering::Relaxed) {
-        true => Err(Error::Cancelled),
-        false => Ok(cancel.check()?),
-    };
-    std::thread::scope(|scope| {
-        let made = scope.spawn(|| {
-            let made = make();
-            failed.store(made.is_err(), Ordering::Relaxed);
-            made
-        });
-        let uploaded = upload(&check);
-        let made = made.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-        uploaded.map(|()| made)
-    })
 }
 
 /// Makes the kernels of tiled products, where passes compute by them.

@@ -10,7 +10,7 @@ use std::iter::Peekable;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use model::Error;
+use model::{Cancel, Error};
 use rayon::prelude::*;
 use store::{Extent, Source, StoreError};
 
@@ -332,6 +332,9 @@ impl Pieces {
 /// Writes each share to its memory.
 type FillShares<'f> = dyn Fn(Vec<(&Share<'_>, Target<'_>)>) -> Result<(), Error> + 'f;
 
+/// Says whether to go on.
+pub(crate) type Check<'c> = dyn Fn() -> Result<(), Error> + Sync + 'c;
+
 /// Sends bytes to a device.
 pub(crate) struct Uploader {
     pieces: Pieces,
@@ -371,7 +374,7 @@ impl Uploader {
     pub(crate) fn load<'r>(
         &self,
         transfers: impl Iterator<Item = Transfer<'r>> + Send,
-        check: &(dyn Fn() -> Result<(), Error> + Sync),
+        check: &Check<'_>,
         done: &mut dyn FnMut(u64),
     ) -> Result<(), Error> {
         self.load_by(&|share, to| self.write(share, to), transfers, check, done)
@@ -385,7 +388,7 @@ impl Uploader {
         &self,
         write: &(dyn Fn(&Share<'_>, Target<'_>) -> Result<(), Error> + Sync),
         transfers: impl Iterator<Item = Transfer<'r>> + Send,
-        check: &(dyn Fn() -> Result<(), Error> + Sync),
+        check: &Check<'_>,
         done: &mut dyn FnMut(u64),
     ) -> Result<(), Error> {
         self.give_back()?;
@@ -431,6 +434,32 @@ impl Uploader {
         }
         Ok(())
     }
+}
+
+/// Makes something on a thread of its own while the caller's uploads, which is told to stop when the other failed.
+///
+/// # Errors
+/// Those of `make`, or else those of `upload`.
+pub(crate) fn while_uploading<T: Send>(
+    make: impl FnOnce() -> Result<T, Error> + Send,
+    upload: impl FnOnce(&Check<'_>) -> Result<(), Error>,
+    cancel: &Cancel,
+) -> Result<T, Error> {
+    let failed = AtomicBool::new(false);
+    let check = || match failed.load(Ordering::Relaxed) {
+        true => Err(Error::Cancelled),
+        false => Ok(cancel.check()?),
+    };
+    std::thread::scope(|scope| {
+        let made = scope.spawn(|| {
+            let made = make();
+            failed.store(made.is_err(), Ordering::Relaxed);
+            made
+        });
+        let uploaded = upload(&check);
+        let made = made.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        uploaded.map(|()| made)
+    })
 }
 
 /// Has several threads work, each again and again until it finds nothing to do; `done` is told what was done. After an error each ends
@@ -500,6 +529,23 @@ mod tests {
         // Without an end but by the error.
         let result = on_threads(3, work, &mut |_| ());
         assert!(matches!(result, Err(Error::Cancelled)), "found {result:?}");
+    }
+
+    #[test]
+    fn what_fails_ends_the_other() {
+        let cancel = Cancel::default();
+        // Without an end but by the other's error.
+        let upload = |check: &Check<'_>| loop {
+            check()?;
+        };
+        let fails = || Err::<(), _>(Error::NotFinite { position: 7 });
+        let made = while_uploading(fails, upload, &cancel);
+        assert!(matches!(made, Err(Error::NotFinite { position: 7 })), "{made:?}");
+        let made = while_uploading(|| Ok(1), |_| Err(Error::NotFinite { position: 8 }), &cancel);
+        assert!(matches!(made, Err(Error::NotFinite { position: 8 })), "{made:?}");
+        assert!(matches!(while_uploading(|| Ok(1), |check| check(), &cancel), Ok(1)));
+        cancel.cancel();
+        assert!(matches!(while_uploading(|| Ok(1), upload, &cancel), Err(Error::Cancelled)));
     }
 
     /// Matrices in a file, one after the other, and where each goes: places in two buffers, with gaps between.
