@@ -60,6 +60,8 @@ struct What {
     /// Writes logits of so many decoded tokens after the first context to a file: to be compared between runs.
     #[arg(long)]
     logits: Option<PathBuf>,
+    #[command(flatten)]
+    portions: bench::PortionFlags,
 }
 
 fn at_least_one(text: &str) -> Result<usize, String> {
@@ -139,6 +141,7 @@ fn main() -> Result<()> {
         precision: if what.exact { Precision::Exact } else { Precision::Fast },
         placement,
         sessions_together: what.together,
+        portions: what.portions.portions(),
         ..Options::default()
     };
     let began = Instant::now();
@@ -152,6 +155,9 @@ fn main() -> Result<()> {
         println!("note: {note}");
     }
     println!("loaded {:.2} GB in {took:.1} s, {:.2} GB/s", bytes as f64 / 1e9, bytes as f64 / took / 1e9);
+    let times: Vec<String> =
+        backend.load_times().iter().map(|(what, us)| format!("{what} {:.0} ms", us / 1e3)).collect();
+    println!("  {}", times.join(", "));
 
     let mut states = (0..what.sessions).map(|_| backend.new_state()).collect::<Result<Vec<_>, _>>()?;
     let vocab = config.vocab_size;

@@ -18,8 +18,9 @@ use crate::matmul::Many;
 use crate::pass::{GpuPass, Pending, Pool, Shapes, runs_together};
 use crate::stages::lock;
 use crate::state::GpuState;
+use crate::timer::Stopwatch;
 use crate::together::{MOST_TOGETHER, most_together};
-use crate::upload::Uploader;
+use crate::upload::{Check, Portions, Uploader, while_uploading};
 use crate::weights::{HeadWeights, LayerWeights, load_head, load_layer};
 
 /// Where routed experts live.
@@ -56,6 +57,8 @@ pub struct Options {
     /// Sessions that will be in a pass at the same time: the kernels for them are made when the model is loaded. Those for more are
     /// made when so many first meet.
     pub sessions_prepared: usize,
+    /// How weights are loaded.
+    pub portions: Portions,
 }
 
 impl Default for Options {
@@ -69,11 +72,12 @@ impl Default for Options {
             cancel: Arc::default(),
             sessions_together: MOST_TOGETHER,
             sessions_prepared: 1,
+            portions: Portions::default(),
         }
     }
 }
 
-/// Stages in the order in which they ran, with their microseconds.
+/// Stages, or parts of loading, in the order in which they ran, with their microseconds.
 pub type StageTimes = Vec<(&'static str, f64)>;
 
 /// Rows of the token embedding, read from the file as tokens come.
@@ -128,6 +132,7 @@ pub struct GpuBackend {
     adapter_note: Option<String>,
     reader: &'static str,
     checks: bool,
+    load_times: StageTimes,
 }
 
 impl GpuBackend {
@@ -144,60 +149,66 @@ impl GpuBackend {
         loaded: &mut dyn FnMut(u64),
     ) -> Result<GpuBackend, Error> {
         check_sizes(&model.config)?;
+        let mut watch = Stopwatch::new();
         let device = Device::open(choice, checks)?;
+        watch.done("open the adapter");
         let kernels = Arc::new(Kernels::new(device.clone()));
-        let uploader = Uploader::new(device.clone());
+        let uploader = Uploader::new(device.clone(), options.portions);
         let layout = Arc::new(KvLayout::new(&model.config, source.identity()?, options.arithmetic, options.precision));
-        let mut layers = Vec::new();
+        let (mut layers, mut unread) = (Vec::new(), Vec::new());
         for layer in 0..model.config.layers {
             options.cancel.check()?;
-            layers.push(load_layer(&device, &uploader, source, model, layer, loaded)?);
+            let (weights, matrices) = load_layer(&device, &uploader, source, model, layer, loaded)?;
+            layers.push(weights);
+            unread.push(matrices);
         }
-        let head = load_head(&device, &uploader, source, model, loaded)?;
+        let (head, unread_head) = load_head(&device, &uploader, source, model, loaded)?;
         let book = format::code_book();
         let code_book = Buffer::new(&device, "the code book", book.len() as u64)?;
         uploader.bytes((&code_book, 0), &book)?;
+        watch.done("place the weights");
         let extents: Vec<ExpertExtents> = model.experts.iter().map(|layer| layer.extents).collect();
         let (reader, note) = store::open_reader(source, options.reader)?;
         let (mut reader_name, mut is_checked) = ("the system's cache", false);
         let experts = match &options.placement {
-            Placement::Resident => GpuExperts::resident(&device, &uploader, source, model, &options.cancel, loaded)?,
+            Placement::Resident => GpuExperts::resident(&device, &uploader, model)?,
             Placement::Streamed { slabs, host } => {
                 reader_name = reader.name();
                 let host = match host {
                     Residency::Resident => HostStore::resident(&*reader, &extents, &options.cancel, loaded)?,
                     Residency::Streamed { slots } => {
                         let used = model.config.experts_used;
-                        HostStore::streamed(reader.clone(), &extents, slots, used, options.checksums)?
+                        HostStore::streamed(reader.clone(), &extents, slots, used, options.checksums.clone())?
                     }
                 };
                 is_checked = host.checks();
                 GpuExperts::streamed(&kernels, &uploader, model, slabs, host)?
             }
         };
+        watch.done("place the experts");
         let buffers = device.device.limits().max_storage_buffers_per_shader_stage;
         let together = most_together(buffers, options.sessions_together);
         let spare = |_| Buffer::new(&device, "no session", 16);
         let spares = (0..together / 2).map(spare).collect::<Result<_, _>>()?;
-        device.wait()?;
+        // Everything has its memory by now, so kernels can be made while weights are read into it.
+        let slabs = layers.iter().map(|layer| &layer.slab).chain([&head.slab]);
+        let matrices = unread.iter().chain([&unread_head]).zip(slabs);
+        let transfers =
+            matrices.flat_map(|(unread, slab)| unread.transfers(source, slab)).chain(experts.transfers(source, model));
+        let make = || make_kernels(&kernels, model, &layout, (&layers, &head), &experts.layouts, together, &options);
+        let upload = |check: &Check<'_>| {
+            uploader.load(transfers, check, loaded)?;
+            device.wait()?;
+            watch.done("read the weights");
+            Ok(())
+        };
+        let made = while_uploading(make, upload, &options.cancel)?;
+        watch.done("wait for the kernels");
         source.check_unchanged()?;
-        let (cooperative, of_matrices) = crate::self_check::cooperative(&kernels, &model.config, &layout)?;
-        let (integers, of_integers) = crate::self_check::integers(&kernels, options.precision)?;
-        let adapter_notes = of_matrices.into_iter().chain(of_integers).collect::<Vec<_>>();
-        let many = Many::new(kernels.clone(), cooperative);
+        let Made { kit, many, notes: adapter_notes, times } = made;
+        watch.times.extend(times);
         let shapes = Shapes::new(&model.config, &layout, &layers, Many::most_tiles_bytes);
         let embedding = &model.tensors.embedding;
-        let trusted = Trusted { cooperative, integers };
-        let kit = || Kit::new(&kernels, &model.config, &layout, (&layers, &head), &experts.layouts, trusted);
-        let (kit, prepared) = rayon::join(kit, || match options.precision {
-            Precision::Exact => Ok(()),
-            Precision::Fast => prepare(&many, &layers, &experts.layouts, &model.config),
-        });
-        prepared?;
-        let kit = kit?;
-        let sessions = options.sessions_prepared;
-        options.cancel.check()?;
-        kit.prepare_all((sessions, together), &model.config, &layout, (&layers, &head))?;
         Ok(GpuBackend {
             config: model.config.clone(),
             ropes: [Rope::plain(&model.config), Rope::yarn(&model.config)],
@@ -226,7 +237,13 @@ impl GpuBackend {
             adapter_note: (!adapter_notes.is_empty()).then(|| adapter_notes.join("; ")),
             reader: reader_name,
             checks: is_checked,
+            load_times: watch.times,
         })
+    }
+
+    /// What loading did, one after the other, with its microseconds.
+    pub fn load_times(&self) -> &StageTimes {
+        &self.load_times
     }
 
     /// What it computes on.
@@ -323,6 +340,46 @@ impl GpuBackend {
         // Who looks at activations of a device that failed sees nothing of them; the pass itself will say why.
         bytes.map_or_else(|_| vec![f32::NAN; count], |bytes| bytemuck::pod_collect_to_vec(&bytes))
     }
+}
+
+/// The kernels of a model.
+struct Made {
+    kit: Kit,
+    many: Many,
+    /// What of the adapter is not used.
+    notes: Vec<String>,
+    /// How long checking what the driver computes took, and making the kernels.
+    times: StageTimes,
+}
+
+/// Checks what the driver computes, and makes the kernels.
+fn make_kernels(
+    kernels: &Arc<Kernels>,
+    model: &Model,
+    layout: &KvLayout,
+    weights: (&[LayerWeights], &HeadWeights),
+    experts: &[ExpertLayout],
+    together: usize,
+    options: &Options,
+) -> Result<Made, Error> {
+    let mut watch = Stopwatch::new();
+    let config = &model.config;
+    let (cooperative, of_matrices) = crate::self_check::cooperative(kernels, config, layout)?;
+    let (integers, of_integers) = crate::self_check::integers(kernels, options.precision)?;
+    watch.done("meanwhile: check the kernels");
+    let many = Many::new(kernels.clone(), cooperative);
+    let trusted = Trusted { cooperative, integers };
+    let kit = || Kit::new(kernels, config, layout, weights, experts, trusted);
+    let (kit, prepared) = rayon::join(kit, || match options.precision {
+        Precision::Exact => Ok(()),
+        Precision::Fast => prepare(&many, weights.0, experts, config),
+    });
+    prepared?;
+    let kit = kit?;
+    options.cancel.check()?;
+    kit.prepare_all((options.sessions_prepared, together), config, layout, weights)?;
+    watch.done("make the kernels");
+    Ok(Made { kit, many, notes: of_matrices.into_iter().chain(of_integers).collect(), times: watch.times })
 }
 
 /// Makes the kernels of tiled products, where passes compute by them.

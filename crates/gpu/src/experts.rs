@@ -10,7 +10,6 @@
 //! given to another expert only when the kernels that read it have been handed over, and so the copy comes after them.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use model::{Cancel, Config, Error, Model};
@@ -20,11 +19,8 @@ use crate::awake::Awake;
 use crate::device::Device;
 use crate::format::Format;
 use crate::kernel::{Buffer, Commands, Kernels};
-use crate::upload::{FileRows, PIECE_BYTES, Rows, Uploader};
+use crate::upload::{FileRows, Rows, Transfer, Uploader};
 use crate::weights::format_of;
-
-/// Threads that send experts when all become resident: each fills a piece while those of the others are filled or copied.
-const UPLOADING_THREADS: usize = 2;
 
 /// No slot.
 const NONE: u32 = u32::MAX;
@@ -67,7 +63,7 @@ impl ExpertLayout {
     }
 
     /// An expert's parts as they follow each other in a slot, which begins at byte `at`.
-    fn rows<'r>(&self, at: u64, parts: [FileRows<'r>; 3]) -> [(u64, Rows<'r>); 3] {
+    pub(crate) fn rows<'r>(&self, at: u64, parts: [FileRows<'r>; 3]) -> [(u64, Rows<'r>); 3] {
         [0, 1, 2].map(|part| {
             let (rows, cols) = self.shapes[part];
             (at + u64::from(self.parts[part]) * 16, Rows { format: self.formats[part], rows, cols, bytes: parts[part] })
@@ -212,49 +208,17 @@ impl Selection {
 }
 
 impl GpuExperts {
-    /// All experts on the device.
+    /// Room for all experts on the device, and a table that says they are there; they are left to be read.
     ///
     /// # Errors
-    /// A layer's experts are more than a kernel can reach, a read failed, the device failed, `cancel` came.
-    pub(crate) fn resident(
-        device: &Device,
-        uploader: &Uploader,
-        source: &Source,
-        model: &Model,
-        cancel: &Cancel,
-        loaded: &mut dyn FnMut(u64),
-    ) -> Result<GpuExperts, Error> {
+    /// A layer's experts are more than a kernel can reach, the device has no more memory or failed.
+    pub(crate) fn resident(device: &Device, uploader: &Uploader, model: &Model) -> Result<GpuExperts, Error> {
         let layouts = layouts(model)?;
         let count = model.config.experts;
         let slab = |(layer, layout): (usize, &ExpertLayout)| {
             Buffer::new(device, &format!("the experts of layer {layer}"), layout.slot_bytes() * count as u64)
         };
         let slabs = layouts.iter().enumerate().map(slab).collect::<Result<Vec<_>, _>>()?;
-        let all: Vec<u32> = (0..count as u32).collect();
-        let pieces = |layer: usize| {
-            let together = (PIECE_BYTES as u64 / layouts[layer].slot_bytes()).max(1) as usize;
-            all.chunks(together).map(move |experts| (layer, experts))
-        };
-        let work: Vec<(usize, &[u32])> = (0..layouts.len()).flat_map(pieces).collect();
-        let send = |&(layer, together): &(usize, &[u32])| {
-            cancel.check()?;
-            let (layout, experts) = (&layouts[layer], &model.experts[layer]);
-            let fetch = |part: usize, expert: u32| {
-                let extent = experts.extents.part(part, expert);
-                let row_bytes = layout.formats[part].file_row_bytes(layout.shapes[part].1) as u64;
-                move |first: usize, rows: &mut [u8]| {
-                    Ok(source.read_exact_at(extent.file, extent.offset + first as u64 * row_bytes, rows)?)
-                }
-            };
-            let fetch: Vec<_> = together.iter().map(|&expert| [0, 1, 2].map(|part| fetch(part, expert))).collect();
-            let parts = together.iter().zip(&fetch).flat_map(|(&expert, fetch)| {
-                let parts = fetch.each_ref().map(|fetch| FileRows::Fetch(fetch));
-                layout.rows(u64::from(expert) * layout.slot_bytes(), parts)
-            });
-            uploader.rows(&slabs[layer], &parts.collect::<Vec<_>>())?;
-            Ok(experts.extents.expert_bytes().iter().sum::<usize>() as u64 * together.len() as u64)
-        };
-        on_threads(&work, send, loaded)?;
         let table: Vec<u32> = (0..layouts.len()).flat_map(|_| 0..count as u32).collect();
         let experts = GpuExperts {
             slab_of_layer: (0..layouts.len()).collect(),
@@ -266,6 +230,22 @@ impl GpuExperts {
         };
         uploader.bytes((&experts.table, 0), bytemuck::cast_slice(&table))?;
         Ok(experts)
+    }
+
+    /// What is still to be read: every expert where all are resident, and else none.
+    pub(crate) fn transfers<'r>(
+        &'r self,
+        source: &'r Source,
+        model: &'r Model,
+    ) -> impl Iterator<Item = Transfer<'r>> + Send {
+        let layers = if self.is_streamed() { 0 } else { self.layouts.len() };
+        let experts = (0..layers).flat_map(|layer| (0..self.experts as u32).map(move |expert| (layer, expert)));
+        experts.flat_map(move |(layer, expert)| {
+            let (layout, extents) = (&self.layouts[layer], &model.experts[layer].extents);
+            let parts = [0, 1, 2].map(|part| FileRows::There(source, extents.part(part, expert)));
+            let rows = layout.rows(u64::from(expert) * layout.slot_bytes(), parts);
+            rows.map(|(at, rows)| Transfer { to: &self.slabs[layer], at, rows })
+        })
     }
 
     /// Slots on the device, filled from `host`.
@@ -511,54 +491,6 @@ impl Tiers {
     }
 }
 
-/// Does every piece of `work` on a few threads, so that one reads while another waits for the device; `done` is told what each
-/// piece gives.
-fn on_threads<T: Sync, R: Send>(
-    work: &[T],
-    piece: impl Fn(&T) -> Result<R, Error> + Sync,
-    done: &mut dyn FnMut(R),
-) -> Result<(), Error> {
-    let next = AtomicUsize::new(0);
-    let (sender, receiver) = std::sync::mpsc::channel();
-    std::thread::scope(|scope| {
-        for _ in 0..UPLOADING_THREADS {
-            let (sender, next, piece) = (sender.clone(), &next, &piece);
-            scope.spawn(move || {
-                while let Some(result) = work.get(next.fetch_add(1, Ordering::Relaxed)).map(piece) {
-                    if result.is_err() {
-                        next.store(work.len(), Ordering::Relaxed);
-                    }
-                    // Nobody listens after an error.
-                    let _ = sender.send(result);
-                }
-            });
-        }
-        drop(sender);
-        receiver.into_iter().try_for_each(|result| {
-            done(result?);
-            Ok(())
-        })
-    })
-}
-
 fn id(layer: usize, expert: u32) -> ExpertId {
     ExpertId { layer: layer as u32, expert }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_piece_is_done_once_and_an_error_is_told() {
-        let work: Vec<usize> = (0..100).collect();
-        let mut done = Vec::new();
-        on_threads(&work, |&piece| Ok(piece), &mut |piece| done.push(piece)).unwrap();
-        done.sort_unstable();
-        assert_eq!(done, work);
-
-        let fails = |&piece: &usize| if piece == 3 { Err(Error::Cancelled) } else { Ok(piece) };
-        let result = on_threads(&work, fails, &mut |_| ());
-        assert!(matches!(result, Err(Error::Cancelled)), "found {result:?}");
-    }
 }

@@ -5,6 +5,7 @@
 
 use gguf::TensorType;
 use quant::blocks::{Iq2Xxs, Mxfp4, Q2K, Q8_0, view};
+use wgpu::WriteOnly;
 
 /// A type that kernels read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -121,6 +122,64 @@ impl Format {
             }
         }
     }
+
+    /// The same into memory that is only written to, from its first byte to its last in this order; a row's last vector is filled
+    /// up.
+    pub(crate) fn write(self, row: &[u8], out: WriteOnly<'_, [u8]>) {
+        let mut rest = match self {
+            Format::F32 | Format::F16 | Format::Bf16 | Format::Q4K => {
+                let (mut same, rest) = out.split_at(row.len());
+                same.copy_from_slice(row);
+                rest
+            }
+            Format::Q8_0 => {
+                let blocks = view::<Q8_0>(row);
+                small(vectors(out, blocks, |block| bytemuck::cast::<_, [u8; 32]>(block.q)), blocks, |block| block.d.0)
+            }
+            Format::Iq2Xxs => {
+                let blocks = view::<Iq2Xxs>(row);
+                let rest = vectors(out, blocks, |block| bytemuck::cast::<_, [u8; 64]>(block.groups));
+                small(rest, blocks, |block| block.d.0)
+            }
+            Format::Q2K => {
+                let blocks = view::<Q2K>(row);
+                let rest = vectors(vectors(out, blocks, |block| block.q), blocks, |block| block.scales);
+                small(rest, blocks, |block| [block.d.0[0], block.d.0[1], block.dmin.0[0], block.dmin.0[1]])
+            }
+            Format::Mxfp4 => {
+                let blocks = view::<Mxfp4>(row);
+                small(vectors(out, blocks, |block| block.q), blocks, |block| [block.e])
+            }
+        };
+        rest.fill(0);
+    }
+}
+
+/// Writes a field of whole vectors of each block, side by side; gives what comes after them.
+fn vectors<'o, B, const N: usize>(
+    out: WriteOnly<'o, [u8]>,
+    blocks: &[B],
+    field: impl Fn(&B) -> [u8; N],
+) -> WriteOnly<'o, [u8]> {
+    let (to, rest) = out.split_at(blocks.len() * N);
+    to.into_chunks::<N>().0.into_iter().zip(blocks).for_each(|(to, block)| to.write(field(block)));
+    rest
+}
+
+/// The same of a small field: memory that is only written to takes whole vectors well and single bytes badly, so 64 bytes are
+/// gathered first.
+fn small<'o, B, const N: usize>(
+    out: WriteOnly<'o, [u8]>,
+    blocks: &[B],
+    field: impl Fn(&B) -> [u8; N],
+) -> WriteOnly<'o, [u8]> {
+    let (mut to, rest) = out.split_at(blocks.len() * N);
+    for (i, blocks) in blocks.chunks(64 / N).enumerate() {
+        let mut line = [0; 64];
+        line.as_chunks_mut::<N>().0.iter_mut().zip(blocks).for_each(|(to, block)| *to = field(block));
+        to.slice(i * 64..i * 64 + blocks.len() * N).copy_from_slice(&line[..blocks.len() * N]);
+    }
+    rest
 }
 
 /// The code book of IQ2_XXS as kernels read it: 256 points of eight magnitudes, a byte each.

@@ -16,6 +16,7 @@ mod format;
 mod jobs;
 mod kernel;
 mod kit;
+mod loading;
 mod matmul;
 #[cfg(test)]
 mod matvec_tests;
@@ -36,7 +37,9 @@ pub use backend::{GpuBackend, Options, Placement, StageTimes};
 pub use device::{AdapterReport, Checks, Choice, Device, DeviceMemory, adapters, best, may_have_hardware};
 pub use error::GpuError;
 pub use experts::{GpuLeases, Selection, Slabs, slot_bytes};
+pub use loading::{LoadingBench, Way, pack_bytes_per_second};
 pub use measure::{Measured, measure};
 pub use memory::{DRIVER_BYTES, DeviceBytes, Room, UPLOAD_BYTES, device_bytes};
 pub use pass::GpuPass;
 pub use state::{GpuState, state_bytes};
+pub use upload::Portions;

@@ -15,14 +15,14 @@ use crate::kernel::Buffer;
 use crate::matmul::Many;
 use crate::pass::{Activations, FEW_ROWS, Make, Shapes, room};
 use crate::state::{LayerPlaces, room_tokens, state_bytes};
-use crate::upload::{PIECE_BYTES, PIECES};
+use crate::upload::MAPPED_BYTES;
 use crate::weights::{LayerWeights, place_head, place_layer};
 
 /// Device memory that no buffer of a model is: pipelines, blocks of the allocator that are not full, the driver's own.
 pub const DRIVER_BYTES: u64 = 256 << 20;
 
 /// Host memory that weights go through on their way to the device.
-pub const UPLOAD_BYTES: u64 = (PIECES * PIECE_BYTES) as u64;
+pub const UPLOAD_BYTES: u64 = MAPPED_BYTES as u64;
 
 /// What is to be room for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

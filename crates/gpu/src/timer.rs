@@ -1,8 +1,10 @@
-//! Time of each stage by the device's own clock.
+//! Time of each stage by the device's own clock, and of the parts of loading by the host's.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::GpuError;
+use crate::backend::StageTimes;
 use crate::device::Device;
 
 /// Moments that fit.
@@ -68,5 +70,23 @@ impl Timer {
         let names = std::mem::take(&mut self.names);
         let spans = ticks.windows(2).map(|pair| pair[1].saturating_sub(pair[0]) as f64 * tick_us);
         Ok(names.into_iter().zip(spans).collect())
+    }
+}
+
+/// Takes the time of what the host does, one after the other.
+pub(crate) struct Stopwatch {
+    since: Instant,
+    pub(crate) times: StageTimes,
+}
+
+impl Stopwatch {
+    pub(crate) fn new() -> Stopwatch {
+        Stopwatch { since: Instant::now(), times: Vec::new() }
+    }
+
+    /// What was done since the last time.
+    pub(crate) fn done(&mut self, what: &'static str) {
+        self.times.push((what, self.since.elapsed().as_secs_f64() * 1e6));
+        self.since = Instant::now();
     }
 }

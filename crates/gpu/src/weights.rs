@@ -6,7 +6,7 @@ use bytemuck::cast_slice;
 use gguf::TensorType;
 use model::tensors::{Compressor, HyperConnection, Layer, Routing};
 use model::{Config, Error, Model, TensorRef};
-use store::Source;
+use store::{Extent, Source};
 
 use crate::GpuError;
 use crate::attend_many::key_factor;
@@ -14,7 +14,7 @@ use crate::device::Device;
 use crate::format::Format;
 use crate::jobs::{Job, Jobs, Matrix};
 use crate::kernel::Buffer;
-use crate::upload::{FileRows, Rows, Uploader};
+use crate::upload::{FileRows, Rows, Transfer, Uploader};
 
 /// Where a vector of f32 (or a table of i32) begins in its slab, in 16-byte vectors.
 pub(crate) type At = u32;
@@ -139,7 +139,7 @@ impl<'t> Placer<'t> {
         Jobs { jobs, table, group_table }
     }
 
-    /// Makes the slab and writes everything.
+    /// Makes the slab and writes everything but the matrices, which are left to be read.
     fn write(
         self,
         device: &Device,
@@ -147,28 +147,40 @@ impl<'t> Placer<'t> {
         source: &Source,
         what: &str,
         loaded: &mut dyn FnMut(u64),
-    ) -> Result<Buffer, Error> {
+    ) -> Result<(Buffer, Unread), Error> {
         let slab = Buffer::new(device, what, self.bytes)?;
+        let mut written: Vec<(At, Vec<u8>)> = Vec::new();
         for (tensor, at) in self.small {
-            let bytes = small_bytes(tensor, source)?;
-            uploader.bytes((&slab, u64::from(at) * 16), &bytes)?;
+            written.push((at, small_bytes(tensor, source)?));
             loaded(tensor.extent.bytes);
         }
-        for (at, words) in self.tables {
-            uploader.bytes((&slab, u64::from(at) * 16), cast_slice(&words))?;
-        }
-        for (tensor, matrix) in self.matrices {
-            let row_bytes = matrix.format.file_row_bytes(matrix.cols) as u64;
-            let fetch = |first: usize, rows: &mut [u8]| {
-                let offset = tensor.extent.offset + first as u64 * row_bytes;
-                Ok(source.read_exact_at(tensor.extent.file, offset, rows)?)
-            };
-            let Matrix { format, rows, cols, .. } = matrix;
-            let from = Rows { format, rows, cols, bytes: FileRows::Fetch(&fetch) };
-            uploader.rows(&slab, &[(u64::from(matrix.base) * 16, from)])?;
-            loaded(tensor.extent.bytes);
-        }
-        Ok(slab)
+        written.extend(self.tables.into_iter().map(|(at, words)| (at, cast_slice(&words).to_vec())));
+        uploader
+            .rows(&slab, &written.iter().map(|(at, bytes)| (u64::from(*at) * 16, as_row(bytes))).collect::<Vec<_>>())?;
+        let unread = self.matrices.into_iter().map(|(tensor, matrix)| (tensor.extent, matrix));
+        Ok((slab, Unread(unread.collect())))
+    }
+}
+
+/// Bytes as they are, as one row.
+fn as_row(bytes: &[u8]) -> Rows<'_> {
+    Rows { format: Format::F32, rows: 1, cols: bytes.len() / 4, bytes: FileRows::Here(bytes) }
+}
+
+/// Matrices that are still to be read, and their places in a slab.
+pub(crate) struct Unread(Vec<(Extent, Matrix)>);
+
+impl Unread {
+    /// From `source` to `slab`.
+    pub(crate) fn transfers<'r>(
+        &'r self,
+        source: &'r Source,
+        slab: &'r Buffer,
+    ) -> impl Iterator<Item = Transfer<'r>> + Send {
+        self.0.iter().map(move |&(extent, Matrix { format, base, rows, cols, .. })| {
+            let rows = Rows { format, rows, cols, bytes: FileRows::There(source, extent) };
+            Transfer { to: slab, at: u64::from(base) * 16, rows }
+        })
     }
 }
 
@@ -221,7 +233,7 @@ impl Places {
     }
 }
 
-/// Reads a layer.
+/// Makes a layer's slab, and reads what is small; its matrices are left to be read.
 ///
 /// # Errors
 /// A tensor is of a type without kernels, holds what no model can have, or could not be read; the device failed.
@@ -232,7 +244,7 @@ pub(crate) fn load_layer(
     model: &Model,
     layer: usize,
     loaded: &mut dyn FnMut(u64),
-) -> Result<LayerWeights, Error> {
+) -> Result<(LayerWeights, Unread), Error> {
     let (config, Layer { attention, moe }) = (&model.config, &model.tensors.layers[layer]);
     if let Routing::Hash(table) = &moe.routing {
         check_table(table, source, config)?;
@@ -242,8 +254,14 @@ pub(crate) fn load_layer(
         largest = largest.max(largest_magnitude(&compressor.norm, source)?);
     }
     let what = format!("the weights of layer {layer}");
-    let write = |placer: Placer<'_>| placer.write(device, uploader, source, &what, loaded);
-    place_layer(model, layer, key_factor(largest, config.head_dim), write)
+    let mut unread = Unread(Vec::new());
+    let write = |placer: Placer<'_>| {
+        let (slab, matrices) = placer.write(device, uploader, source, &what, loaded)?;
+        unread = matrices;
+        Ok(slab)
+    };
+    let weights = place_layer(model, layer, key_factor(largest, config.head_dim), write)?;
+    Ok((weights, unread))
 }
 
 /// Says where everything of a layer lies; `write` makes the slab.
@@ -337,15 +355,21 @@ pub(crate) fn place_layer<'t, B>(
     })
 }
 
-/// Reads the output head; errors as [`load_layer`].
+/// Makes the output head's slab as [`load_layer`] does a layer's.
 pub(crate) fn load_head(
     device: &Device,
     uploader: &Uploader,
     source: &Source,
     model: &Model,
     loaded: &mut dyn FnMut(u64),
-) -> Result<HeadWeights, Error> {
-    place_head(model, |placer| placer.write(device, uploader, source, "the output head", loaded))
+) -> Result<(HeadWeights, Unread), Error> {
+    let mut unread = Unread(Vec::new());
+    let weights = place_head(model, |placer| {
+        let (slab, matrices) = placer.write(device, uploader, source, "the output head", loaded)?;
+        unread = matrices;
+        Ok(slab)
+    })?;
+    Ok((weights, unread))
 }
 
 /// Says where everything of the output head lies; as [`place_layer`].
