@@ -10,7 +10,6 @@ pub mod simulated_router;
 pub mod synthetic_state;
 
 use clap::Args;
-use gpu::Portions;
 pub use infall::memory;
 use model::Precision;
 
@@ -29,36 +28,6 @@ impl PrecisionFlags {
     /// The precision asked for.
     pub fn precision(self) -> Precision {
         if self.exact { Precision::Exact } else { Precision::Fast }
-    }
-}
-
-/// In what portions weights are loaded onto a GPU; what is not given is as ever.
-#[derive(Args, Clone, Copy)]
-pub struct PortionFlags {
-    /// Threads that load.
-    #[arg(long, value_name = "N")]
-    load_threads: Option<usize>,
-    /// MiB that each sends at once.
-    #[arg(long, value_name = "MIB")]
-    load_piece_mib: Option<usize>,
-    /// KiB that each reads at once.
-    #[arg(long, value_name = "KIB")]
-    load_share_kib: Option<usize>,
-    /// Rows are put in order right into mapped memory.
-    #[arg(long)]
-    load_direct: bool,
-}
-
-impl PortionFlags {
-    /// The portions asked for.
-    pub fn portions(self) -> Portions {
-        let Portions { threads, piece_bytes, share_bytes, direct } = Portions::default();
-        Portions {
-            threads: self.load_threads.unwrap_or(threads),
-            piece_bytes: self.load_piece_mib.map_or(piece_bytes, |mib| mib << 20),
-            share_bytes: self.load_share_kib.map_or(share_bytes, |kib| kib << 10),
-            direct: self.load_direct || direct,
-        }
     }
 }
 

@@ -60,8 +60,6 @@ struct What {
     /// Writes logits of so many decoded tokens after the first context to a file: to be compared between runs.
     #[arg(long)]
     logits: Option<PathBuf>,
-    #[command(flatten)]
-    portions: bench::PortionFlags,
 }
 
 fn at_least_one(text: &str) -> Result<usize, String> {
@@ -141,7 +139,6 @@ fn main() -> Result<()> {
         precision: if what.exact { Precision::Exact } else { Precision::Fast },
         placement,
         sessions_together: what.together,
-        portions: what.portions.portions(),
         ..Options::default()
     };
     let began = Instant::now();

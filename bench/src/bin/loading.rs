@@ -4,10 +4,8 @@
 //! `cargo run --release -p infall-bench --bin loading -- FILE --gpu N`
 //!
 //! Rates are GB/s of the file. "Read" ends in a core's cache, "packed" as well, in the kernels' order; "raw" begins there and ends on
-//! the device; "loaded" is all of the way, and the last column that over raw. "As it is" goes all of the way with rows in the
-//! file's order, read right into mapped memory: what could be if the device put them in order. "Together" is how experts are
-//! streamed, and how all were loaded before: all threads fill one piece of mapped memory, two such pieces at a time. The whole of
-//! loading a model, kernels and all, is what program `gpu` tells first.
+//! the device; "loaded" is all of the way, and the last column that over raw. "Together" is how experts are streamed: all threads fill one
+//! piece of mapped memory, two such pieces at a time. The whole of loading a model, kernels and all, is what program `gpu` tells first.
 
 use std::path::PathBuf;
 
@@ -41,8 +39,6 @@ struct What {
     /// KiB that a thread reads at once, to try.
     #[arg(long, value_delimiter = ',', default_value = "64,256,512")]
     share_kib: Vec<usize>,
-    #[command(flatten)]
-    portions: bench::PortionFlags,
 }
 
 fn main() -> Result<()> {
@@ -54,9 +50,9 @@ fn main() -> Result<()> {
     let report = bench.device().report();
     println!("{}; {} ({})", bench::machine(), report.name, report.driver);
 
-    println!("\nput in order by one thread in its caches, GB/s: by way of memory, as for mapped memory");
-    for (format, [by_memory, directly]) in gpu::pack_bytes_per_second() {
-        println!("  {format:<8}{:>6.1}{:>6.1}", by_memory / 1e9, directly / 1e9);
+    println!("\nput in order by one thread in its caches, GB/s");
+    for (format, rate) in gpu::pack_bytes_per_second() {
+        println!("  {format:<8}{:>6.1}", rate / 1e9);
     }
 
     let bytes = (what.gib * 1_073_741_824.0) as u64;
@@ -68,28 +64,24 @@ fn main() -> Result<()> {
         let rates = (0..what.rounds).map(|_| bench.bytes_per_second(way, (&model, &source), portions, bytes));
         Ok(rates.collect::<Result<Vec<f64>, _>>()?.into_iter().fold(0.0, f64::max) / 1e9)
     };
-    let usual = what.portions.portions();
+    let usual = Portions::default();
     println!("together: {:.1} GB/s\n", rate(Way::Together, usual)?);
     println!(
-        "| threads | piece MiB | share KiB | order | read | packed | as it is | raw | loaded | of raw |\n|---|---|---|---|---|---|---|---|---|---|"
+        "| threads | piece MiB | share KiB | read | packed | raw | loaded | of raw |\n|---|---|---|---|---|---|---|---|"
     );
     let threads = what.threads.iter().map(|&threads| Portions { threads, ..usual });
     let pieces = what.piece_mib.iter().map(|&mib| Portions { piece_bytes: mib << 20, ..usual });
     let shares = what.share_kib.iter().map(|&kib| Portions { share_bytes: kib << 10, ..usual });
-    let direct = Portions { direct: !usual.direct, ..usual };
-    for portions in [usual, direct].into_iter().chain(threads).chain(pieces).chain(shares) {
-        let [read, packed, straight, raw, loaded] =
-            [Way::Read, Way::Pack, Way::Straight, Way::Upload, Way::Load].map(|way| rate(way, portions));
+    for portions in [usual].into_iter().chain(threads).chain(pieces).chain(shares) {
+        let [read, packed, raw, loaded] = [Way::Read, Way::Pack, Way::Upload, Way::Load].map(|way| rate(way, portions));
         let (raw, loaded) = (raw?, loaded?);
         println!(
-            "| {} | {} | {} | {} | {:.1} | {:.1} | {:.1} | {raw:.1} | {loaded:.1} | {:.2} |",
+            "| {} | {} | {} | {:.1} | {:.1} | {raw:.1} | {loaded:.1} | {:.2} |",
             portions.threads,
             portions.piece_bytes >> 20,
             portions.share_bytes >> 10,
-            if portions.direct { "direct" } else { "by memory" },
             read?,
             packed?,
-            straight?,
             loaded / raw
         );
     }

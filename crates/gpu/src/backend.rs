@@ -20,7 +20,7 @@ use crate::stages::lock;
 use crate::state::GpuState;
 use crate::timer::Stopwatch;
 use crate::together::{MOST_TOGETHER, most_together};
-use crate::upload::{Check, Portions, Uploader, while_uploading};
+use crate::upload::{Check, Uploader, while_uploading};
 use crate::weights::{HeadWeights, LayerWeights, load_head, load_layer};
 
 /// Where routed experts live.
@@ -57,8 +57,6 @@ pub struct Options {
     /// Sessions that will be in a pass at the same time: the kernels for them are made when the model is loaded. Those for more are
     /// made when so many first meet.
     pub sessions_prepared: usize,
-    /// How weights are loaded.
-    pub portions: Portions,
 }
 
 impl Default for Options {
@@ -72,7 +70,6 @@ impl Default for Options {
             cancel: Arc::default(),
             sessions_together: MOST_TOGETHER,
             sessions_prepared: 1,
-            portions: Portions::default(),
         }
     }
 }
@@ -153,7 +150,7 @@ impl GpuBackend {
         let device = Device::open(choice, checks)?;
         watch.done("open the adapter");
         let kernels = Arc::new(Kernels::new(device.clone()));
-        let uploader = Uploader::new(device.clone(), options.portions);
+        let uploader = Uploader::new(device.clone());
         let layout = Arc::new(KvLayout::new(&model.config, source.identity()?, options.arithmetic, options.precision));
         let (mut layers, mut unread) = (Vec::new(), Vec::new());
         for layer in 0..model.config.layers {

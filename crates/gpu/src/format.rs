@@ -79,48 +79,7 @@ impl Format {
 
     /// One row as it lies in the file to one as it lies on the device.
     pub(crate) fn pack(self, row: &[u8], out: &mut [u8]) {
-        match self {
-            Format::F32 | Format::F16 | Format::Bf16 | Format::Q4K => out[..row.len()].copy_from_slice(row),
-            Format::Q8_0 => {
-                let blocks = view::<Q8_0>(row);
-                let (codes, scales) = out.split_at_mut(blocks.len() * 32);
-                for ((block, codes), scale) in
-                    blocks.iter().zip(codes.as_chunks_mut::<32>().0).zip(scales.as_chunks_mut::<2>().0)
-                {
-                    *codes = bytemuck::cast(block.q);
-                    *scale = block.d.0;
-                }
-            }
-            Format::Iq2Xxs => {
-                let blocks = view::<Iq2Xxs>(row);
-                let (codes, scales) = out.split_at_mut(blocks.len() * 64);
-                for ((block, codes), scale) in
-                    blocks.iter().zip(codes.as_chunks_mut::<64>().0).zip(scales.as_chunks_mut::<2>().0)
-                {
-                    *codes = bytemuck::cast(block.groups);
-                    *scale = block.d.0;
-                }
-            }
-            Format::Q2K => {
-                let blocks = view::<Q2K>(row);
-                let (codes, rest) = out.split_at_mut(blocks.len() * 64);
-                let (scales, both) = rest.split_at_mut(blocks.len() * 16);
-                for (i, block) in blocks.iter().enumerate() {
-                    codes[i * 64..][..64].copy_from_slice(&block.q);
-                    scales[i * 16..][..16].copy_from_slice(&block.scales);
-                    both[i * 4..][..2].copy_from_slice(&block.d.0);
-                    both[i * 4 + 2..][..2].copy_from_slice(&block.dmin.0);
-                }
-            }
-            Format::Mxfp4 => {
-                let blocks = view::<Mxfp4>(row);
-                let (codes, scales) = out.split_at_mut(blocks.len() * 16);
-                for (i, block) in blocks.iter().enumerate() {
-                    codes[i * 16..][..16].copy_from_slice(&block.q);
-                    scales[i] = block.e;
-                }
-            }
-        }
+        self.write(row, WriteOnly::from_mut(&mut out[..row.len().next_multiple_of(16)]));
     }
 
     /// The same into memory that is only written to, from its first byte to its last in this order; a row's last vector is filled

@@ -6,12 +6,13 @@ use std::time::{Duration, Instant};
 
 use model::{Error, Model};
 use store::Source;
+use wgpu::WriteOnly;
 
 use crate::device::{Checks, Choice, Device};
 use crate::experts::{ExpertLayout, layouts};
 use crate::format::Format;
 use crate::kernel::Buffer;
-use crate::upload::{FileRows, Portions, Queue, Rows, Scratch, Share, Target, Transfer, Uploader, on_threads};
+use crate::upload::{FileRows, Portions, Queue, Rows, Share, Target, Transfer, Uploader, on_threads};
 
 /// How much of the way is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,8 +25,6 @@ pub enum Way {
     Upload,
     /// From the file to the device, as when a model is loaded.
     Load,
-    /// The same with rows as they are, read right into mapped memory: what could be if the device put them in order.
-    Straight,
     /// The same as [`Way::Load`], but as experts are streamed: all threads fill one piece, two such pieces at a time.
     Together,
 }
@@ -71,7 +70,7 @@ impl LoadingBench {
         portions: Portions,
         most_bytes: u64,
     ) -> Result<f64, Error> {
-        let uploader = Uploader::new(self.device.clone(), portions);
+        let uploader = Uploader::in_portions(self.device.clone(), portions);
         let began = Instant::now();
         let mut bytes = 0;
         let done = &mut |more| bytes += more;
@@ -84,10 +83,6 @@ impl LoadingBench {
             Way::Load => {
                 let transfers = self.transfers(model, source, most_bytes);
                 uploader.load(transfers, &|| Ok(()), done)?;
-            }
-            Way::Straight => {
-                let transfers = self.transfers(model, source, most_bytes);
-                uploader.load_by(&read_straight, transfers, &|| Ok(()), done)?;
             }
             Way::Upload => {
                 let block = vec![1; 256 << 10];
@@ -173,14 +168,6 @@ impl LoadingBench {
     }
 }
 
-/// Reads rows right into mapped memory.
-fn read_straight(share: &Share<'_>, mut to: Target<'_>) -> Result<(), Error> {
-    // SAFETY: the memory is mapped and nobody else's as long as `to` is; all of it has values, since wgpu clears it when it is made. It
-    // may be of the kind that joins writes (why wgpu gives no slices of it), but nothing here asks for more than plain bytes.
-    let memory = unsafe { std::slice::from_raw_parts_mut(to.0.as_raw_element_ptr().as_ptr(), to.0.len()) };
-    share.read(&mut memory[..share.file_bytes()])
-}
-
 /// Takes some shares and goes part of the way with them.
 fn in_cache<'r>(
     queue: &Queue<impl Iterator<Item = Share<'r>>>,
@@ -188,40 +175,40 @@ fn in_cache<'r>(
     piece_bytes: usize,
 ) -> Result<Option<u64>, Error> {
     thread_local! {
-        static SCRATCH: std::cell::RefCell<Scratch> = std::cell::RefCell::default();
+        /// Rows as in the file, and as on the device.
+        static SCRATCH: std::cell::RefCell<[Vec<u8>; 2]> = std::cell::RefCell::default();
     }
     let shares = queue.take(piece_bytes);
-    SCRATCH.with_borrow_mut(|scratch| {
+    SCRATCH.with_borrow_mut(|[fetched, packed]| {
         for share in &shares {
-            black_box(if way == Way::Read { share.fetch(&mut scratch.fetched)? } else { share.pack(scratch)? });
+            if way == Way::Read {
+                black_box(share.fetch(fetched)?);
+            } else {
+                packed.resize(share.bytes().max(packed.len()), 0);
+                share.write(Target(WriteOnly::from_mut(&mut packed[..share.bytes()])))?;
+            }
         }
         let bytes = shares.iter().map(|share| share.file_bytes() as u64).sum();
         Ok(Some(bytes).filter(|_| !shares.is_empty()))
     })
 }
 
-/// Bytes a second of rows of each format that one thread puts in order, everything in its caches: by way of memory, and as for
-/// mapped memory.
-pub fn pack_bytes_per_second() -> Vec<(&'static str, [f64; 2])> {
+/// Bytes a second of rows of each format that one thread puts in order, everything in its caches.
+pub fn pack_bytes_per_second() -> Vec<(&'static str, f64)> {
     const COLS: usize = 4096;
-    let format = |format: Format| {
+    let rate = |format: Format| {
         let (row_bytes, out_bytes) = (format.file_row_bytes(COLS), format.row_bytes(COLS));
         let count = (128 << 10) / out_bytes;
         let (rows, mut out) = (vec![1; count * row_bytes], vec![0; count * out_bytes]);
-        let mut rate = |pack: &dyn Fn(&[u8], &mut [u8])| {
-            let (began, mut shortest) = (Instant::now(), f64::INFINITY);
-            while began.elapsed() < Duration::from_millis(50) {
-                let start = Instant::now();
-                for (row, out) in black_box(&rows[..]).chunks_exact(row_bytes).zip(out.chunks_exact_mut(out_bytes)) {
-                    pack(row, out);
-                }
-                shortest = shortest.min(start.elapsed().as_secs_f64());
+        let (began, mut shortest) = (Instant::now(), f64::INFINITY);
+        while began.elapsed() < Duration::from_millis(50) {
+            let start = Instant::now();
+            for (row, out) in black_box(&rows[..]).chunks_exact(row_bytes).zip(out.chunks_exact_mut(out_bytes)) {
+                format.pack(row, out);
             }
-            rows.len() as f64 / shortest
-        };
-        let by_memory = rate(&|row, out| format.pack(row, out));
-        let directly = rate(&|row, out| format.write(row, wgpu::WriteOnly::from_mut(out)));
-        (format.name(), [by_memory, directly])
+            shortest = shortest.min(start.elapsed().as_secs_f64());
+        }
+        (format.name(), rows.len() as f64 / shortest)
     };
-    Format::ALL.map(format).to_vec()
+    Format::ALL.map(rate).to_vec()
 }

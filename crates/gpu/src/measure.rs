@@ -8,7 +8,7 @@ use model::Error;
 use crate::device::{Checks, Choice, Device};
 use crate::format::Format;
 use crate::kernel::{Buffer, Commands, Kernels};
-use crate::upload::{FileRows, Portions, Rows, Transfer, Uploader};
+use crate::upload::{FileRows, Rows, Transfer, Uploader};
 
 /// What was measured.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -71,7 +71,7 @@ fn read(device: Arc<Device>, memory: &Buffer) -> Result<f64, Error> {
 }
 
 fn upload(device: &Arc<Device>, memory: &Buffer) -> Result<f64, Error> {
-    let uploader = Uploader::new(device.clone(), Portions::default());
+    let uploader = Uploader::new(device.clone());
     // What is read is in a core's cache, so that only the way to the device counts.
     let block = vec![1; 256 << 10];
     let rows = Rows { format: Format::F32, rows: block.len() / 4096, cols: 1024, bytes: FileRows::Here(&block) };

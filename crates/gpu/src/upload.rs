@@ -37,14 +37,12 @@ pub struct Portions {
     pub piece_bytes: usize,
     /// Bytes that each reads at once.
     pub share_bytes: usize,
-    /// Whether rows are put in order right into mapped memory, or in a cache before.
-    pub direct: bool,
 }
 
 impl Default for Portions {
     fn default() -> Portions {
         let threads = std::thread::available_parallelism().map_or(1, usize::from).min(16);
-        Portions { threads, piece_bytes: 4 << 20, share_bytes: SHARE_BYTES, direct: false }
+        Portions { threads, piece_bytes: 4 << 20, share_bytes: SHARE_BYTES }
     }
 }
 
@@ -113,17 +111,9 @@ impl<'r> Transfer<'r> {
     }
 }
 
-/// Memory of a thread: kept, since fresh memory takes longer to get than to fill.
-#[derive(Default)]
-pub(crate) struct Scratch {
-    /// Rows as in the file.
-    pub(crate) fetched: Vec<u8>,
-    /// Rows as on the device.
-    packed: Vec<u8>,
-}
-
 thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
+    /// Rows as in the file: kept, since fresh memory takes longer to get than to fill.
+    static FETCHED: RefCell<Vec<u8>> = RefCell::default();
 }
 
 /// The first `bytes` of memory that grows as needed.
@@ -150,49 +140,20 @@ impl Share<'_> {
                 let begin = self.first * self.from.format.file_row_bytes(self.from.cols);
                 Ok(&all[begin..][..self.file_bytes()])
             }
-            FileRows::There(..) => {
+            FileRows::There(source, extent) => {
+                let begin = self.first * self.from.format.file_row_bytes(self.from.cols);
                 let rows = first(fetched, self.file_bytes());
-                self.read(rows)?;
+                source.read_exact_at(extent.file, extent.offset + begin as u64, rows)?;
                 Ok(rows)
             }
         }
     }
 
-    /// The rows as they lie in the file, read to `to`.
-    ///
-    /// # Panics
-    /// They lie in memory.
-    pub(crate) fn read(&self, to: &mut [u8]) -> Result<(), Error> {
-        let FileRows::There(source, extent) = self.from.bytes else { panic!("rows in memory are not read") };
-        let begin = self.first * self.from.format.file_row_bytes(self.from.cols);
-        Ok(source.read_exact_at(extent.file, extent.offset + begin as u64, to)?)
-    }
-
-    /// The rows as they lie on the device.
-    pub(crate) fn pack<'s>(&'s self, Scratch { fetched, packed }: &'s mut Scratch) -> Result<&'s [u8], Error> {
+    /// Writes the rows as they lie on the device, from the first byte to the last: nothing lies between a core's cache and mapped memory.
+    pub(crate) fn write(&self, mut to: Target<'_>) -> Result<(), Error> {
         let Rows { format, cols, .. } = self.from;
-        let file = self.fetch(fetched)?;
-        let packed = first(packed, self.bytes());
-        let file_row_bytes = format.file_row_bytes(cols);
-        for (row, packed) in file.chunks_exact(file_row_bytes).zip(packed.chunks_exact_mut(format.row_bytes(cols))) {
-            format.pack(row, packed);
-            packed[file_row_bytes..].fill(0);
-        }
-        Ok(packed)
-    }
-
-    fn write(&self, mut to: Target<'_>) -> Result<(), Error> {
-        SCRATCH.with_borrow_mut(|scratch| {
-            to.0.copy_from_slice(self.pack(scratch)?);
-            Ok(())
-        })
-    }
-
-    /// The same with no memory between the file's rows and mapped memory.
-    fn write_directly(&self, mut to: Target<'_>) -> Result<(), Error> {
-        let Rows { format, cols, .. } = self.from;
-        SCRATCH.with_borrow_mut(|scratch| {
-            let file = self.fetch(&mut scratch.fetched)?;
+        FETCHED.with_borrow_mut(|fetched| {
+            let file = self.fetch(fetched)?;
             let row_bytes = format.row_bytes(cols);
             for (i, row) in file.chunks_exact(format.file_row_bytes(cols)).enumerate() {
                 format.write(row, to.0.slice(i * row_bytes..(i + 1) * row_bytes));
@@ -342,8 +303,13 @@ pub(crate) struct Uploader {
 }
 
 impl Uploader {
+    /// One that loads in the usual portions.
+    pub(crate) fn new(device: Arc<Device>) -> Uploader {
+        Uploader::in_portions(device, Portions::default())
+    }
+
     /// One that loads in such portions.
-    pub(crate) fn new(device: Arc<Device>, portions: Portions) -> Uploader {
+    pub(crate) fn in_portions(device: Arc<Device>, portions: Portions) -> Uploader {
         Uploader { pieces: Pieces::new(device, PIECE_BYTES), portions }
     }
 
@@ -355,9 +321,8 @@ impl Uploader {
     pub(crate) fn rows(&self, to: &Buffer, matrices: &[(u64, Rows<'_>)]) -> Result<(), Error> {
         let transfers = matrices.iter().map(|&(at, rows)| Transfer { to, at, rows });
         let queue = Queue::new(transfers.flat_map(|transfer| transfer.shares(SHARE_BYTES)));
-        let together = |writes: Vec<(&Share<'_>, Target<'_>)>| {
-            writes.into_par_iter().try_for_each(|(share, to)| self.write(share, to))
-        };
+        let together =
+            |writes: Vec<(&Share<'_>, Target<'_>)>| writes.into_par_iter().try_for_each(|(share, to)| share.write(to));
         loop {
             match &queue.take(PIECE_BYTES)[..] {
                 [] => return Ok(()),
@@ -377,26 +342,12 @@ impl Uploader {
         check: &Check<'_>,
         done: &mut dyn FnMut(u64),
     ) -> Result<(), Error> {
-        self.load_by(&|share, to| self.write(share, to), transfers, check, done)
-    }
-
-    /// The same with shares written by `write`.
-    ///
-    /// # Errors
-    /// The same, and those of `write`.
-    pub(crate) fn load_by<'r>(
-        &self,
-        write: &(dyn Fn(&Share<'_>, Target<'_>) -> Result<(), Error> + Sync),
-        transfers: impl Iterator<Item = Transfer<'r>> + Send,
-        check: &Check<'_>,
-        done: &mut dyn FnMut(u64),
-    ) -> Result<(), Error> {
         self.give_back()?;
         let portions = self.portions;
         let pieces = Pieces::new(self.pieces.device.clone(), portions.piece_bytes);
         let queue = Queue::new(transfers.flat_map(|transfer| transfer.shares(portions.share_bytes)));
         let alone =
-            |writes: Vec<(&Share<'_>, Target<'_>)>| writes.into_iter().try_for_each(|(share, to)| write(share, to));
+            |writes: Vec<(&Share<'_>, Target<'_>)>| writes.into_iter().try_for_each(|(share, to)| share.write(to));
         let work = || {
             let shares = queue.take(portions.piece_bytes);
             if shares.is_empty() {
@@ -407,11 +358,6 @@ impl Uploader {
             Ok(Some(shares.iter().map(Share::file_bytes).sum::<usize>() as u64))
         };
         on_threads(portions.threads.clamp(1, pieces.most), work, done)
-    }
-
-    /// Writes a share to its memory.
-    fn write(&self, share: &Share<'_>, to: Target<'_>) -> Result<(), Error> {
-        if self.portions.direct { share.write_directly(to) } else { share.write(to) }
     }
 
     /// Gives mapped memory back.
@@ -574,7 +520,7 @@ mod tests {
         let file: Vec<u8> = (0..offset).map(|i| ((i * 2_654_435_761) >> 13) as u8).collect();
         let source = Source::from_image("matrices", Vec::leak(file.clone()));
         let slabs = ends.map(|bytes| Buffer::new(&device, "a slab", bytes).unwrap());
-        Model { uploader: Uploader::new(device, portions), source, file, slabs, matrices }
+        Model { uploader: Uploader::in_portions(device, portions), source, file, slabs, matrices }
     }
 
     impl Model {
@@ -610,15 +556,14 @@ mod tests {
         }
     }
 
-    const SMALL: Portions = Portions { threads: 3, piece_bytes: 8 << 10, share_bytes: 1 << 10, direct: false };
+    const SMALL: Portions = Portions { threads: 3, piece_bytes: 8 << 10, share_bytes: 1 << 10 };
 
     #[test]
     fn matrices_arrive_whole_whatever_the_portions() {
         let usual = Portions::default();
         let one_row_at_a_time = Portions { share_bytes: 1, piece_bytes: 64, ..SMALL };
         let all = [usual, SMALL, Portions { threads: 1, ..SMALL }, Portions { threads: 7, ..one_row_at_a_time }];
-        for portions in all.into_iter().flat_map(|portions| [false, true].map(|direct| Portions { direct, ..portions }))
-        {
+        for portions in all {
             let model = model(portions);
             assert_eq!(model.load().unwrap(), model.file.len() as u64, "{portions:?}");
             model.check();
