@@ -143,12 +143,15 @@ def isolate():
 
 def main():
     parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--install", action="store_true", help="do no more than install them")
     parser.add_argument("programs", nargs="*", choices=[[], *(agent.program for agent in AGENTS)], help="all of them by default")
     options = parser.parse_args()
     names = options.programs or (["pi"] if options.smoke else [agent.program for agent in AGENTS])
     chosen = [agent for agent in AGENTS if agent.program in names]
     if os.environ.get("INFALL_ISOLATED") != "1":
         [agent.install() for agent in chosen]
+    if options.install:
+        return
     isolate()
     report = Report("Agents", "agent", "version", "context", "ended", "prompt + generated tokens", "its tool", "its last line", "reached for", "")
     with tempfile.TemporaryDirectory(prefix="infall-wide-") as folder:

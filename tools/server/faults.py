@@ -4,7 +4,8 @@ send, clients that drip, stall or vanish, and whatever schemathesis makes of its
 Whatever happens, nothing that was acknowledged is lost, no answer is another's or differs from what a server without snapshots
 says, and health and a plain request are answered throughout.
 """
-import asyncio, atexit, http.client, json, os, random, re, shutil, signal, socket, subprocess, sys, tempfile, threading, time
+import asyncio, contextlib, functools, http.client, io, json, multiprocessing, os, random, re, signal, socket, subprocess, sys, tempfile, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import aiohttp
@@ -23,7 +24,7 @@ class Talk:
         filler = " ".join(draw.choice(WORDS) for _ in range(filler_words))
         name, number = draw.choice(bodies.NAMES), draw.randint(100, 999)
         self.inputs = [f"{name}={number} {filler}. What is {name}?", f"Write these words backwards: {filler[:40]}", "Tell me a story."]
-        self.instructions = f"You are a helpful assistant. This is talk {seed}."
+        self.seed, self.instructions = seed, f"You are a helpful assistant. This is talk {seed}."
         self.acknowledged, self.faults = [], []  # responses, and other answers
 
     def next_body(self, previous=None):
@@ -56,15 +57,20 @@ def advance(server, talk, stop):
         talk.acknowledged.append(json.loads(body))
 
 
-def expected_texts(server, talk):
-    """What the talk's turns are on a server that keeps nothing on the disk."""
-    twin = Talk.__new__(Talk)
-    twin.__dict__ |= talk.__dict__ | {"acknowledged": []}
-    for _ in talk.acknowledged:
-        status, body = server.post("/v1/responses", twin.next_body(twin.acknowledged[-1]["id"] if twin.acknowledged else None))
-        assert status == 200, (status, body[:300])
-        twin.acknowledged.append(json.loads(body))
-    return [text_of(response) for response in twin.acknowledged]
+class Plain(Server):
+    """A server that keeps nothing on the disk: what a talk's turns must be. It is asked once for each."""
+
+    def __init__(self, binary):
+        super().__init__(binary)
+        self.known = {}
+
+    def texts(self, talk):
+        twin = self.known.setdefault(talk.seed, Talk(talk.seed))
+        while len(twin.acknowledged) < len(talk.acknowledged):
+            status, body = self.post("/v1/responses", twin.next_body(twin.acknowledged[-1]["id"] if twin.acknowledged else None))
+            assert status == 200, (status, body[:300])
+            twin.acknowledged.append(json.loads(body))
+        return [text_of(response) for response in twin.acknowledged]
 
 
 def kills(report, options):
@@ -72,8 +78,8 @@ def kills(report, options):
     (at_random, in_saves), draw = (4, 3) if options.smoke else (50, 50), random.Random(options.seed)
     lost, wrong, acknowledged, resumed, cached, prompt, hit, kills = [], [], 0, 0, 0, 0, 0, 0
     talks = [Talk(number) for number in range(4)]
-    with Server(options.binary) as plain, Server(options.binary, "--snapshot-dir", "snapshots", "--sessions", 2) as server:
-        # Some saves are over before the signal arrives.
+    with Plain(options.binary) as plain, Server(options.binary, "--snapshot-dir", "snapshots", "--sessions", 2) as server:
+        # Now and then no save begins in time.
         while kills < at_random or hit < in_saves and kills < at_random + 4 * in_saves:
             stop = threading.Event()
             threads = [threading.Thread(target=advance, args=(server, talk, stop)) for talk in talks]
@@ -85,8 +91,7 @@ def kills(report, options):
                 server.process.send_signal(signal.SIGTERM)
                 time.sleep(draw.uniform(0, 0.2) if is_random else 0)
             if not is_random:
-                wait_saving(server)
-                time.sleep(draw.uniform(0, 0.002))
+                stop_saving(server, draw)
             stop.set()
             if server.is_alive():
                 server.stop(signal.SIGKILL)
@@ -108,14 +113,17 @@ def kills(report, options):
                     cached += sum(response["usage"]["input_tokens_details"]["cached_tokens"] for response in talk.acknowledged)
                     prompt += sum(response["usage"]["input_tokens"] for response in talk.acknowledged)
                     talks[index] = Talk(f"{kills} {index}")
+        # What was begun goes on to its end.
         for talk in talks:
+            advance(server, talk, threading.Event())
             acknowledged += check_talk(plain, talk, wrong)
+        unfinished = sum(not talk.is_over() for talk in talks)
         warnings = [line for line in server.log().splitlines() if "WARN" in line or "ERROR" in line]
     print(*lost[:5], *wrong[:5], *warnings[:5], sep="\n")
     report.row(hit >= in_saves, "killed while saving", f"{kills} kills, {at_random} of them at random moments",
                f"{hit} hit a save under way, at least {in_saves} wanted")
     report.row(not lost, "killed while saving", f"{acknowledged} responses acknowledged", f"{len(lost)} lost")
-    report.row(not wrong, "killed while saving", f"{resumed} talks went on after a kill",
+    report.row(not wrong and not unfinished and resumed > 0, "killed while saving", f"{resumed} talks went on after a kill",
                f"{len(wrong)} answers differ from a server without snapshots; {cached} of {prompt} prompt tokens were not read again")
 
 
@@ -124,18 +132,35 @@ def half_written(server):
     return (server.home / "snapshots").glob("*.partial")
 
 
-def wait_saving(server, patience_s=5):
-    """Waits until a snapshot is being written, the server has ended, or nothing of the kind happens."""
+def stop_saving(server, draw, patience_s=5):
+    """Stops the server while it writes a snapshot, a random moment after that was seen. Gives up when the server has ended, or nothing of the
+    kind happens. A save that was over before the server stood still is let go."""
     deadline = time.monotonic() + patience_s
-    while server.is_alive() and time.monotonic() < deadline and not any(half_written(server)):
-        pass
+    while server.is_alive() and time.monotonic() < deadline:
+        if any(half_written(server)):
+            time.sleep(draw.uniform(0, 0.002))
+            server.process.send_signal(signal.SIGSTOP)
+            while not is_still(server.process.pid):
+                time.sleep(0.001)
+            if any(half_written(server)):
+                return
+            server.process.send_signal(signal.SIGCONT)
+        time.sleep(0.0005)
+
+
+def is_still(pid):
+    """Whether all threads of a process have stopped, or ended."""
+    try:
+        tasks = [task.read_text() for task in Path(f"/proc/{pid}/task").glob("*/stat")]
+    except OSError:
+        return False  # one has ended meanwhile
+    return all(task.rsplit(")", 1)[1].split()[0] in "TZX" for task in tasks)
 
 
 def check_talk(plain, talk, wrong):
     found = [text_of(response) for response in talk.acknowledged]
-    expected = expected_texts(plain, talk)
     wrong += talk.faults
-    wrong += [f"expected {one!r}, found {other!r}" for one, other in zip(expected, found) if one != other]
+    wrong += [f"expected {one!r}, found {other!r}" for one, other in zip(plain.texts(talk), found) if one != other]
     return len(found)
 
 
@@ -143,7 +168,7 @@ def spoilt(report, options):
     """Files of snapshots with a bit flipped or an end missing."""
     draw, wrong, seen = random.Random(options.seed), [], 0
     talks = [Talk(f"spoilt {number}") for number in range(3)]
-    with Server(options.binary) as plain, Server(options.binary, "--snapshot-dir", "snapshots") as server:
+    with Plain(options.binary) as plain, Server(options.binary, "--snapshot-dir", "snapshots") as server:
         for number in range(2 if options.smoke else 10):
             for talk in talks:
                 if len(talk.acknowledged) == number % 3:
@@ -189,26 +214,9 @@ def disks(report, options):
     if subprocess.run([*mounting("-o size=64k", Path("/mnt")), "true"], capture_output=True).returncode:
         # The short form runs anywhere; the whole one has nothing to show without this.
         return report.row(None if options.smoke else False, "disks", "this user may not mount")
-    for name, (first, later) in DISKS.items():
-        home, folder = folders()
-        with (Server(options.binary) as plain,
-              Server(options.binary, "--snapshot-dir", folder, "--sessions", 2, home=home, prefix=mounting(first, folder)) as server):
-            if later:
-                enter = ["nsenter", f"--target={server.process.pid}", "--mount", *([] if os.geteuid() == 0 else ["--user"])]
-                subprocess.run([*enter, "mount", "-t", "tmpfs", *later.split(), "none", folder], check=True)
-            wrong, talks = [], [Talk(f"{name} {number}") for number in range(6)]
-            for talk in talks:
-                advance(server, talk, threading.Event())
-                check_talk(plain, talk, wrong)
-            answered = sum(len(talk.acknowledged) for talk in talks)
-            healthy = server.get("/health")[0] == 200
-            failed = server.metrics()["infall_snapshots_failed_total"]
-            told = [line for line in server.log().splitlines() if re.search("WARN|ERROR", line)]
-            code = server.stop(signal.SIGTERM)
-        print(*wrong[:3], sep="\n")
-        report.row(healthy and not wrong and answered == 18 and code == 0, name, f"{answered} of 18 answers, {len(wrong)} wrong", f"exit {code}")
-        report.row(bool(told) and failed > 0, name, f"{failed:.0f} saves failed, {len(told)} warnings",
-                   re.sub(r"\S*/\S+", "…", told[0][28:])[:120] if told else "")
+    with Plain(options.binary) as plain:
+        for name, (first, later) in DISKS.items():
+            disk(report, options, plain, name, first, later)
 
     home, folder = folders()
     try:
@@ -219,6 +227,27 @@ def disks(report, options):
         report.row("Read-only" in told, "a folder read-only from the start", "refused", re.sub(r"\S*/\S+", "…", told)[:120])
 
 
+def disk(report, options, plain, name, first, later):
+    home, folder = folders()
+    with Server(options.binary, "--snapshot-dir", folder, "--sessions", 2, home=home, prefix=mounting(first, folder)) as server:
+        if later:
+            enter = ["nsenter", f"--target={server.process.pid}", "--mount", *([] if os.geteuid() == 0 else ["--user"])]
+            subprocess.run([*enter, "mount", "-t", "tmpfs", *later.split(), "none", folder], check=True)
+        wrong, talks = [], [Talk(f"disks {number}") for number in range(6)]
+        for talk in talks:
+            advance(server, talk, threading.Event())
+            check_talk(plain, talk, wrong)
+        answered = sum(len(talk.acknowledged) for talk in talks)
+        healthy = server.get("/health")[0] == 200
+        failed = server.metrics()["infall_snapshots_failed_total"]
+        told = [line for line in server.log().splitlines() if re.search("WARN|ERROR", line)]
+        code = server.stop(signal.SIGTERM)
+    print(*wrong[:3], sep="\n")
+    report.row(healthy and not wrong and answered == 18 and code == 0, name, f"{answered} of 18 answers, {len(wrong)} wrong", f"exit {code}")
+    report.row(bool(told) and failed > 0, name, f"{failed:.0f} saves failed, {len(told)} warnings",
+               re.sub(r"\S*/\S+", "…", told[0][28:])[:120] if told else "")
+
+
 def folders():
     """A home for a server, and the folder of its snapshots."""
     home = temporary_folder()
@@ -227,10 +256,8 @@ def folders():
 
 
 def temporary_folder():
-    """A folder that is gone when the program ends."""
-    home = Path(tempfile.mkdtemp(prefix="infall-server-"))
-    atexit.register(shutil.rmtree, home, ignore_errors=True)
-    return home
+    """A folder that is gone when the part ends."""
+    return Path(tempfile.mkdtemp(prefix="infall-server-"))
 
 
 def mounting(how, folder):
@@ -347,10 +374,13 @@ def shapes(report, options):
     with Server(options.binary) as server:
         probe = Probe(server)
         probe.start()
-        for name, data, expected in raw_http.SHAPES:
+        # Most of a shape's time is silence.
+        with ThreadPoolExecutor(8) as pool:
+            talks = [[pool.submit(raw_http.talk, server.port, data, half_close) for half_close in (False, True)] for _, data, _ in raw_http.SHAPES]
+        for (name, _, expected), talks_of_it in zip(raw_http.SHAPES, talks):
             told, ok = [], True
-            for half_close in (False, True):
-                received, closed = raw_http.talk(server.port, data, half_close)
+            for half_close, talk in zip((False, True), talks_of_it):
+                received, closed = talk.result()
                 found = raw_http.statuses(received)
                 told.append(f"{found or 'nothing'}{', closed' if closed else ''}")
                 ok &= is_good(expected, found, closed, half_close)
@@ -417,12 +447,17 @@ def slow_clients(report, options):
         files = server.open_files()
         head, body = raw_http.post(raw_http.length(b"x" * 500), body=b""), b"x" * 500
         drips = {"headers, a byte a second": b"GET /health HTTP/1.1\r\nX-A: " + b"y" * 100, "body, a byte a second": head + body, "nothing at all": b""}
-        for name, data in drips.items():
+
+        def drip(name, data):
             # The body's first bytes come at once, with the headers.
             sent = len(head) + 1 if name.startswith("body") else 1
             made = [raw_http.connect(server.port) for _ in range(count)]
             [one.sendall(data[:sent]) for one in made if data]
-            report.row(*cut_off(made, data[sent:], 12, f"{count} clients: {name}"))
+            return cut_off(made, data[sent:], 12, f"{count} clients: {name}")
+
+        with ThreadPoolExecutor() as pool:
+            rows = [pool.submit(drip, *one) for one in drips.items()]
+        [report.row(*row.result()) for row in rows]
         report.row(*stalled(server, 4 if options.smoke else 16))
         report.row(*vanished(server, 20 if options.smoke else 200))
         server.wait_idle()
@@ -475,7 +510,7 @@ def stalled(server, count):
     took = time.monotonic() - began
     ends = [drained(one) for one in made]
     cut = sum(b"[DONE]" not in end for end in ends)
-    return took < 120, "slow clients", f"{count} streams that nobody reads", f"over after {took:.1f} s, {cut} of them cut off"
+    return took < 120 and cut == count, "slow clients", f"{count} streams that nobody reads", f"over after {took:.1f} s, {cut} of them cut off"
 
 
 def drained(made):
@@ -526,20 +561,36 @@ def schema(report, options):
         report.row(done.returncode == 0, "schemathesis", " ".join(summary[-3:])[:160], f"exit {done.returncode}")
 
 
-PARTS = {"kills": kills, "spoilt": spoilt, "disks": disks, "malformed": malformed, "shapes": shapes, "slow": slow_clients, "schema": schema}
+# The longest first.
+PARTS = {"kills": kills, "schema": schema, "malformed": malformed, "disks": disks, "slow": slow_clients, "shapes": shapes, "spoilt": spoilt}
+
+
+def run(name, options):
+    """A part, in a process of its own: its rows, how many failed, and what it printed."""
+    report, printed, began = Report(""), io.StringIO(), time.monotonic()
+    with contextlib.redirect_stdout(printed), tempfile.TemporaryDirectory(prefix="infall-faults-") as tempfile.tempdir:
+        try:
+            PARTS[name](report, options)
+        except Exception as error:
+            report.row(False, name, "", f"{type(error).__name__}: {error}"[:300])
+        print(f"{name}: {time.monotonic() - began:.1f} s")
+    return report.rows[1:], report.failures, printed.getvalue()
 
 
 def main():
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--beside", type=int, help="so many parts at a time; 3 in the short form, else one, which gives the better figures")
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="all of them by default")
     options = parser.parse_args()
     report = Report("Faults", "what", "of it", "found", "")
-    for name in options.parts or PARTS:
-        try:
-            PARTS[name](report, options)
-        except Exception as error:
-            report.row(False, name, "", f"{type(error).__name__}: {error}"[:300])
+    with multiprocessing.get_context("fork").Pool(options.beside or (3 if options.smoke else 1), maxtasksperchild=1) as pool:
+        for rows, failures, printed in pool.imap(functools.partial(run, options=options), options.parts or PARTS):
+            print(printed, end="")
+            report.rows += rows
+            report.failures += failures
+        pool.close()
+        pool.join()
     report.end()
 
 

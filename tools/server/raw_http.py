@@ -93,6 +93,8 @@ SHAPES = [
 def connect(port, receive_bytes=None):
     made = socket.socket()
     if receive_bytes:
+        # Small segments, too: the other side makes its buffer for some of them, and the loopback's are of 64 KiB.
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
     made.settimeout(5)
     made.connect(("127.0.0.1", port))

@@ -12,6 +12,7 @@ given another's reasoning; then all that came before the answer must be known.
 Raw completions have no tools: there the text is continued, once with more of the user's own and once as it stands.
 """
 import itertools, json, signal, time
+from concurrent.futures import ThreadPoolExecutor
 
 import anthropic, openai
 
@@ -208,9 +209,9 @@ class Completions:
         return Said([], said, usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens, usage.completion_tokens)
 
 
-def loop(api, url, form, between=lambda turn: url):
+def loop(api, url, form, name, between):
     """Three turns, with `between` called before each: it may restart the server, and says where it is then."""
-    dialog, said, name = api(url, form), [], next(NAMES)
+    dialog, said = api(url, form), []
     first, then = (STORY, "") if api is Completions else (ASK, ASK_AGAIN)
     for turn in range(3):
         moved = between(turn)
@@ -247,12 +248,13 @@ def figures(said, form):
     return ok, cells
 
 
-def run_loop(report, name, api, url, form, between=None):
+def run_loop(what, api, url, form, name, between=None):
+    """A row of the report."""
     try:
-        ok, cells = figures(loop(api, url, form, between or (lambda turn: url)), form)
+        ok, cells = figures(loop(api, url, form, name, between or (lambda turn: url)), form)
     except Exception as error:  # a client library's complaint is a finding, too
         ok, cells = False, [f"{type(error).__name__}: {error}"[:300], ""]
-    report.row(ok, name, api.__name__, form, *cells)
+    return ok, what, api.__name__, form, *cells
 
 
 def forms(api):
@@ -278,25 +280,28 @@ def restart_forms(api, smoke):
     return some[:1] if smoke else some
 
 
-def restarts(report, binary, smoke):
-    """The same loops with restarts: before the second and the third turn, and before the third alone."""
+def restarts(pool, binary, smoke):
+    """The same loops with restarts, each with a server of its own: before the second and the third turn, and before the third alone.
+    They mostly wait, and so they run beside each other; their rows are still to come."""
     kinds = {"asked to end": signal.SIGTERM, "killed": signal.SIGKILL}
-    for name, number in kinds.items():
-        for api in APIS:
-            for form in restart_forms(api, smoke):
-                for turns in ((1, 2),) if smoke else ((1, 2), (2,)):
-                    run_restarts(report, f"{name} before {' and '.join(str(turn + 1) for turn in turns)}", binary, api, form, number, turns)
+    turns = ((1, 2),) if smoke else ((1, 2), (2,))
+    cases = [(kind, api, form, at) for kind in reversed(kinds) for api in APIS for form in restart_forms(api, smoke) for at in turns]
+    return [pool.submit(run_restarts, f"{kind} before {' and '.join(str(turn + 1) for turn in at)}", binary, api, form, next(NAMES), kinds[kind], at)
+            for kind, api, form, at in cases]
 
 
-def run_restarts(report, name, binary, api, form, number, turns):
-    with Server(binary, "--snapshot-dir", "snapshots") as server:
-        def between(turn):
-            if turn in turns:
-                if number == signal.SIGKILL:
-                    wait_saved(server)
-                server.restart(number)
-            return server.url
-        run_loop(report, name, api, server.url, form, between)
+def run_restarts(what, binary, api, form, name, number, turns):
+    try:
+        with Server(binary, "--snapshot-dir", "snapshots") as server:
+            def between(turn):
+                if turn in turns:
+                    if number == signal.SIGKILL:
+                        wait_saved(server)
+                    server.restart(number)
+                return server.url
+            return run_loop(what, api, server.url, form, name, between)
+    except Exception as error:
+        return False, what, api.__name__, form, f"{type(error).__name__}: {error}"[:300], ""
 
 
 def small_endpoints(report, server):
@@ -379,12 +384,14 @@ def wait_saved(server, patience_s=20):
 def main():
     options = arguments(__doc__.splitlines()[0]).parse_args()
     report = Report("SDK loops", "what", "API", "form", "second turn: cached", "third turn: cached", "")
-    with Server(options.binary) as server:
+    with ThreadPoolExecutor(4) as pool, Server(options.binary) as server:
+        rows = restarts(pool, options.binary, options.smoke)
         for api in APIS:
             for form in forms(api):
-                run_loop(report, "loop", api, server.url, form)
+                report.row(*run_loop("loop", api, server.url, form, next(NAMES)))
         small_endpoints(report, server)
-    restarts(report, options.binary, options.smoke)
+        for row in rows:
+            report.row(*row.result())
     report.end()
 
 
