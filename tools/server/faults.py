@@ -47,6 +47,9 @@ def advance(server, talk, stop):
         previous = talk.acknowledged[-1]["id"] if talk.acknowledged else None
         try:
             status, body = server.post("/v1/responses", talk.next_body(previous))
+        except TimeoutError:
+            talk.faults.append("no answer in time")
+            return
         except (OSError, http.client.HTTPException):
             return  # killed under our feet
         if status == 503:
@@ -54,7 +57,11 @@ def advance(server, talk, stop):
         if status != 200:
             talk.faults.append(f"status {status}: {body[:300]}")
             return
-        talk.acknowledged.append(json.loads(body))
+        try:
+            talk.acknowledged.append(json.loads(body))
+        except ValueError as error:
+            talk.faults.append(f"{error}: {body[:300]}")
+            return
 
 
 class Plain(Server):
@@ -123,7 +130,7 @@ def kills(report, options):
     report.row(hit >= in_saves, "killed while saving", f"{kills} kills, {at_random} of them at random moments",
                f"{hit} hit a save under way, at least {in_saves} wanted")
     report.row(not lost, "killed while saving", f"{acknowledged} responses acknowledged", f"{len(lost)} lost")
-    report.row(not wrong and not unfinished and resumed > 0, "killed while saving", f"{resumed} talks went on after a kill",
+    report.row(not wrong and not unfinished and resumed > 0 and (options.smoke or cached > 0), "killed while saving", f"{resumed} talks went on after a kill",
                f"{len(wrong)} answers differ from a server without snapshots; {cached} of {prompt} prompt tokens were not read again")
 
 
@@ -193,7 +200,7 @@ def spoilt(report, options):
             check_talk(plain, talk, wrong)
         told = sum("WARN" in line for line in server.log().splitlines())
     print(*wrong[:5], sep="\n")
-    report.row(not wrong and seen > 0, "spoilt snapshots", f"{seen} files", f"{len(wrong)} wrong answers, {told} warnings")
+    report.row(not wrong and seen > 0 and told > 0, "spoilt snapshots", f"{seen} files", f"{len(wrong)} wrong answers, {told} warnings")
 
 
 def snapshot_files(server):
@@ -274,7 +281,8 @@ class Probe(threading.Thread):
     def __init__(self, server):
         super().__init__(daemon=True)
         self.server, self.stop, self.faults = server, threading.Event(), []
-        self.health_s, self.answer_s, self.expected = [0.0], [0.0], self.answer()
+        self.health_s, self.answer_s, self.expected = [0.0], [], self.answer()
+        assert not self.expected.startswith("status "), self.expected
 
     def answer(self):
         status, body = self.server.post("/v1/chat/completions", self.BODY)
@@ -293,16 +301,21 @@ class Probe(threading.Thread):
                     self.answer_s.append(time.monotonic() - began)
                     if status != 200 or found != self.expected:
                         self.faults.append(f"health {status}, answer {found!r}, expected {self.expected!r}")
-            except OSError as error:
+            # Whatever it is: a thread that ends would say nothing more.
+            except Exception as error:
                 self.faults.append(f"{type(error).__name__} {error}")
 
     def end(self, report, name):
         self.stop.set()
         self.join()
+        self.server.wait_idle()
+        last = self.answer()
+        if last != self.expected:
+            self.faults.append(f"answer {last!r} at the end, expected {self.expected!r}")
         print(*self.faults[:3], sep="\n")
         report.row(not self.faults and self.server.is_alive() and max(self.health_s) < 5, name, "health and an answer throughout",
                    f"{len(self.health_s) - 1} probes, {len(self.faults)} faults, health within {max(self.health_s) * 1e3:.0f} ms, "
-                   f"answers within {max(self.answer_s):.1f} s")
+                   f"{len(self.answer_s)} answers, within {max(self.answer_s, default=0):.1f} s")
 
 
 async def send_malformed(server, count, seed):
@@ -508,22 +521,22 @@ def stalled(server, count):
         if server.metrics()["infall_requests_active"] + server.metrics()["infall_requests_waiting"] <= 1:
             break
     took = time.monotonic() - began
-    ends = [drained(one) for one in made]
-    cut = sum(b"[DONE]" not in end for end in ends)
+    held = [drained(one) for one in made]
+    cut = sum(head.startswith(b"HTTP/1.1 200 ") and b"[DONE]" not in end for head, end in held)
     return took < 120 and cut == count, "slow clients", f"{count} streams that nobody reads", f"over after {took:.1f} s, {cut} of them cut off"
 
 
 def drained(made):
-    """The last bytes of what a connection still holds."""
+    """The first and the last bytes of what a connection still holds."""
     made.settimeout(5)
-    end = b""
+    head, end = b"", b""
     try:
         while chunk := made.recv(65536):
-            end = (end + chunk)[-200:]
+            head, end = (head + chunk)[:200], (end + chunk)[-200:]
     except OSError:
         pass
     made.close()
-    return end
+    return head, end
 
 
 def vanished(server, count):
@@ -534,7 +547,9 @@ def vanished(server, count):
             one.sendall(long_stream(server))
             received = b""
             while number % 2 and b"logprobs" not in received:
-                received = received[-100:] + one.recv(1000)
+                chunk = one.recv(1000)
+                assert chunk, f"ended after {received!r}"
+                received = received[-100:] + chunk
             one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     began = time.monotonic()
     server.wait_idle()
