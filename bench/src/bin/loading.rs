@@ -4,7 +4,7 @@
 //! `cargo run --release -p infall-bench --bin loading -- FILE --gpu N`
 //!
 //! Rates are GB/s of the file. "Read" ends in a core's cache, "packed" as well, in the kernels' order; "raw" begins there and ends on
-//! the device; "loaded" is all of the way, and the last column that over raw. "Together" is how experts are streamed: all threads fill one
+//! the device; "loaded" is all of the way, and the last column that over raw. "Together" is with all threads at one
 //! piece of mapped memory, two such pieces at a time. The whole of loading a model, kernels and all, is what program `gpu` tells first.
 
 use std::path::PathBuf;
@@ -31,13 +31,13 @@ struct What {
     #[arg(long, default_value_t = 2)]
     rounds: usize,
     /// Threads to try.
-    #[arg(long, value_delimiter = ',', default_value = "4,8,12,16")]
+    #[arg(long, value_delimiter = ',', default_value = "4,8,12,16", value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
     threads: Vec<usize>,
     /// MiB that a thread sends at once, to try.
-    #[arg(long, value_delimiter = ',', default_value = "1,2,8")]
+    #[arg(long, value_delimiter = ',', default_value = "1,2,8", value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=8))]
     piece_mib: Vec<usize>,
     /// KiB that a thread reads at once, to try.
-    #[arg(long, value_delimiter = ',', default_value = "64,256,512")]
+    #[arg(long, value_delimiter = ',', default_value = "64,256,512", value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
     share_kib: Vec<usize>,
 }
 

@@ -192,7 +192,9 @@ impl GpuBackend {
         let matrices = unread.iter().chain([&unread_head]).zip(slabs);
         let transfers =
             matrices.flat_map(|(unread, slab)| unread.transfers(source, slab)).chain(experts.transfers(source, model));
-        let make = || make_kernels(&kernels, model, &layout, (&layers, &head), &experts.layouts, together, &options);
+        let make = |check: &Check<'_>| {
+            make_kernels(&kernels, model, &layout, (&layers, &head), &experts.layouts, together, (&options, check))
+        };
         let upload = |check: &Check<'_>| {
             uploader.load(transfers, check, loaded)?;
             device.wait()?;
@@ -238,7 +240,7 @@ impl GpuBackend {
         })
     }
 
-    /// What loading did, one after the other, with its microseconds.
+    /// What loading did, one after the other, with its microseconds; last what went on meanwhile.
     pub fn load_times(&self) -> &StageTimes {
         &self.load_times
     }
@@ -357,12 +359,14 @@ fn make_kernels(
     weights: (&[LayerWeights], &HeadWeights),
     experts: &[ExpertLayout],
     together: usize,
-    options: &Options,
+    (options, check): (&Options, &Check<'_>),
 ) -> Result<Made, Error> {
     let mut watch = Stopwatch::new();
     let config = &model.config;
     let (cooperative, of_matrices) = crate::self_check::cooperative(kernels, config, layout)?;
+    check()?;
     let (integers, of_integers) = crate::self_check::integers(kernels, options.precision)?;
+    check()?;
     watch.done("meanwhile: check the kernels");
     let many = Many::new(kernels.clone(), cooperative);
     let trusted = Trusted { cooperative, integers };
@@ -373,9 +377,9 @@ fn make_kernels(
     });
     prepared?;
     let kit = kit?;
-    options.cancel.check()?;
+    check()?;
     kit.prepare_all((options.sessions_prepared, together), config, layout, weights)?;
-    watch.done("make the kernels");
+    watch.done("meanwhile: make the kernels");
     Ok(Made { kit, many, notes: of_matrices.into_iter().chain(of_integers).collect(), times: watch.times })
 }
 

@@ -25,7 +25,7 @@ pub enum Way {
     Upload,
     /// From the file to the device, as when a model is loaded.
     Load,
-    /// The same as [`Way::Load`], but as experts are streamed: all threads fill one piece, two such pieces at a time.
+    /// The same as [`Way::Load`], but with all threads at one piece, two such pieces at a time.
     Together,
 }
 

@@ -147,7 +147,7 @@ struct Tiles {
 
 impl Tiles {
     /// Rows up to which tiles of [`Tile::FEW_PRODUCTS`] are faster (docs/performance.md, "Prompts of few tokens").
-    const FEW_ROWS: usize = 128;
+    const FEW_PRODUCT_ROWS: usize = 128;
     /// Rows from which there are enough tiles of [`Tile::WIDE_PRODUCTS`] for a large device.
     const WIDE_ROWS: usize = 1024;
 
@@ -166,7 +166,7 @@ impl Tiles {
 
     fn products(&self, formats: &[Format], rows: usize) -> Tile {
         match rows {
-            ..=Tiles::FEW_ROWS => self.few_products,
+            ..=Tiles::FEW_PRODUCT_ROWS => self.few_products,
             Tiles::WIDE_ROWS.. if formats == [Format::Q8_0] => self.wide_products,
             _ => self.products,
         }
@@ -203,7 +203,7 @@ impl Many {
         let mut wanted = vec![("halves", context! {})];
         for formats in &products {
             wanted.extend(
-                [1, Tiles::FEW_ROWS + 1, usize::MAX]
+                [1, Tiles::FEW_PRODUCT_ROWS + 1, usize::MAX]
                     .map(|rows| self.matmul_kernel(formats, tiles.products(formats, rows))),
             );
         }

@@ -195,7 +195,7 @@ impl<B> Activations<B> {
         let pieces = shapes.pieces(end);
         let keys = end / 4;
         // Every input of a few rows, or those of experts.
-        let of_experts = rows.min(choice_rows(c));
+        let of_experts = if shapes.has_tiles { rows.min(choice_rows(c)) } else { 0 };
         let laid_out = [(FEW_ROWS, shapes.widest()), (of_experts, c.d_model)];
         let digits = laid_out.map(|(rows, width)| rows as u64 * digits_bytes(width));
         let transposed = laid_out.map(|(rows, width)| rows * width);

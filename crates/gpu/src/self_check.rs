@@ -271,8 +271,8 @@ impl Trial {
     /// What it makes; nothing if the model has no such kernels.
     fn run(&mut self, family: Family, shapes: &Shapes) -> Result<Vec<f32>, GpuError> {
         match (family, &shapes.attention, &shapes.scores) {
-            // By the tiles for few rows, and by those for many.
-            (Family::Products, ..) => Ok([self.products(130)?, self.products(1030)?].concat()),
+            // By the tiles for few rows, for more, and for many.
+            (Family::Products, ..) => Ok([self.products(70)?, self.products(130)?, self.products(1030)?].concat()),
             (Family::Experts, ..) => Ok([self.experts(90)?, self.experts(140)?].concat()),
             (Family::Attention, Some((many, format)), _) => {
                 self.attention(AttendMany { coop: self.coop, ..*many }, *format)

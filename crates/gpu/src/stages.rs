@@ -591,12 +591,12 @@ impl GpuBackend {
         if let Some(many) = tiled.filter(|_| rows > choice_rows(c)) {
             return self.experts_of_many(layer, leases, cancel, rows, on, many, commands);
         }
-        if tiled.is_some() {
+        let down = weights.shared_down.jobs[0].matrix;
+        let made = self.has_digits() && has_integers(&layout.formats[..2]);
+        if tiled.is_some() && made {
             commands.stage("experts' inputs");
             self.digits(commands, on, ((&on.input, c.d_model), c.d_model, rows), None);
         }
-        let down = weights.shared_down.jobs[0].matrix;
-        let made = self.has_digits() && has_integers(&layout.formats[..2]);
         self.experts.run(leases, &self.uploader, commands, cancel, &mut |commands, is_first| {
             commands.stage("experts up");
             let params = params![

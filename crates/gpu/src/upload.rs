@@ -3,7 +3,7 @@
 //!
 //! There are two ways. What a token waits for ([`Uploader::rows`]) is written by all threads into one piece of such memory, which
 //! one submission copies. Weights that are loaded ([`Uploader::load`]) are far more than a piece: there each thread fills pieces of
-//! its own and hands them over itself, and nobody waits for anybody.
+//! its own and hands them over itself, and waits for the device alone.
 
 use std::cell::RefCell;
 use std::iter::Peekable;
@@ -214,7 +214,7 @@ impl Pieces {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A piece that the host may write to. Fewer threads than there are pieces may ask at the same time.
+    /// A piece that the host may write to. No more threads than there are pieces may ask at the same time, each with none of its own.
     fn take(&self, bytes: u64) -> Result<Piece, GpuError> {
         loop {
             self.device.check()?;
@@ -382,12 +382,29 @@ impl Uploader {
     }
 }
 
-/// Makes something on a thread of its own while the caller's uploads, which is told to stop when the other failed.
+/// Raises a flag when it is dropped and nobody said that all went well: also where a thread panics.
+struct Raises<'f>(Option<&'f AtomicBool>);
+
+impl Raises<'_> {
+    fn all_is_well(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Raises<'_> {
+    fn drop(&mut self) {
+        if let Some(flag) = self.0 {
+            flag.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Makes something on a thread of its own while the caller's uploads; when one fails, `check` tells the other to stop.
 ///
 /// # Errors
-/// Those of `make`, or else those of `upload`.
+/// Those of the two; what stopped because of the other does not count.
 pub(crate) fn while_uploading<T: Send>(
-    make: impl FnOnce() -> Result<T, Error> + Send,
+    make: impl FnOnce(&Check<'_>) -> Result<T, Error> + Send,
     upload: impl FnOnce(&Check<'_>) -> Result<(), Error>,
     cancel: &Cancel,
 ) -> Result<T, Error> {
@@ -398,13 +415,16 @@ pub(crate) fn while_uploading<T: Send>(
     };
     std::thread::scope(|scope| {
         let made = scope.spawn(|| {
-            let made = make();
-            failed.store(made.is_err(), Ordering::Relaxed);
-            made
+            let raises = Raises(Some(&failed));
+            make(&check).inspect(|_| raises.all_is_well())
         });
-        let uploaded = upload(&check);
-        let made = made.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-        uploaded.map(|()| made)
+        let raises = Raises(Some(&failed));
+        let uploaded = upload(&check).inspect(|()| raises.all_is_well());
+        let made = made.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        match (made, uploaded) {
+            (Err(Error::Cancelled), Err(error)) | (Err(error), _) | (Ok(_), Err(error)) => Err(error),
+            (Ok(made), Ok(())) => Ok(made),
+        }
     })
 }
 
@@ -424,6 +444,7 @@ pub(crate) fn on_threads(
         for i in 0..threads {
             let (sender, stop, work) = (sender.clone(), &stop, &work);
             let run = move || {
+                let raises = Raises(Some(stop));
                 while !stop.load(Ordering::Relaxed)
                     && let Some(result) = work().transpose()
                 {
@@ -431,6 +452,7 @@ pub(crate) fn on_threads(
                     // Nobody listens after an error.
                     let _ = sender.send(result);
                 }
+                raises.all_is_well();
             };
             match std::thread::Builder::new().spawn_scoped(scope, run) {
                 Err(cause) if i == 0 => return Err(StoreError::Thread { cause }.into()),
@@ -440,10 +462,12 @@ pub(crate) fn on_threads(
             }
         }
         drop(sender);
-        receiver.into_iter().try_for_each(|result| {
+        let raises = Raises(Some(&stop));
+        let ended = receiver.into_iter().try_for_each(|result| {
             done(result?);
             Ok(())
-        })
+        });
+        ended.inspect(|()| raises.all_is_well())
     })
 }
 
@@ -484,14 +508,22 @@ mod tests {
         let upload = |check: &Check<'_>| loop {
             check()?;
         };
-        let fails = || Err::<(), _>(Error::NotFinite { position: 7 });
+        let make = |check: &Check<'_>| -> Result<i32, Error> {
+            loop {
+                check()?;
+            }
+        };
+        let fails = |_: &Check<'_>| Err::<(), _>(Error::NotFinite { position: 7 });
         let made = while_uploading(fails, upload, &cancel);
         assert!(matches!(made, Err(Error::NotFinite { position: 7 })), "{made:?}");
-        let made = while_uploading(|| Ok(1), |_| Err(Error::NotFinite { position: 8 }), &cancel);
+        let made = while_uploading(make, |_| Err(Error::NotFinite { position: 8 }), &cancel);
         assert!(matches!(made, Err(Error::NotFinite { position: 8 })), "{made:?}");
-        assert!(matches!(while_uploading(|| Ok(1), |check| check(), &cancel), Ok(1)));
+        assert!(matches!(while_uploading(|_| Ok(1), |check| check(), &cancel), Ok(1)));
+        let panics = |_: &Check<'_>| -> Result<i32, Error> { panic!("on purpose") };
+        assert!(std::panic::catch_unwind(|| while_uploading(panics, upload, &cancel)).is_err());
         cancel.cancel();
-        assert!(matches!(while_uploading(|| Ok(1), upload, &cancel), Err(Error::Cancelled)));
+        assert!(matches!(while_uploading(|_| Ok(1), upload, &cancel), Err(Error::Cancelled)));
+        assert!(matches!(while_uploading(make, upload, &cancel), Err(Error::Cancelled)));
     }
 
     /// Matrices in a file, one after the other, and where each goes: places in two buffers, with gaps between.
