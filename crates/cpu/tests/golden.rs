@@ -7,7 +7,7 @@ mod common;
 mod levels;
 
 use common::{exact, fast, logits, plain};
-use cpu::{CpuBackend, Options};
+use cpu::{CpuBackend, Level, Options};
 use gguf::Gguf;
 use levels::levels;
 use model::Model;
@@ -47,11 +47,13 @@ fn nano_has_the_pinned_bits() {
     }
 }
 
+/// Scalar's fused multiply-adds are calls: in Exact it has the few tokens of the next test, and more in `invariance`.
 #[test]
 fn nano_has_the_pinned_bits_at_every_level() {
     for level in levels() {
         println!("{level:?}");
-        for (options, expected) in [(exact(), OFFICIAL), (fast(), FAST)] {
+        let exact = (level != Level::Scalar).then(|| (exact(), OFFICIAL));
+        for (options, expected) in exact.into_iter().chain([(fast(), FAST)]) {
             let options = Options { level, threads: 1, ..options };
             let found = hash(options.clone(), &[300], &tokens());
             assert_eq!(found, expected, "{options:?}: {found:#018x}");

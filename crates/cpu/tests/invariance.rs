@@ -38,10 +38,10 @@ fn fast_is_not_exact_but_near_it() {
 #[test]
 fn chunking_changes_no_bit() {
     for options in all_ways() {
-        let (backend, tokens) = (load(MODEL, options), tokens());
-        let whole = logits(&backend, &tokens, &[tokens.len()]);
+        let (backend, tokens) = (load(MODEL, options), &tokens()[..280]);
+        let whole = logits(&backend, tokens, &[tokens.len()]);
         for sizes in [&[1][..], &[3], &[64], &[127], &[128], &[129], &[250, 1]] {
-            let chunked = logits(&backend, &tokens, sizes);
+            let chunked = logits(&backend, tokens, sizes);
             assert_same(&chunked, &whole, backend.config().vocab_size, &format!("chunks of {sizes:?}"));
         }
     }
@@ -89,18 +89,19 @@ fn threads_change_no_bit() {
 #[test]
 fn instruction_sets_change_no_bit() {
     let levels = levels();
-    let check = |name: &str, options: Options| {
-        let tokens = &References::open(&format!("{name}.refs")).tokens()[..140];
+    let check = |name: &str, options: Options, count: usize| {
+        let tokens = &References::open(&format!("{name}.refs")).tokens()[..count];
         let of = |level| logits(&load(name, Options { level, ..options.clone() }), tokens, &[70]);
         let scalar = of(Level::Scalar);
         for &level in levels.iter().filter(|&&level| level != Level::Scalar) {
             assert_same(&of(level), &scalar, 512, &format!("{name}, {:?} at {level:?}", options.precision));
         }
     };
-    check(MODEL, exact());
-    check(MODEL, plain());
+    check(MODEL, exact(), 140);
+    // Scalar's fused multiply-adds are calls: rows without roundings, which are all that differs, are few.
+    check(MODEL, plain(), 72);
     // Experts of every kind of block.
-    ["tiny-iq2", "tiny-q4", "tiny-q8", "mixed3-mixed"].into_iter().for_each(|name| check(name, fast()));
+    ["tiny-iq2", "tiny-q4", "tiny-q8", "mixed3-mixed"].into_iter().for_each(|name| check(name, fast(), 140));
 }
 
 #[test]

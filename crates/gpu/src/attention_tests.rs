@@ -402,11 +402,12 @@ fn attention_at_once_equals_the_formula() {
         let scene = Scene::new(shape, 7 + i as u64);
         let expected = scene.expected();
         for (n, tiling) in TILINGS.into_iter().enumerate() {
-            if tiling.heads > shape.heads.max(16) || (shape.plain && n > 1) {
+            if tiling.heads > shape.heads.max(16) || (shape.plain && n > 0) {
                 continue;
             }
-            // Only one tiling without checks: software takes seconds to compile a kernel.
-            for bench in &mut benches[..if n == 0 { 2 } else { 1 }] {
+            // Without checks only one tiling, as in Flash: software takes seconds to compile a kernel.
+            let is_flash = shape.heads == 64 && !shape.plain;
+            for bench in &mut benches[..if n == 0 && is_flash { 2 } else { 1 }] {
                 let apart = distance(&scene.computed_at_once(bench, false, tiling), &expected);
                 println!("{apart:.1e} {tiling:?} {shape:?}");
                 assert!(apart <= F16_DISTANCE, "{apart} {tiling:?} {shape:?}");
@@ -764,7 +765,9 @@ fn index_scores_of_many_rows_equal_the_formula() {
 #[test]
 fn emulated_cooperative_index_scores_equal_the_formula() {
     let Some(mut bench) = emulating_bench() else { return };
-    for scene in index_scenes() {
+    // Each way to store keys with one number of heads, of which the kernel knows nothing of the other: software takes long to
+    // compile an emulation.
+    for scene in index_scenes().into_iter().filter(|scene| scene.plain == (scene.heads == 8)) {
         let (_, computed) = scene.computed_many(&mut bench, true);
         scene.check_scores(&computed, if scene.plain { F16_DISTANCE } else { 2e-6 });
     }

@@ -571,8 +571,9 @@ fn plain_products_do_not_depend_on_the_tile() {
     let layer = Layer::new(&mut Random(9), [Format::Iq2Xxs, Format::Mxfp4, Format::Q8_0], 100);
     let mut first = None;
     let fits = |tile: Tile| tile.bytes(false) + CODE_BOOK_BYTES <= WORKGROUP_BYTES;
-    let fit: Vec<(Tile, Tile)> = tiles().into_iter().filter(|&(a, b)| fits(a) && fits(b)).collect();
-    assert!(fit.len() >= 6, "{fit:?}");
+    // What is used, and what differs most from it, in depth and in buffers not least: software takes seconds to compile a kernel.
+    let fit: Vec<(Tile, Tile)> = [0, 3, 5, 6].into_iter().map(|n| tiles()[n]).collect();
+    assert!(fit.iter().all(|&(a, b)| fits(a) && fits(b)), "{fit:?}");
     for (products, experts) in fit {
         bench.many.tiles = Tiles::always(products, experts);
         let made = [case.run(&mut bench, 0, 140), layer.run(&mut bench, 0, 100, &[2])];

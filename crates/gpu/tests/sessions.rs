@@ -4,12 +4,14 @@
 mod common;
 
 use common::{
-    PRECISIONS, advance, assert_same, distance, export, fast, in_plain, in_precision, load, logits, on_cpu, on_gpu,
-    rows, tokens,
+    PRECISIONS, advance, assert_same, distance, exact, export, fast, in_plain, in_precision, load, logits, on_cpu,
+    on_gpu, plain, rows, tokens,
 };
 use gpu::{GpuBackend, GpuPass, GpuState, Options};
 use model::state::CHECKPOINT_TOKENS;
-use model::{Arithmetic, Backend, Cancel, Error, Forward, NoObserver, Observer, Precision, Row, Stage, forward};
+use model::{
+    Arithmetic, Backend, Cancel, Error, Forward, NoObserver, Observer, Precision, Row, Stage, SubLayer, forward,
+};
 
 const MODEL: &str = "tiny-iq2";
 
@@ -18,18 +20,34 @@ fn wrong(tokens: &[u32]) -> Vec<u32> {
     tokens.iter().map(|token| (token + 7) % 500).collect()
 }
 
+/// Beginnings are read on the processor here and below: on software every row of Exact takes a processor long.
 #[test]
 fn chunking_changes_no_bit_of_exact() {
-    let tokens = tokens(MODEL, 150);
+    const START: usize = 62;
+    let tokens = tokens(MODEL, START + 76);
     // Passes that fit a ring and that do not, of as many rows as share weights and of one more, over a checkpoint.
-    let (mixed, few): (&[usize], &[usize]) = (&[65, 1, 3, 8, 9, 64], &[1, 1, 2, 66, 7, 64, 9]);
-    for (options, cuts) in [(in_precision(Precision::Exact), [few]), (in_plain(Precision::Exact), [mixed])] {
+    // Another session is in the pass of all of them, once with more rows than a ring has room for, too.
+    for (options, on_cpu, sizes, others) in [
+        (in_precision(Precision::Exact), exact(), &[1, 66, 9][..], 66),
+        (in_plain(Precision::Exact), plain(), &[65, 1, 8, 2], 9),
+    ] {
         let backend = on_gpu(MODEL, options.clone());
-        let whole = logits(&backend, &tokens, &[tokens.len()]);
-        for sizes in cuts {
-            let chunked = logits(&backend, &tokens, sizes);
-            assert_same(&chunked, &whole, 512, &format!("{:?}, passes of {sizes:?}", options.arithmetic));
+        let mut chunked = on_the_processor(&backend, on_cpu, &backend.new_state().unwrap(), &tokens[..START]);
+        let (mut whole, mut other) = (backend.fork(&chunked).unwrap(), backend.new_state().unwrap());
+        let batch = [rows(0, START, &tokens[START..]), rows(1, 0, &tokens[7..7 + others])].concat();
+        let logits =
+            forward(&backend, batch, &mut [&mut whole, &mut other], &Cancel::default(), &mut NoObserver).unwrap();
+        let mut at = START;
+        for &count in sizes {
+            let ours = advance(&backend, &mut chunked, &tokens[at..at + count]);
+            let expected = &logits[512 * (at - START)..][..ours.len()];
+            assert_same(&ours, expected, 512, &format!("{:?}, {count} rows from {at}", options.arithmetic));
+            at += count;
         }
+        assert_eq!(at, tokens.len());
+        let ours = advance(&backend, &mut backend.new_state().unwrap(), &tokens[7..16]);
+        let expected = &logits[512 * (at - START)..][..ours.len()];
+        assert_same(&ours, expected, 512, &format!("{:?}, the other session's first rows", options.arithmetic));
     }
 }
 
@@ -48,17 +66,22 @@ fn small_passes_change_no_bit_of_fast() {
     for size in [2, 3, 5, 8] {
         assert_same(&decoded(size), &expected, 512, &format!("passes of {size} after the prompt"));
     }
-    let exact = logits(&on_gpu(MODEL, in_precision(Precision::Exact)), &tokens[..70], &[70]);
+    let exact = logits(&on_cpu(MODEL, Arithmetic::Official), &tokens[..70], &[70]);
     let distance = distance(&read, &exact);
     assert!(distance > 1e-6 && distance < 0.3, "Fast is another computation than Exact but near it: {distance:e}");
 }
 
-/// A session that has read `tokens`: on the processor, which takes less time.
+/// A session that has read `tokens`.
 fn past(backend: &GpuBackend, precision: Precision, tokens: &[u32]) -> GpuState {
-    let cpu = load(MODEL, cpu::Options { precision, ..fast() });
-    let mut past = cpu.new_state().unwrap();
-    advance(&cpu, &mut past, tokens);
-    backend.import(&mut &export(&cpu, &past)[..]).unwrap()
+    on_the_processor(backend, cpu::Options { precision, ..fast() }, &backend.new_state().unwrap(), tokens)
+}
+
+/// What becomes of a session that reads `tokens` on the processor, which takes less time.
+fn on_the_processor(backend: &GpuBackend, options: cpu::Options, state: &GpuState, tokens: &[u32]) -> GpuState {
+    let cpu = load(MODEL, options);
+    let mut there = cpu.import(&mut &export(backend, state)[..]).unwrap();
+    advance(&cpu, &mut there, tokens);
+    backend.import(&mut &export(&cpu, &there)[..]).unwrap()
 }
 
 /// Dispatches of a pass.
@@ -100,20 +123,18 @@ fn sessions_in_step_end_their_windows_together() {
     }
 }
 
-/// Sessions that each have more rows than a ring has room for: the first once read the second's keys.
+/// Sessions that each have more rows than a ring has room for: the first once read the second's keys. In Exact the test of
+/// chunking has such a pass.
 #[test]
 fn two_large_runs_in_a_pass_change_no_bit() {
-    let tokens = tokens(MODEL, 75);
-    for precision in PRECISIONS {
-        let backend = on_gpu(MODEL, in_precision(precision));
-        let each = [&tokens[..65], &tokens[7..75]];
-        let mut sessions = [backend.new_state(), backend.new_state()].map(Result::unwrap);
-        let batch = (0..2).flat_map(|session| rows(session, 0, each[session])).collect();
-        let [first, second] = &mut sessions;
-        let both = forward(&backend, batch, &mut [first, second], &Cancel::default(), &mut NoObserver).unwrap();
-        let expected = logits(&backend, each[0], &[each[0].len()]);
-        assert_same(&both[..expected.len()], &expected, 512, &format!("{precision:?}"));
-    }
+    let (backend, tokens) = (on_gpu(MODEL, in_precision(Precision::Fast)), tokens(MODEL, 75));
+    let each = [&tokens[..65], &tokens[7..75]];
+    let mut sessions = [backend.new_state(), backend.new_state()].map(Result::unwrap);
+    let batch = (0..2).flat_map(|session| rows(session, 0, each[session])).collect();
+    let [first, second] = &mut sessions;
+    let both = forward(&backend, batch, &mut [first, second], &Cancel::default(), &mut NoObserver).unwrap();
+    let expected = each.map(|tokens| logits(&backend, tokens, &[tokens.len()])).concat();
+    assert_same(&both, &expected, 512, "both");
 }
 
 /// Five sessions as unlike as can be: of other lengths, in both rings, stepped back, with and without chosen rows, ending windows
@@ -192,8 +213,11 @@ fn other_sessions_in_a_pass_change_no_bit() {
     for precision in PRECISIONS {
         let (backend, tokens) = (on_gpu(MODEL, in_precision(precision)), tokens(MODEL, 100));
         let other: Vec<u32> = tokens.iter().rev().copied().collect();
-        // Turns of more than 8 rows are such for each session alone, too.
-        let (sizes, other_sizes) = ([66, 9, 2, 3], [20, 29, 1, 5]);
+        // In Fast, turns of more than 8 rows are such for each session alone, too.
+        let (sizes, other_sizes) = match precision {
+            Precision::Fast => ([66, 9, 2, 3], [20, 29, 1, 5]),
+            Precision::Exact => ([12, 9, 2, 3], [3, 5, 1, 5]),
+        };
         let alone = |tokens: &[u32], sizes: &[usize]| logits(&backend, &tokens[..sizes.iter().sum()], sizes);
         let (expected, other_expected) = (alone(&tokens, &sizes), alone(&other, &other_sizes));
         let (mut a, mut b) = (backend.new_state().unwrap(), backend.new_state().unwrap());
@@ -225,13 +249,17 @@ fn other_sessions_in_a_pass_change_no_bit() {
 fn passes_between_the_layers_of_a_pass_change_no_bit() {
     for precision in PRECISIONS {
         let (backend, tokens) = (on_gpu(MODEL, in_precision(precision)), tokens(MODEL, 60));
-        let (ours, theirs) = (&tokens[..40], &tokens[40..]);
-        let expected = [logits(&backend, ours, &[10, 30]), logits(&backend, theirs, &[12, 1, 1, 1, 1, 1, 1, 1, 1])];
+        let (before, count, other) = match precision {
+            Precision::Fast => (10, 30, 12),
+            Precision::Exact => (3, 10, 2),
+        };
+        let (ours, theirs) = tokens[..before + count + other + backend.config().layers].split_at(before + count);
+        let expected = [logits(&backend, ours, &[before, count]), logits(&backend, theirs, &[other, 1])];
         let (mut a, mut b) = (backend.new_state().unwrap(), backend.new_state().unwrap());
-        advance(&backend, &mut a, &ours[..10]);
-        let mut between = advance(&backend, &mut b, &theirs[..12]);
-        let (mut next, mut forked) = (12, None);
-        let mut pass = Forward::begin(&backend, rows(0, 10, &ours[10..]), &[&a], &mut NoObserver).unwrap();
+        advance(&backend, &mut a, &ours[..before]);
+        let mut between = advance(&backend, &mut b, &theirs[..other]);
+        let (mut next, mut forked) = (other, None);
+        let mut pass = Forward::begin(&backend, rows(0, before, &ours[before..]), &[&a], &mut NoObserver).unwrap();
         while !pass.is_through() {
             forked.get_or_insert_with(|| backend.fork(&a).unwrap());
             pass.layer(&[&a], &Cancel::default(), &mut NoObserver).unwrap();
@@ -239,48 +267,50 @@ fn passes_between_the_layers_of_a_pass_change_no_bit() {
             next += 1;
         }
         let logits = pass.end(&mut [&mut a], &mut NoObserver).unwrap();
-        assert_same(&logits, &expected[0][10 * 512..], 512, &format!("{precision:?}, the prompt"));
-        let again = advance(&backend, &mut forked.unwrap(), &ours[10..]);
-        assert_same(&again, &expected[0][10 * 512..], 512, &format!("{precision:?}, forked meanwhile"));
-        assert_same(&between, &expected[1][..between.len()], 512, &format!("{precision:?}, between"));
-        assert!(next > 12);
+        assert_same(&logits, &expected[0][before * 512..], 512, &format!("{precision:?}, the prompt"));
+        let again = advance(&backend, &mut forked.unwrap(), &ours[before..]);
+        assert_same(&again, &expected[0][before * 512..], 512, &format!("{precision:?}, forked meanwhile"));
+        assert_same(&between, &expected[1], 512, &format!("{precision:?}, between"));
     }
 }
 
 #[test]
 fn stepping_back_changes_no_bit() {
+    const BEGIN: usize = 120;
     const RIGHT: usize = 140;
     let (backend, tokens) = (on_gpu(MODEL, in_precision(Precision::Exact)), tokens(MODEL, RIGHT + 8));
-    let mut state = backend.new_state().unwrap();
-    let mut expected = advance(&backend, &mut state, &tokens[..CHECKPOINT_TOKENS]);
+    let from_nothing = advance(&backend, &mut backend.new_state().unwrap(), &tokens[..8]);
+    let mut state = past(&backend, Precision::Exact, &tokens[..BEGIN]);
+    let mut expected = advance(&backend, &mut state, &tokens[BEGIN..CHECKPOINT_TOKENS]);
     expected.extend(advance(&backend, &mut state, &tokens[CHECKPOINT_TOKENS..RIGHT]));
     let mut straight_on = backend.import(&mut &export(&backend, &state)[..]).unwrap();
     expected.extend(advance(&backend, &mut straight_on, &tokens[RIGHT..]));
-    advance(&backend, &mut state, &wrong(&tokens[..60]));
+    let mut state = on_the_processor(&backend, exact(), &state, &wrong(&tokens[..55]));
+    advance(&backend, &mut state, &wrong(&tokens[55..60]));
     let saved = export(&backend, &state);
     // 64 tokens are free from the farthest on; farther back there is the checkpoint, and the beginning.
     for (target, expected_position) in [(140, 140), (136, 136), (135, 128), (128, 128), (127, 0)] {
         let mut state = backend.import(&mut &saved[..]).unwrap();
         let reached = backend.rewind(&mut state, target);
         assert_eq!((reached, backend.position(&state)), (expected_position, expected_position), "back to {target}");
-        let next = &tokens[reached..][..8];
-        let again = advance(&backend, &mut state, next);
-        assert_same(&again, &expected[512 * reached..][..again.len()], 512, &format!("back to {target}"));
+        let again = advance(&backend, &mut state, &tokens[reached..][..8]);
+        let expected = if reached == 0 { &from_nothing } else { &expected[512 * (reached - BEGIN)..] };
+        assert_same(&again, &expected[..again.len()], 512, &format!("back to {target}"));
     }
 }
 
-/// As speculation does: five tokens, of which the last three are wrong and taken back; now and then a large pass between.
+/// As speculation does: tokens, of which the last three are wrong and taken back; once in a large pass.
 #[test]
 fn stepping_back_again_and_again_changes_no_bit() {
-    let (backend, tokens) = (on_gpu(MODEL, in_precision(Precision::Exact)), tokens(MODEL, 150));
-    let whole = logits(&backend, &tokens, &[tokens.len()]);
-    let mut state = backend.new_state().unwrap();
-    while backend.position(&state) + 70 <= tokens.len() {
+    const BEGIN: usize = 50;
+    let (backend, tokens) = (on_gpu(MODEL, in_precision(Precision::Exact)), tokens(MODEL, 130));
+    let mut state = past(&backend, Precision::Exact, &tokens[..BEGIN]);
+    let whole = advance(&backend, &mut backend.fork(&state).unwrap(), &tokens[BEGIN..]);
+    for right in [2, 2, 66, 2] {
         let start = backend.position(&state);
-        let right = if start % 5 == 4 { 66 } else { 2 };
         let draft = [&tokens[start..start + right], &wrong(&tokens[start + right..])[..3]].concat();
         let ours = advance(&backend, &mut state, &draft);
-        let expected = &whole[512 * start..512 * (start + right)];
+        let expected = &whole[512 * (start - BEGIN)..][..512 * right];
         assert_same(&ours[..512 * right], expected, 512, &format!("{right} rows from {start}"));
         assert_eq!(backend.rewind(&mut state, start + right), start + right);
     }
@@ -289,7 +319,7 @@ fn stepping_back_again_and_again_changes_no_bit() {
     let target = backend.position(&state) - 60;
     assert_eq!(backend.rewind(&mut state, target), target);
     let rest = advance(&backend, &mut state, &tokens[target..][..9]);
-    assert_same(&rest, &whole[512 * target..][..rest.len()], 512, "after a save");
+    assert_same(&rest, &whole[512 * (target - BEGIN)..][..rest.len()], 512, "after a save");
 }
 
 /// Fails after one stage of one layer.
@@ -313,22 +343,24 @@ fn a_pass_that_fails_anywhere_leaves_no_trace() {
     for precision in PRECISIONS {
         let (backend, tokens) = (on_gpu(MODEL, in_precision(precision)), tokens(MODEL, 136));
         let last = backend.config().layers - 1;
-        let stages = Stage::LAYER.map(|stage| (Some(last), stage)).into_iter();
-        let (mut a, mut b) = (backend.new_state().unwrap(), backend.new_state().unwrap());
-        advance(&backend, &mut a, &tokens[..70]);
+        let (mut a, mut b) = (past(&backend, precision, &tokens[..70]), backend.new_state().unwrap());
         let before = (export(&backend, &a), export(&backend, &b));
-        // More rows than the ring in use has room for, and few.
-        let count = if precision == Precision::Fast { 66 } else { 3 };
+        // Few rows after every stage, and more than the ring in use has room for where sessions were just written to.
+        let (count, stages) = match precision {
+            Precision::Exact => (3, &Stage::LAYER[..]),
+            Precision::Fast => (66, &[Stage::Project, Stage::Compress, Stage::HcPost(SubLayer::Experts)][..]),
+        };
+        let next = &tokens[70..][..count];
+        let expected = advance(&backend, &mut backend.fork(&a).unwrap(), next);
+        let stages = stages.iter().map(|&stage| (Some(last), stage));
         for at in stages.chain([(Some(0), Stage::Project), (None, Stage::Embed), (None, Stage::Head)]) {
             let mut fault = Fault { at, has_struck: false };
-            let batch = [rows(0, 70, &tokens[70..][..count]), rows(1, 0, &tokens[..2])].concat();
+            let batch = [rows(0, 70, next), rows(1, 0, &tokens[..2])].concat();
             let result = forward(&backend, batch, &mut [&mut a, &mut b], &Cancel::default(), &mut fault);
             assert!(fault.has_struck && result.is_err(), "{at:?} was not reached");
             assert!(before == (export(&backend, &a), export(&backend, &b)), "{precision:?}: {at:?} left a trace");
         }
-        let rest = advance(&backend, &mut a, &tokens[70..][..count]);
-        let expected = logits(&backend, &tokens[..70 + count], &[70, count]);
-        assert_same(&rest, &expected[512 * 70..], 512, "after all faults");
+        assert_same(&advance(&backend, &mut a, next), &expected, 512, "after all faults");
     }
 }
 
@@ -347,9 +379,8 @@ impl Observer<GpuBackend> for CancelAtRouter<'_> {
 
 #[test]
 fn cancelling_leaves_no_trace() {
-    let (backend, tokens) = (on_gpu(MODEL, in_precision(Precision::Exact)), tokens(MODEL, 60));
-    let mut state = backend.new_state().unwrap();
-    advance(&backend, &mut state, &tokens[..20]);
+    let (backend, tokens) = (on_gpu(MODEL, in_precision(Precision::Exact)), tokens(MODEL, 32));
+    let mut state = past(&backend, Precision::Exact, &tokens[..20]);
     let (before, cancel) = (export(&backend, &state), Cancel::default());
     let batch = rows(0, 20, &tokens[20..]);
     let result = forward(&backend, batch, &mut [&mut state], &cancel, &mut CancelAtRouter(&cancel));
@@ -358,31 +389,38 @@ fn cancelling_leaves_no_trace() {
 
 #[test]
 fn saving_and_loading_changes_no_bit() {
-    for precision in PRECISIONS {
-        let (backend, tokens) = (on_gpu(MODEL, in_precision(precision)), tokens(MODEL, 160));
-        let mut state = backend.new_state().unwrap();
-        advance(&backend, &mut state, &tokens[..3]);
-        for count in [61, 64, 12, 20] {
+    for (precision, start, counts) in [
+        (Precision::Fast, 0, &[3, 61, 64, 12, 20, 40][..]),
+        (Precision::Exact, 0, &[3, 9]),
+        // Over a checkpoint, and far behind it.
+        (Precision::Exact, 121, &[7, 9]),
+        (Precision::Exact, 190, &[9]),
+    ] {
+        let (backend, tokens) = (on_gpu(MODEL, in_precision(precision)), tokens(MODEL, 200));
+        let (mut state, mut farthest_back) = (past(&backend, precision, &tokens[..start]), 0);
+        for &count in counts {
             let (saved, cut) = (export(&backend, &state), backend.position(&state));
             let mut loaded = backend.import(&mut &saved[..]).unwrap();
             assert!(export(&backend, &loaded) == saved, "saved at {cut}: what was loaded has other bytes");
             let next = &tokens[cut..][..count];
             let (ours, expected) = (advance(&backend, &mut loaded, next), advance(&backend, &mut state, next));
             assert_same(&ours, &expected, 512, &format!("{precision:?}, saved at {cut}"));
-            // Checkpoints were saved too.
-            let reached = backend.rewind(&mut loaded, cut.saturating_sub(40));
+            // Checkpoints were saved too: this is farther back than what is free.
+            let target = (cut + count).saturating_sub(70);
+            farthest_back = backend.rewind(&mut loaded, target);
             let mut other = backend.import(&mut &export(&backend, &state)[..]).unwrap();
-            assert_eq!(reached, backend.rewind(&mut other, cut.saturating_sub(40)));
-            assert!(export(&backend, &loaded) == export(&backend, &other), "back to {reached} from {cut}");
+            assert_eq!(farthest_back, backend.rewind(&mut other, target));
+            assert!(export(&backend, &loaded) == export(&backend, &other), "back to {farthest_back} from {cut}");
         }
+        let end = backend.position(&state);
+        assert_eq!(farthest_back, if end >= CHECKPOINT_TOKENS + 70 { CHECKPOINT_TOKENS } else { 0 }, "from {end}");
     }
 }
 
 #[test]
 fn a_fork_shares_nothing() {
     let (backend, tokens) = (on_gpu(MODEL, in_precision(Precision::Exact)), tokens(MODEL, 80));
-    let mut state = backend.new_state().unwrap();
-    advance(&backend, &mut state, &tokens[..70]);
+    let mut state = past(&backend, Precision::Exact, &tokens[..70]);
     let saved = export(&backend, &state);
     let mut fork = backend.fork(&state).unwrap();
     assert!(export(&backend, &fork) == saved, "a fork has the same bytes");
@@ -397,13 +435,20 @@ fn a_fork_shares_nothing() {
 #[test]
 fn a_session_moves_between_backends() {
     use Arithmetic::{Official, Plain};
-    for (name, arithmetic) in [(MODEL, Plain), ("mixed3-mixed", Official)] {
-        let options = Options { arithmetic, ..in_precision(Precision::Exact) };
-        let (gpu, cpu, tokens) = (on_gpu(name, options), on_cpu(name, arithmetic), tokens(name, 300));
-        let mut here = gpu.new_state().unwrap();
-        advance(&gpu, &mut here, &tokens[..66]);
-        advance(&gpu, &mut here, &tokens[66..128]);
-        advance(&gpu, &mut here, &tokens[128..140]);
+    // In Exact the processor has read the first 100 tokens.
+    for (name, arithmetic, precision, passes) in [
+        (MODEL, Plain, Precision::Exact, &[100, 128, 140][..]),
+        ("mixed3-mixed", Official, Precision::Fast, &[0, 66, 128, 140]),
+    ] {
+        let options = Options { arithmetic, ..in_precision(precision) };
+        let (gpu, tokens) = (on_gpu(name, options), tokens(name, 300));
+        let cpu = load(name, cpu::Options { arithmetic, precision, ..fast() });
+        let mut there = cpu.new_state().unwrap();
+        advance(&cpu, &mut there, &tokens[..passes[0]]);
+        let mut here = gpu.import(&mut &export(&cpu, &there)[..]).unwrap();
+        for pass in passes.windows(2) {
+            advance(&gpu, &mut here, &tokens[pass[0]..pass[1]]);
+        }
         let saved = export(&gpu, &here);
         let mut there = cpu.import(&mut &saved[..]).unwrap();
         assert!(export(&cpu, &there) == saved, "{name}, {arithmetic:?}: the processor's bytes");
