@@ -572,7 +572,7 @@ fn plain_products_do_not_depend_on_the_tile() {
     let mut first = None;
     let fits = |tile: Tile| tile.bytes(false) + CODE_BOOK_BYTES <= WORKGROUP_BYTES;
     // What is used, and what differs most from it, in depth and in buffers not least: software takes seconds to compile a kernel.
-    let fit: Vec<(Tile, Tile)> = [0, 3, 5, 6].into_iter().map(|n| tiles()[n]).collect();
+    let fit: Vec<(Tile, Tile)> = [0, 2, 4, 6, 7].into_iter().map(|n| tiles()[n]).collect();
     assert!(fit.iter().all(|&(a, b)| fits(a) && fits(b)), "{fit:?}");
     for (products, experts) in fit {
         bench.many.tiles = Tiles::always(products, experts);
